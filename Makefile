@@ -1,0 +1,50 @@
+# study      run every notebook at its default parameters; results in reports/runs/<notebook>/
+# test       lint, unit and parity tests, notebooks compared with their committed outputs
+# test-slow  the tests that take minutes
+# lab        JupyterLab
+# goldens    execute the notebooks in place, after a change that is meant to change their outputs
+#
+# Each sets up .venv first, when pyproject.toml or constraints.txt is newer than it.
+# PYTHON=...    makes .venv with another interpreter
+# PIP_ARGS=...  passes options to pip, such as an index that has a CPU-only torch
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+PIP_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+
+# The notebooks' kernel, `python3`, is .venv's, whatever the user has registered under that name.
+export JUPYTER_PREFER_ENV_PATH = 1
+
+.PHONY: study test test-slow lab goldens
+
+study: $(READY)
+	set -e; for nb in $(NOTEBOOKS); do \
+	    study=$$(basename $$nb .ipynb); \
+	    mkdir -p reports/runs/$$study; \
+	    $(PY) -m papermill $$nb reports/runs/$$study/$$study.ipynb -p out reports/runs/$$study; \
+	done
+
+test: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pytest
+	$(if $(NOTEBOOKS),$(PY) -m pytest --nbval --nbval-current-env \
+	    $(addprefix --nbval-sanitize-with=,$(wildcard tests/nbval.cfg)) $(NOTEBOOKS))
+
+test-slow: $(READY)
+	$(PY) -m pytest -m slow
+
+lab: $(READY)
+	$(PY) -m jupyterlab
+
+goldens: $(READY)
+	$(PY) tests/goldens.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,5 @@
+"""sdcomp: how far can a latent diffusion model be quantized and pruned, and what is really gained?"""
+
+from sdcomp.model import SD15, TINY, ModelError, StableDiffusion, load
+
+__all__ = ["SD15", "TINY", "ModelError", "StableDiffusion", "load"]

@@ -1,0 +1,40 @@
+"""The prompts that studies generate from, and where there are any, the scenes that they describe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdcomp.errors import UserError
+from sdcomp.model import StableDiffusion, resolve_path
+from sdcomp.scenes import Scene
+
+FOLDER = Path("data/prompts")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts, and for the base model the scene of each, else None."""
+
+    texts: list[str]
+    scenes: list[Scene] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
+    """The first `n` prompts of a set: "test", "unseen" (the base model only) or "calibration".
+
+    The sets are disjoint files in `data/prompts`. Raises UserError where the set is smaller than `n`.
+    """
+    kind = "scenes" if sd.reader is not None else "sd15"
+    path = resolve_path(FOLDER / f"{kind}_{name}.jsonl")
+    if not path.exists():
+        raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if n > len(rows):
+        raise UserError(f"n_images must be at most {len(rows)}, the size of {path.name}, not {n}")
+    scenes = [Scene.from_dict(row["scene"]) for row in rows[:n]] if kind == "scenes" else None
+    return Prompts([row["prompt"] for row in rows[:n]], scenes)

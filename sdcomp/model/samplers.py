@@ -1,0 +1,122 @@
+"""Samplers: from a noise prediction to the latents of the next step.
+
+Each is a class with `timesteps`, the training timesteps it visits, and
+`step(i, latents, noise_prediction, noise)`, which goes from `timesteps[i]` to the next. `noise` is
+standard normal, of the latents' shape; samplers that draw none (`stochastic` is False) ignore it. The
+settings are those of SD 1.x: predictions are of the noise, nothing is clipped.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+from sdcomp.model.schedule import NoiseSchedule
+
+
+class DDIM:
+    """Deterministic DDIM (Song et al. 2021, equation 12 with sigma = 0)."""
+
+    stochastic = False
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        self.schedule = schedule
+        self.timesteps = schedule.spaced(steps, schedule.config.timestep_spacing).tolist()
+        self._stride = schedule.config.train_timesteps // steps
+
+    def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents at `timesteps[i]` -> latents one stride earlier."""
+        alphas = self.schedule.alphas_cumprod
+        t = self.timesteps[i]
+        a = alphas[t].item()
+        # SD 1.x ends at the first timestep's noise level instead of at none (set_alpha_to_one=False).
+        a_prev = alphas[max(t - self._stride, 0)].item()
+        x0 = (latents - math.sqrt(1 - a) * noise_prediction) / math.sqrt(a)
+        return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * noise_prediction
+
+
+class DDPM:
+    """Ancestral sampling with the posterior variance (Ho et al. 2020, equations 6 and 7)."""
+
+    stochastic = True
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        self.schedule = schedule
+        self.timesteps = schedule.spaced(steps, schedule.config.timestep_spacing).tolist()
+
+    def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor) -> Tensor:
+        """Latents at `timesteps[i]` -> a draw at `timesteps[i + 1]`, or after the last the mean."""
+        t = self.timesteps[i]
+        last = i == len(self.timesteps) - 1
+        a = self.schedule.alphas_cumprod[t].item()
+        a_prev = 1.0 if last else self.schedule.alphas_cumprod[self.timesteps[i + 1]].item()
+        alpha = a / a_prev
+        beta = 1 - alpha
+        x0 = (latents - math.sqrt(1 - a) * noise_prediction) / math.sqrt(a)
+        mean = (math.sqrt(a_prev) * beta * x0 + math.sqrt(alpha) * (1 - a_prev) * latents) / (1 - a)
+        variance = (1 - a_prev) / (1 - a) * beta
+        return mean if last else mean + math.sqrt(variance) * noise
+
+
+class DPMPP2M:
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); the last step is of first order.
+
+    Keeps the data prediction of the step before: call `step` with i = 0, 1, 2, ... in turn; a first call
+    at a later step (image-to-image) starts without history.
+    """
+
+    stochastic = False
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        self.schedule = schedule
+        spacing = schedule.config.timestep_spacing
+        self.timesteps = schedule.spaced(steps, spacing, intervals=steps + 1).tolist()
+        alphas = schedule.alphas_cumprod.double()[self.timesteps]
+        self._sigmas = [*((1 - alphas) / alphas).sqrt().tolist(), 0.0]
+        self._before: tuple[int, Tensor] | None = None
+
+    def _log_snr(self, i: int) -> float:
+        return -math.log(self._sigmas[i]) if self._sigmas[i] > 0 else math.inf
+
+    def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents at `timesteps[i]` -> latents at `timesteps[i + 1]`, or at no noise after the last."""
+        sigma, sigma_next = self._sigmas[i], self._sigmas[i + 1]
+        alpha, alpha_next = 1 / math.sqrt(1 + sigma**2), 1 / math.sqrt(1 + sigma_next**2)
+        x0 = latents / alpha - sigma * noise_prediction
+        h = self._log_snr(i + 1) - self._log_snr(i)
+        data = x0
+        if self._before is not None and self._before[0] == i - 1 and i < len(self.timesteps) - 1:
+            r = (self._log_snr(i) - self._log_snr(i - 1)) / h
+            data = x0 + (x0 - self._before[1]) / (2 * r)
+        self._before = (i, x0)
+        shrink = sigma_next * alpha_next / (sigma * alpha)
+        return shrink * latents - alpha_next * math.expm1(-h) * data
+
+
+SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMPP2M}
+
+
+def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> DDIM | DDPM | DPMPP2M:
+    """The sampler of that name.
+
+    Raises ValueError for a name or a number of steps that does not exist, TypeError for steps that are
+    no whole number.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
+    return SAMPLERS[name](schedule, whole("steps", steps))
+
+
+def whole(name: str, value: object) -> int:
+    """`value` as an int. Raises TypeError for what is no whole number, and for True and False."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    return operator.index(value)
+
+
+def row_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise `(len(generators), *shape)`, each row from its own generator, on the CPU."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -1,0 +1,107 @@
+"""CLIP's text encoder and tokenizer: transformers' own, built from this repo's configuration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdcomp.model.config import ModelConfig
+
+
+def build_text_encoder(config: ModelConfig) -> CLIPTextModel:
+    """The text encoder, with random weights."""
+    return CLIPTextModel(CLIPTextConfig(**config.text))
+
+
+def build_clip(config: ModelConfig) -> CLIPModel:
+    """The whole CLIP, text and image encoder, with random weights.
+
+    Raises ValueError for a model that brings no image encoder.
+    """
+    if config.vision is None:
+        raise ValueError("this model has no CLIP image encoder: its configuration has no 'vision'")
+    return CLIPModel(
+        CLIPConfig(text_config=config.text, vision_config=config.vision, projection_dim=config.projection_dim)
+    )
+
+
+def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
+    """The tokenizer whose `vocab.json` and `merges.txt` are in `folder`.
+
+    Raises FileNotFoundError where one is missing and ValueError where the vocabulary is not the one that
+    the text encoder was trained with.
+    """
+    folder = Path(folder)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    tokenizer = CLIPTokenizer(
+        vocab=vocab, merges=merges, model_max_length=config.text["max_position_embeddings"]
+    )
+    if len(tokenizer) != config.text["vocab_size"]:
+        raise ValueError(
+            f"{folder} has a vocabulary of {len(tokenizer)} tokens, but the text encoder knows "
+            f"{config.text['vocab_size']}; give the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Token ids `(B, L)` of prompts, cut or padded to the text encoder's length L as in SD 1.x."""
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def encode_text(text_encoder: nn.Module, ids: Tensor) -> Tensor:
+    """Token ids `(B, L)` -> the last layer's states after the final norm, `(B, L, hidden)`, as in SD 1.x."""
+    return text_encoder(input_ids=ids).last_hidden_state
+
+
+def word_tokenizer(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A byte-level BPE (Sennrich et al. 2016) in which each of `words` is one token.
+
+    Returns the vocabulary and the merges in the form of CLIP's files: 256 bytes, the same at a word's
+    end, the merges, and the start and end tokens last. Any text can be encoded.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(p) > 1 for p in pieces):
+        counts: dict[tuple[str, str], int] = {}
+        for p in pieces:
+            for pair in itertools.pairwise(p):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(sorted(counts), key=counts.__getitem__)
+        merges.append(best)
+        pieces = [_merge(p, best) for p in pieces]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for token in piece:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return out
+
+
+def text_states(text_encoder: nn.Module, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Prompts -> the text encoder's states `(B, L, hidden)` on its device, without gradients."""
+    device = next(text_encoder.parameters()).device
+    with torch.inference_mode():
+        return encode_text(text_encoder, tokenize(tokenizer, prompts).to(device))
+
+
+def clip_pixels(images: Tensor) -> Tensor:
+    """Images `(B, 3, H, W)` in [0, 1] as the base model's CLIP takes them: in [-1, 1]."""
+    return 2 * images - 1

@@ -1,0 +1,237 @@
+"""The denoising UNet of Stable Diffusion 1.x, with its original submodule names.
+
+Source of truth: `ldm/modules/diffusionmodules/openaimodel.py` and `ldm/modules/attention.py` of the
+SD 1.x code. The names (`time_embed`, `input_blocks.N.M`, ...) are those of the published checkpoints,
+which therefore load strictly once their prefix is stripped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdcomp.model.config import UNetConfig
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of timesteps `(B,)` -> `(B, dim)` float32, cosines first (Ho et al. 2020)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps[:, None].float() * freqs[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Residual block: `(B, in, h, w)`, time embedding `(B, emb)` -> `(B, out, h, w)`."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        # The checkpoints number a dropout layer (which SD 1.x sets to 0) at out_layers.2.
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens `(B, N, dim)` to a context `(B, L, context_dim)`, or to themselves."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Identity())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (Shazeer 2020): the first half of the projection times gelu(second)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward network, `(B, N, dim)` -> `(B, N, dim)`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each with a norm before and a residual."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, `(B, C, h, w)` -> `(B, C, h, w)`."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_dim, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.transpose(1, 2).unflatten(2, (h, w)))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """One numbered block: its layers in turn, each given what it takes."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise in `latents`.
+
+    `forward(latents, timesteps, context)`: `(B, in_channels, h, w)`, `(B,)` or a scalar (training
+    timesteps, 0 to 999), `(B, L, context_dim)` -> `(B, out_channels, h, w)`. `h` and `w` must be
+    divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, groups = config.model_channels, config.norm_groups
+        emb = 4 * c
+        widths = [c * m for m in config.channel_mult]
+
+        def transformer(channels: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                channels, config.context_dim, config.num_heads, config.transformer_depth, groups
+            )
+
+        self.time_embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, c, 3, padding=1))])
+        channels, skips = c, [c]
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(channels, width, emb, groups)]
+                if level in config.attention_levels:
+                    layers.append(transformer(width))
+                self.input_blocks.append(Stage(*layers))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Stage(Downsample(channels)))
+                skips.append(channels)
+
+        self.middle_block = Stage(
+            ResBlock(channels, channels, emb, groups),
+            transformer(channels),
+            ResBlock(channels, channels, emb, groups),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config.num_res_blocks + 1):
+                layers = [ResBlock(channels + skips.pop(), width, emb, groups)]
+                if level in config.attention_levels:
+                    layers.append(transformer(width))
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(Upsample(width))
+                self.output_blocks.append(Stage(*layers))
+                channels = width
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
+        )
+
+    def forward(self, latents: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(latents.shape[0])
+        emb = timestep_embedding(timesteps, self.config.model_channels).to(latents.dtype)
+        emb = self.time_embed(emb)
+        h, skips = latents, []
+        for stage in self.input_blocks:
+            h = stage(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)

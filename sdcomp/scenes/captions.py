@@ -1,0 +1,65 @@
+"""Captions of scenes: a small grammar with some variation in wording, and its vocabulary."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from sdcomp.scenes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, Thing
+
+RELATION_WORDINGS = {"left": ("left of", "to the left of"), "above": ("above", "directly above")}
+BACKGROUND_WORDINGS = ("on a {} background", "against a {} background", "on {}")
+
+VOCABULARY = tuple(
+    sorted(
+        {
+            *SHAPES,
+            *COLORS,
+            *SIZES,
+            *TEXTURES,
+            *BACKGROUNDS,
+            "a",
+            "an",
+            "and",
+            "with",
+            "stripes",
+            "scene",
+            "of",
+        }
+        | {word for wordings in RELATION_WORDINGS.values() for w in wordings for word in w.split()}
+        | {word for w in BACKGROUND_WORDINGS for word in re.findall("[a-z]+", w)}
+    )
+)
+"""Every word that a caption can have, each one token of the base model's tokenizer."""
+
+
+def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """A caption of `scene`; without `rng` the plainest wording.
+
+    With `rng`, plainness is said or not, stripes are said before or after, and the relation and the
+    background are put in one of a few ways.
+    """
+
+    def choose(options: tuple[str, ...]) -> str:
+        return options[0] if rng is None else options[rng.integers(len(options))]
+
+    def describe(thing: Thing) -> str:
+        noun = f"{thing.color} {thing.shape}"
+        if thing.texture == "plain":
+            texts = (f"a {thing.size} {noun}", f"a {thing.size} plain {noun}")
+        else:
+            texts = (f"a {thing.size} striped {noun}", f"a {thing.size} {noun} with stripes")
+        return choose(texts)
+
+    text = describe(scene.things[0])
+    if scene.relation is not None:
+        assert scene.relation in RELATIONS
+        text += f" {choose(RELATION_WORDINGS[scene.relation])} {describe(scene.things[1])}"
+    return f"{text} {choose(BACKGROUND_WORDINGS).format(scene.background)}"
+
+
+def captions(scenes: list[Scene], seed: int) -> list[str]:
+    """One caption for each scene, with the variation in wording drawn from `seed`."""
+    rng = np.random.default_rng(seed)
+    return [caption(scene, rng) for scene in scenes]

@@ -1,0 +1,115 @@
+"""The reader: tells from an image alone which scene it shows, or that it cannot tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdcomp.scenes.render import SIZE
+from sdcomp.scenes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, Scene
+
+HEADS: dict[str, tuple[str, ...]] = {
+    "background": BACKGROUNDS,
+    "count": ("1", "2"),
+    "relation": RELATIONS,
+    **{
+        f"{name}_{k}": values
+        for k in (1, 2)
+        for name, values in {"shape": SHAPES, "color": COLORS, "size": SIZES, "texture": TEXTURES}.items()
+    },
+}
+"""What is read, and the values it can have. Each head has one class more, the last: cannot tell."""
+
+UNKNOWN = "?"
+"""What `SceneReader.read` answers where it cannot tell."""
+
+
+class SceneReader(nn.Module):
+    """A small convolutional network with one classifier for each attribute.
+
+    `forward(images)`: `(B, 3, 64, 64)` in [0, 1] -> logits by head, each `(B, values + 1)`.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+
+        def stage(inp: int, out: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(inp, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.features = nn.Sequential(
+            *stage(3, width, 2),
+            *stage(width, 2 * width, 1),
+            *stage(2 * width, 3 * width, 2),
+            *stage(3 * width, 3 * width, 1),
+            *stage(3 * width, 4 * width, 2),
+            *stage(4 * width, 4 * width, 1),
+            nn.Conv2d(4 * width, width, 1),
+            nn.Flatten(),
+            nn.Linear(width * (SIZE // 8) ** 2, 256),
+            nn.ReLU(),
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(256, len(v) + 1) for name, v in HEADS.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.features(2 * images - 1)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.inference_mode()
+    def read(self, images: Tensor, threshold: float = 0.5, batch_size: int = 256) -> list[dict[str, str]]:
+        """Read images `(N, 3, 64, 64)` in [0, 1] -> one dictionary each, in the form of `Scene.attributes`.
+
+        An attribute whose most likely value has a probability below `threshold` is "?", as is one that
+        the network itself says it cannot tell. `relation` and the second object are left out where one
+        object is seen. Raises ValueError for images of another size.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
+            raise ValueError(f"the reader takes images (N, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
+        device = next(self.parameters()).device
+        answers: list[dict[str, str]] = [{} for _ in range(len(images))]
+        for start in range(0, len(images), batch_size):
+            logits = self(images[start : start + batch_size].to(device).float())
+            for name, values in HEADS.items():
+                best, index = logits[name].softmax(-1).max(-1)
+                for row, (p, i) in enumerate(zip(best.tolist(), index.tolist(), strict=True), start=start):
+                    answers[row][name] = values[i] if i < len(values) and p >= threshold else UNKNOWN
+        for answer in answers:
+            if answer["count"] == "1":
+                for name in [n for n in answer if n == "relation" or n.endswith("_2")]:
+                    del answer[name]
+        return answers
+
+
+def head_targets(scenes: list[Scene | None]) -> dict[str, Tensor]:
+    """Class indices by head, each `(N,)`; None stands for an image that shows no scene."""
+    rows = [{} if scene is None else scene.attributes() for scene in scenes]
+    return {
+        name: torch.tensor([values.index(r[name]) if name in r else len(values) for r in rows])
+        for name, values in HEADS.items()
+    }
+
+
+@dataclass
+class PromptAccuracy:
+    """Whether images show what was asked for: `(N,)` bool for all attributes, and by attribute.
+
+    In `by_attribute` an attribute that a scene does not have (the second object's of one) is left out of
+    its tensor; shapes, colours, sizes and textures of both objects are counted together.
+    """
+
+    all_right: Tensor
+    by_attribute: dict[str, Tensor]
+
+
+def prompt_accuracy(reader: SceneReader, images: Tensor, scenes: list[Scene]) -> PromptAccuracy:
+    """Read `images` `(N, 3, 64, 64)` and compare with the scenes that were asked for."""
+    all_right, by_attribute = [], {}
+    for answer, scene in zip(reader.read(images), scenes, strict=True):
+        wanted = scene.attributes()
+        all_right.append(answer == wanted)
+        for name, value in wanted.items():
+            by_attribute.setdefault(name.split("_")[0], []).append(answer.get(name) == value)
+    return PromptAccuracy(
+        torch.tensor(all_right), {name: torch.tensor(v) for name, v in sorted(by_attribute.items())}
+    )

@@ -1,0 +1,139 @@
+"""A notebook's parameters, checked before anything runs.
+
+A parameters cell declares `name: type = value  # help`, and papermill injects a cell of assignments
+after it. papermill only warns about a name that the notebook does not know; here that stops the run.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdcomp.errors import UserError
+from sdcomp.model import SAMPLERS, resolve_path
+
+
+class ParameterError(UserError):
+    """A notebook parameter is misspelt, of the wrong type or out of range."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values of a parameter are good: `accepts(value)`, and the same in words."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+def _one_of(*options: str) -> Rule:
+    return Rule(lambda value: value in options, f"one of {', '.join(options)}")
+
+
+def _between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"between {low:,} and {high:,}")
+
+
+def _device_there(value: str) -> bool:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
+RULES: dict[str, Rule] = {
+    "model": Rule(
+        lambda value: resolve_path(value).exists(),
+        "an existing model folder, such as data/tiny (looked for from here and from the repository)",
+    ),
+    "amount": Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %"),
+    "seed": _between(0, 2**31 - 1),
+    "n_images": _between(1, 100_000),
+    "steps": _between(1, 500),
+    "sampler": _one_of(*SAMPLERS),
+    "guidance_scale": _between(0, 100),
+    "device": Rule(_device_there, "a device that this machine and this PyTorch have, such as cpu or cuda"),
+    "train_images": Rule(lambda value: value >= 256 and value % 4 == 0, "a multiple of 4, at least 256"),
+    "vae_steps": _between(1, 10_000_000),
+    "clip_steps": _between(1, 10_000_000),
+    "unet_steps": _between(1, 10_000_000),
+    "reader_steps": _between(1, 10_000_000),
+}
+"""One rule for each parameter that some notebook has; a list is good if each of its items is."""
+
+_NOUNS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "list": "a list",
+}
+
+
+def read_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
+    """Check the parameters of the notebook that runs in `namespace` (its `globals()`) and return them.
+
+    What the notebook declares and what papermill injected is read from the cells run so far (`In`).
+    Raises ParameterError, one sentence, for a name that was not declared, a value of another type than
+    declared, and one that breaks its rule.
+    """
+    cells = [_parse(source) for source in namespace["In"]]
+    declared = next((types for cell in reversed(cells) if (types := _declarations(cell))), None)
+    if declared is None:
+        raise ParameterError("run the parameters cell first")
+    for source, cell in zip(namespace["In"], cells, strict=True):
+        if source.lstrip().startswith("# Parameters"):
+            for name in _assignments(cell):
+                if name not in declared:
+                    raise ParameterError(
+                        f"there is no parameter {name!r}; this notebook has {', '.join(declared)}"
+                    )
+    return {name: _check(name, types, namespace[name]) for name, types in declared.items()}
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # shell and magic lines
+        return ast.Module([], [])
+
+
+def _declarations(cell: ast.Module) -> dict[str, tuple[str, ...]]:
+    """Names and accepted types of a cell that only has `name: type = value` lines, else nothing."""
+    if not all(isinstance(node, ast.AnnAssign) for node in cell.body):
+        return {}
+    return {
+        node.target.id: tuple(part.strip().split("[")[0] for part in ast.unparse(node.annotation).split("|"))
+        for node in cell.body
+    }
+
+
+def _assignments(cell: ast.Module) -> list[str]:
+    return [t.id for node in cell.body if isinstance(node, ast.Assign) for t in node.targets]
+
+
+def _check(name: str, types: tuple[str, ...], value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and "float" in types:
+        value = float(value) if "int" not in types else value
+    if type(value).__name__ not in types:
+        wanted = " or ".join(_NOUNS.get(t, t) for t in types)
+        hint = ""
+        if isinstance(value, str) and value.strip().startswith("[") and "list" in types:
+            hint = f"; pass a list with -y '{name}: {value.strip()}'"
+        raise ParameterError(f"{name} must be {wanted}, not {value!r}{hint}")
+    rule = RULES.get(name)
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ParameterError(f"{name} must not be an empty list")
+    for item in items:
+        if isinstance(value, list) and (isinstance(item, bool) or not isinstance(item, int | float | str)):
+            raise ParameterError(f"{name} must hold plain values, not {item!r}")
+        if isinstance(value, list) and isinstance(item, str) and "str" not in types:
+            raise ParameterError(f"{name} must be a list of numbers, not of {item!r}")
+        if rule is not None and not rule.accepts(item):
+            raise ParameterError(f"{name} must be {rule.words}, not {item!r}")
+    return value

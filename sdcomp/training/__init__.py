@@ -1,0 +1,25 @@
+"""How the base model is made: the rendered training set, the losses, and one training loop."""
+
+from sdcomp.training.data import SceneSet, scene_set
+from sdcomp.training.loop import Trained, fit
+from sdcomp.training.stages import (
+    encode_scenes,
+    train_clip,
+    train_reader,
+    train_unet,
+    train_vae,
+    vae_round_trips,
+)
+
+__all__ = [
+    "SceneSet",
+    "Trained",
+    "encode_scenes",
+    "fit",
+    "scene_set",
+    "train_clip",
+    "train_reader",
+    "train_unet",
+    "train_vae",
+    "vae_round_trips",
+]

@@ -1,0 +1,55 @@
+"""The rendered training set of the base model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdcomp.scenes import Scene, neighbor, render, sample_scenes
+from sdcomp.scenes.render import SIZE
+
+FAMILY = 4
+"""Scenes come in families: one drawn at random and three that differ from it in one thing said."""
+
+
+@dataclass
+class SceneSet:
+    """Scenes and their images: `images` is `(N, 3, 64, 64)` uint8."""
+
+    scenes: list[Scene]
+    images: np.ndarray
+
+    def batch(self, rows: np.ndarray) -> Tensor:
+        """Images of the given rows, `(B, 3, 64, 64)` float32 in [0, 1]."""
+        return torch.from_numpy(self.images[rows]).float() / 255
+
+
+def scene_set(n: int, seed: int, folder: Path | None = None, progress: bool = True) -> SceneSet:
+    """Render `n` training scenes (a multiple of 4), or map the images from `folder` if they are there."""
+    if n % FAMILY:
+        raise ValueError(f"n must be a multiple of {FAMILY}, not {n}")
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
+    for scene in sample_scenes(n // FAMILY, seed):
+        scenes += [scene] + [neighbor(scene, rng) for _ in range(FAMILY - 1)]
+
+    path = None if folder is None else folder / f"scenes-{n}-{seed}.npy"
+    if path is None or not path.exists():
+        images = np.empty((n, 3, SIZE, SIZE), np.uint8)
+        for i in tqdm(range(0, n, 256), desc="render", disable=not progress):
+            batch = render(scenes[i : i + 256], [[seed, j] for j in range(i, min(i + 256, n))])
+            images[i : i + 256] = (batch * 255).round().byte().numpy()
+        if path is None:
+            return SceneSet(scenes, images)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.save(file, images)
+        os.replace(partial, path)
+    return SceneSet(scenes, np.load(path, mmap_mode="r"))

@@ -1,0 +1,100 @@
+"""One training loop for every part: cosine rate, moving average, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+Loss = Callable[[np.random.Generator, torch.Generator], Tensor]
+
+
+@dataclass
+class Trained:
+    """A trained module (its moving average, in evaluation mode), the loss of each step, and the seconds."""
+
+    module: nn.Module
+    losses: list[float]
+    seconds: float
+
+
+def fit(
+    module: nn.Module,
+    loss: Loss,
+    steps: int,
+    *,
+    lr: float,
+    warmup: int = 100,
+    weight_decay: float = 0.01,
+    ema_decay: float = 0.999,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 120.0,
+    progress: bool = True,
+    desc: str = "train",
+) -> Trained:
+    """Minimise `loss` over the parameters of `module`.
+
+    `loss(rng, generator)` draws its batch and noise from the two generators that it is given and returns
+    a scalar. They are seeded by the step's number, so a run that was killed and takes up from
+    `checkpoint` goes on as if it had not been. AdamW with linear warm-up and a cosine to zero; gradients
+    are clipped at norm 1. Raises FloatingPointError when the loss is no longer finite.
+    """
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    start, losses, seconds = 0, [], 0.0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, losses, seconds = state["step"], state["losses"], state["seconds"]
+
+    module.train()
+    begun = saved = time.monotonic()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, disable=not progress)
+    for step in bar:
+        rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        # A short memory at first, so that the average of a brief run is not its random start.
+        average.multi_avg_fn = get_ema_multi_avg_fn(min(ema_decay, (step + 1) / (step + 10)))
+        average.update_parameters(module)
+        losses.append(value.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"{desc}: the loss is {losses[-1]} at step {step}; lower the rate")
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+        if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step == steps - 1):
+            _save(
+                checkpoint, module=module.state_dict(), average=average.state_dict(),
+                optimizer=optimizer.state_dict(), step=step + 1, losses=losses,
+                seconds=seconds + time.monotonic() - begun,
+            )  # fmt: skip
+            saved = time.monotonic()
+    # The average holds its own copy of buffers (batch statistics) as they were at the start.
+    for target, source in zip(average.module.buffers(), module.buffers(), strict=True):
+        target.copy_(source)
+    return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
+
+
+def _save(path: Path, **state: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

@@ -1,0 +1,117 @@
+"""The four trainings that make the base model, in order: autoencoder, CLIP, UNet, reader.
+
+Each takes its number of steps, a seed and an optional checkpoint from which it resumes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPTokenizer
+
+from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder
+from sdcomp.model.text import build_clip
+from sdcomp.scenes.reader import SceneReader
+from sdcomp.training.data import SceneSet
+from sdcomp.training.loop import Trained, fit
+from sdcomp.training.recipes import clip_loss, diffusion_loss, reader_loss, vae_loss
+
+
+def train_vae(
+    config: ModelConfig, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
+    checkpoint: Path | None = None, progress: bool = True,
+) -> Trained:  # fmt: skip
+    """Train the autoencoder; the module is a ModuleDict of "encoder" and "decoder"."""
+    torch.manual_seed(seed)
+    vae = nn.ModuleDict({"encoder": VAEEncoder(config.vae), "decoder": VAEDecoder(config.vae)})
+    vae = vae.to(device, memory_format=torch.channels_last)
+    return fit(
+        vae,
+        vae_loss(vae, data),
+        steps,
+        lr=2e-3,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        desc="vae",
+    )
+
+
+def train_clip(
+    config: ModelConfig, tokenizer: CLIPTokenizer, data: SceneSet, steps: int, *, seed: int = 0,
+    device: str = "cpu", checkpoint: Path | None = None, progress: bool = True,
+) -> Trained:  # fmt: skip
+    """Train CLIP: the text encoder that conditions the UNet, and the image encoder that scores it."""
+    torch.manual_seed(seed)
+    clip = build_clip(config).to(device)
+    return fit(
+        clip, clip_loss(clip, tokenizer, data), steps, lr=1e-3, weight_decay=0.05, seed=seed,
+        checkpoint=checkpoint, progress=progress, desc="clip",
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def encode_scenes(
+    encoder: VAEEncoder, data: SceneSet, progress: bool = True
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Latent means and standard deviations of all images, each `(N, 4, h, w)`, scaled; and the scale.
+
+    The scale gives the means a standard deviation of 1, as 0.18215 does for SD 1.x (Rombach et al. 2022,
+    appendix G).
+    """
+    device = next(encoder.parameters()).device
+    means, stds = [], []
+    for rows in tqdm(np.array_split(np.arange(len(data.scenes)), -(-len(data.scenes) // 128)),
+                     desc="encode", disable=not progress):  # fmt: skip
+        images = 2 * data.batch(rows).to(device, memory_format=torch.channels_last) - 1
+        mean, logvar = encoder(images)
+        means.append(mean.cpu().contiguous())
+        stds.append((0.5 * logvar).exp().cpu().contiguous())
+    mean, std = torch.cat(means), torch.cat(stds)
+    scale = 1 / mean.std().item()
+    return (scale * mean, scale * std), scale
+
+
+def train_unet(
+    config: ModelConfig, clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet,
+    latents: tuple[Tensor, Tensor], steps: int, *, seed: int = 0, device: str = "cpu",
+    checkpoint: Path | None = None, progress: bool = True,
+) -> Trained:  # fmt: skip
+    """Train the UNet to predict noise in the scaled latents, given the captions."""
+    torch.manual_seed(seed)
+    unet = UNet(config.unet).to(device, memory_format=torch.channels_last)
+    loss = diffusion_loss(
+        unet, NoiseSchedule(config.schedule), latents, data, clip.text_model.eval(), tokenizer
+    )
+    return fit(unet, loss, steps, lr=1e-3, seed=seed, checkpoint=checkpoint, progress=progress, desc="unet")
+
+
+@torch.inference_mode()
+def vae_round_trips(vae: nn.ModuleDict, images: Tensor) -> Tensor:
+    """Images `(N, 3, H, W)` in [0, 1] encoded (to the mean) and decoded again, on the CPU."""
+    device = next(vae.parameters()).device
+    out = []
+    for batch in images.split(128):
+        mean, _ = vae["encoder"](2 * batch.to(device, memory_format=torch.channels_last) - 1)
+        out.append((vae["decoder"](mean) / 2 + 0.5).clamp(0, 1).cpu().contiguous())
+    return torch.cat(out)
+
+
+def train_reader(
+    vae: nn.ModuleDict, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
+    checkpoint: Path | None = None, progress: bool = True,
+) -> Trained:  # fmt: skip
+    """Train the reader on rendered scenes and, for three in ten, what the autoencoder makes of them."""
+    torch.manual_seed(seed)
+    reader = SceneReader().to(device, memory_format=torch.channels_last)
+    n = int(0.3 * len(data.scenes))
+    chunks = np.array_split(np.arange(n), -(-n // 1024))
+    trips = torch.cat([(vae_round_trips(vae, data.batch(rows)) * 255).round().byte() for rows in chunks])
+    return fit(
+        reader, reader_loss(reader, data, trips), steps, lr=2e-3, weight_decay=0.02, seed=seed,
+        checkpoint=checkpoint, progress=progress, desc="reader",
+    )  # fmt: skip
