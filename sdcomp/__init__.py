@@ -1,4 +1,4 @@
-"""sdcomp: how far can a latent diffusion model be quantized and pruned, and what is really gained?"""
+"""Measure how far a latent diffusion model can be quantized and pruned, and what is really gained."""
 
 from sdcomp.model import SD15, TINY, ModelError, StableDiffusion, load
 

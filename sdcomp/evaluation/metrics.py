@@ -16,13 +16,15 @@ from sdcomp.model.text import clip_pixels, tokenize
 def clip_scores(sd: StableDiffusion, images: Tensor, prompts: list[str], batch_size: int = 128) -> Tensor:
     """CLIP score of each image with its prompt, `(N,)`: 100 x cosine, at least 0 (Hessel et al. 2021).
 
-    `images` `(N, 3, H, W)` in [0, 1]. Raises ValueError for a model without an image encoder and for
-    images that are not floating point.
+    `images` `(N, 3, H, W)` in [0, 1]. Raises ValueError for a model without an image encoder, for images
+    that are not floating point, and for another number of prompts than images.
     """
     if sd.clip is None:
         raise ValueError("this model has no CLIP image encoder, so it has no CLIP score")
     if not images.is_floating_point():
         raise ValueError("images must be floating point in [0, 1]")
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one for each")
     scores = []
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)
@@ -37,7 +39,12 @@ def clip_scores(sd: StableDiffusion, images: Tensor, prompts: list[str], batch_s
 def psnr(images: Tensor, baseline: Tensor) -> Estimate:
     """Peak signal-to-noise ratio in dB of images `(N, 3, H, W)` in [0, 1] to their baselines.
 
-    The squared error is averaged over images before it becomes decibels.
+    The squared error is averaged over images before it becomes decibels. Raises ValueError for images
+    that are not floating point or not of the baseline's shape.
     """
+    if not (images.is_floating_point() and baseline.is_floating_point()):
+        raise ValueError("images must be floating point in [0, 1]")
+    if images.shape != baseline.shape:
+        raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
     errors = (images.double() - baseline.double()).square().mean((1, 2, 3))
     return bootstrap(errors, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)))

@@ -27,14 +27,14 @@ class Prompts:
 def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
     """The first `n` prompts of a set: "test", "unseen" (the base model only) or "calibration".
 
-    The sets are disjoint files in `data/prompts`. Raises UserError where the set is smaller than `n`.
+    The sets are disjoint files in `data/prompts`. Raises UserError where there are not `n`.
     """
     kind = "scenes" if sd.reader is not None else "sd15"
     path = resolve_path(FOLDER / f"{kind}_{name}.jsonl")
     if not path.exists():
         raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if n > len(rows):
-        raise UserError(f"n_images must be at most {len(rows)}, the size of {path.name}, not {n}")
+    if not 1 <= n <= len(rows):
+        raise UserError(f"n_images must be 1 to {len(rows)}, the size of {path.name}, not {n}")
     scenes = [Scene.from_dict(row["scene"]) for row in rows[:n]] if kind == "scenes" else None
     return Prompts([row["prompt"] for row in rows[:n]], scenes)

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from sdcomp.errors import UserError
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion
 from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
+from sdcomp.scenes.reader import SceneReader
 
 
 class ModelError(UserError):
@@ -29,7 +34,7 @@ class ModelError(UserError):
 
 def resolve_path(path: str | Path) -> Path:
     """A path as given, or, if relative and not there, the same from the repository's root."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     from_root = Path(__file__).resolve().parents[2] / path
     return from_root if not path.exists() and from_root.exists() else path
 
@@ -52,44 +57,64 @@ def load(
     except (ValueError, TypeError) as error:
         raise ModelError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
 
-    def fill(module: nn.Module, name: str) -> nn.Module:
-        load_weights(module, folder / f"{name}.safetensors")
-        return module.eval().to(device=device, dtype=dtype)
+    def ready(name: str, module: nn.Module) -> nn.Module:
+        # The reader only measures; convolutions run faster with channels last, on CPUs and on GPUs.
+        kind = torch.float32 if name == "reader" else dtype
+        return module.eval().to(device=device, dtype=kind, memory_format=torch.channels_last)
 
-    vae = nn.Module()
-    vae.encoder, vae.decoder = VAEEncoder(config.vae), VAEDecoder(config.vae)
-    load_parts([vae.encoder, vae.decoder], folder / "vae.safetensors")
-    clip = fill(build_clip(config), "clip") if config.vision else None
-    text_encoder = clip.text_model if clip else fill(build_text_encoder(config), "text_encoder")
-    reader = None
+    parts = _build(config, folder / "config.json")
+    load_weights([parts["unet"]], folder / "unet.safetensors")
+    load_weights([parts["encoder"], parts["decoder"]], folder / "vae.safetensors")
+    for name in ("clip", "text_encoder", "reader"):
+        if name in parts:
+            load_weights([parts[name]], folder / f"{name}.safetensors")
+    parts = {name: ready(name, module) for name, module in parts.items()}
+    if "clip" in parts:
+        parts["text_encoder"] = parts["clip"].text_model
+    return StableDiffusion(config=config, tokenizer=_tokenizer(folder, config), **parts)
+
+
+def _build(config: ModelConfig, file: Path) -> dict[str, nn.Module]:
+    """The parts of a model, with random weights. Raises ModelError for settings that do not go together."""
+    try:
+        NoiseSchedule(config.schedule)
+        parts: dict[str, nn.Module] = {
+            "unet": UNet(config.unet),
+            "encoder": VAEEncoder(config.vae),
+            "decoder": VAEDecoder(config.vae),
+        }
+        if config.vision:
+            parts["clip"] = build_clip(config)
+        else:
+            parts["text_encoder"] = build_text_encoder(config)
+    except Exception as error:  # PyTorch and transformers raise many kinds for a bad setting
+        raise ModelError(f"no model can be built from {file}: {_one_line(error)}") from error
     if config.reader:
-        from sdcomp.scenes.reader import SceneReader
-
-        reader = fill(SceneReader(), "reader").float()
-    return StableDiffusion(
-        config=config,
-        unet=fill(UNet(config.unet), "unet"),
-        encoder=vae.encoder.eval().to(device=device, dtype=dtype),
-        decoder=vae.decoder.eval().to(device=device, dtype=dtype),
-        text_encoder=text_encoder,
-        tokenizer=load_tokenizer(folder, config),
-        clip=clip,
-        reader=reader,
-    )
+        parts["reader"] = SceneReader()
+    return parts
 
 
-def load_weights(module: nn.Module, file: Path) -> None:
-    """Fill `module` from a safetensors file, strictly. Raises ModelError."""
-    load_parts([module], file)
+def _tokenizer(folder: Path, config: ModelConfig) -> CLIPTokenizer:
+    """As `load_tokenizer`, but raises ModelError."""
+    try:
+        return load_tokenizer(folder, config)
+    except FileNotFoundError as error:
+        raise ModelError(f"{error.filename} is missing; copy the whole model folder") from None
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ModelError(f"vocab.json or merges.txt in {folder} is wrong: {_one_line(error)}") from error
 
 
-def load_parts(modules: list[nn.Module], file: Path) -> None:
-    """Fill several modules from one safetensors file whose names do not overlap, strictly."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_weights(modules: list[nn.Module], file: Path) -> None:
+    """Fill modules, whose names do not overlap, from one safetensors file, strictly. Raises ModelError."""
     try:
         state = load_file(file)
     except FileNotFoundError:
         raise ModelError(f"{file} is missing; copy the whole model folder") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or no safetensors file ({error}); copy it again") from None
     wanted = {name: tensor for module in modules for name, tensor in module.state_dict().items()}
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -109,7 +134,8 @@ def load_parts(modules: list[nn.Module], file: Path) -> None:
 def save(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write a model folder that `load` reads, its weights converted to `dtype` if given.
 
-    Each file is written beside its place and renamed, so a killed save leaves whole files only.
+    Each file is written beside its place and renamed, so a killed save leaves whole files only. Raises
+    ModelError for a file that cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,12 +164,26 @@ def _save_state(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None)
         tensor = tensor.detach().cpu().contiguous()
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
-    partial = file.with_suffix(".partial")
-    save_file({name: convert(t) for name, t in state.items()}, partial)
-    os.replace(partial, file)
+    with _replacing(file) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({name: convert(t) for name, t in state.items()}, partial)
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def _write(file: Path, text: str) -> None:
+    with _replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to; it takes the place of `file` when all went well."""
     partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        yield partial
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be written ({_one_line(error)})") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,6 +87,12 @@ class StableDiffusion:
                 f"a model has no part {unknown[0]!r}; it has {', '.join(self.__dataclass_fields__)}"
             )
         return dataclasses.replace(self, **parts)
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the model as a folder that `sdcomp.load` reads; weights are converted to `dtype` if given."""
+        from sdcomp.model.loading import save
+
+        return save(self, path, dtype)
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:

@@ -33,13 +33,19 @@ def build_clip(config: ModelConfig) -> CLIPModel:
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
     """The tokenizer whose `vocab.json` and `merges.txt` are in `folder`.
 
-    Raises FileNotFoundError where one is missing and ValueError where the vocabulary is not the one that
-    the text encoder was trained with.
+    Raises FileNotFoundError where one is missing and ValueError where the two do not belong together or
+    the vocabulary is not the one that the text encoder was trained with.
     """
     folder = Path(folder)
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    made = {"".join(pair) for pair in merges}
+    lost = [t for t in vocab if len(t.removesuffix("</w>")) > 1 and t not in made and not t.startswith("<|")]
+    if lost:
+        raise ValueError(
+            f"no merge makes the token {lost[0]!r}, and {len(lost) - 1} more; copy both files again"
+        )
     tokenizer = CLIPTokenizer(
         vocab=vocab, merges=merges, model_max_length=config.text["max_position_embeddings"]
     )

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.nn.utils.prune import L1Unstructured
+from torch import Tensor, nn
 
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 """The parts of the UNet that published work prunes: not the time embedding, not the output layer."""
@@ -27,12 +26,18 @@ def prune_unstructured(
     module = module if inplace else copy.deepcopy(module)
     for layer in prunable_layers(module, parts):
         for tensor in (layer.weight, layer.bias):
-            if tensor is not None and amount > 0:
-                # A float means a share to torch, and rounding to whole weights is its own.
-                mask = L1Unstructured(float(amount)).compute_mask(tensor, torch.ones_like(tensor))
-                with torch.no_grad():
-                    tensor.mul_(mask)
+            if tensor is not None:
+                _zero_smallest(tensor, round(amount * tensor.numel()))
     return module
+
+
+@torch.no_grad()
+def _zero_smallest(tensor: Tensor, k: int) -> None:
+    """Zero exactly `k` entries, also on ties; `torch.nn.utils.prune` refuses channels-last weights."""
+    smallest = torch.topk(tensor.abs().contiguous().flatten(), k, largest=False).indices
+    pruned = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    pruned[smallest] = True
+    tensor.masked_fill_(pruned.view(tensor.shape), 0)
 
 
 def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> list[nn.Conv2d | nn.Linear]:

@@ -62,10 +62,12 @@ class SceneReader(nn.Module):
 
         An attribute whose most likely value has a probability below `threshold` is "?", as is one that
         the network itself says it cannot tell. `relation` and the second object are left out where one
-        object is seen. Raises ValueError for images of another size.
+        object is seen. Raises ValueError for images of another size, or not floating point.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
             raise ValueError(f"the reader takes images (N, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError("images must be floating point in [0, 1]")
         device = next(self.parameters()).device
         answers: list[dict[str, str]] = [{} for _ in range(len(images))]
         for start in range(0, len(images), batch_size):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdcomp.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
+from sdcomp.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, Thing
 
 SIZE = 64
 """Side of a rendered image, in pixels."""
@@ -23,6 +23,9 @@ _BACKGROUND = {
     "gray": (0.44, 0.45, 0.46), "brown": (0.36, 0.23, 0.13),
 }  # fmt: skip
 _STRIPE_PERIOD = 6.0
+
+_ABSENT = Thing(SHAPES[0], COLORS[0], SIZES[0], "plain")
+"""What is drawn, with no coverage, where a scene has no object and others of its batch do."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def render(scenes: list[Scene], seed: int | list[int]) -> Tensor:
     for k in range(max(len(s.things) for s in scenes)):
         offset, tilt, scale, tint, light = jitter(2), jitter(1), jitter(1), jitter(3), jitter(1)
         present = torch.tensor([len(s.things) > k for s in scenes])
-        things = [s.things[min(k, len(s.things) - 1)] for s in scenes]
+        things = [s.things[min(k, len(s.things) - 1)] if s.things else _ABSENT for s in scenes]
         places = torch.tensor([_CENTERS[s.relation][min(k, len(s.things) - 1)] for s in scenes])
         center = places[:, 0, :, None, None] + places[:, 1, :, None, None] * offset
         radius = torch.tensor([_RADIUS[t.size] for t in things])[:, None, None] + 0.5 * scale[:, 0]

@@ -98,14 +98,13 @@ def sample_scenes(n: int, seed: int, split: str = "train", objects: int | None =
 
 
 def neighbor(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene of the same split that differs in one thing said: an attribute changed, or two swapped.
+    """A scene, of any split, that differs in one thing said: an attribute changed, or two swapped.
 
     Such pairs are what a contrastive model must tell apart (Yuksekgonul et al. 2023, hard negatives).
     """
-    while True:
-        other = _change(scene, rng)
-        if other != scene and other.split == scene.split:
-            return other
+    while (other := _change(scene, rng)) == scene:
+        pass
+    return other
 
 
 def _change(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -7,6 +7,7 @@ after it. papermill only warns about a name that the notebook does not know; her
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def _between(low: float, high: float) -> Rule:
 
 def _device_there(value: str) -> bool:
     try:
-        torch.empty(0, device=value)
+        torch.ones(1, device=value).item()
     except (RuntimeError, AssertionError):
         return False
     return True
@@ -56,6 +57,7 @@ RULES: dict[str, Rule] = {
     "steps": _between(1, 500),
     "sampler": _one_of(*SAMPLERS),
     "guidance_scale": _between(0, 100),
+    "guidance_sweep": _between(0, 100),
     "device": Rule(_device_there, "a device that this machine and this PyTorch have, such as cpu or cuda"),
     "train_images": Rule(lambda value: value >= 256 and value % 4 == 0, "a multiple of 4, at least 256"),
     "vae_steps": _between(1, 10_000_000),
@@ -82,17 +84,17 @@ def read_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
     declared, and one that breaks its rule.
     """
     cells = [_parse(source) for source in namespace["In"]]
-    declared = next((types for cell in reversed(cells) if (types := _declarations(cell))), None)
+    declared = next((found for cell in reversed(cells) if (found := _declarations(cell))), None)
     if declared is None:
         raise ParameterError("run the parameters cell first")
     for source, cell in zip(namespace["In"], cells, strict=True):
-        if source.lstrip().startswith("# Parameters"):
+        if source.lstrip().partition("\n")[0].rstrip() == "# Parameters":
             for name in _assignments(cell):
                 if name not in declared:
                     raise ParameterError(
                         f"there is no parameter {name!r}; this notebook has {', '.join(declared)}"
                     )
-    return {name: _check(name, types, namespace[name]) for name, types in declared.items()}
+    return {name: _check(name, line, namespace[name]) for name, line in declared.items()}
 
 
 def _parse(source: str) -> ast.Module:
@@ -102,21 +104,35 @@ def _parse(source: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def _declarations(cell: ast.Module) -> dict[str, tuple[str, ...]]:
-    """Names and accepted types of a cell that only has `name: type = value` lines, else nothing."""
-    if not all(isinstance(node, ast.AnnAssign) for node in cell.body):
+def _declarations(cell: ast.Module) -> dict[str, ast.AnnAssign]:
+    """The lines by name of a cell that only has `name: type = value` lines, else nothing."""
+    if not all(isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) for node in cell.body):
         return {}
-    return {
-        node.target.id: tuple(part.strip().split("[")[0] for part in ast.unparse(node.annotation).split("|"))
-        for node in cell.body
-    }
+    return {node.target.id: node for node in cell.body}
 
 
 def _assignments(cell: ast.Module) -> list[str]:
-    return [t.id for node in cell.body if isinstance(node, ast.Assign) for t in node.targets]
+    targets = [t for node in cell.body if isinstance(node, ast.Assign) for t in node.targets]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
-def _check(name: str, types: tuple[str, ...], value: Any) -> Any:
+def _types(annotation: ast.expr) -> list[ast.expr]:
+    """The members of a union, in order; any other annotation alone.
+
+    A union may be written "float or list": papermill does not recognise `float | list`.
+    """
+    if isinstance(annotation, ast.Constant):
+        annotation = ast.parse(annotation.value.replace(" or ", " | "), mode="eval").body
+    if isinstance(annotation, ast.BinOp):
+        return _types(annotation.left) + _types(annotation.right)
+    return [annotation]
+
+
+def _check(name: str, line: ast.AnnAssign, value: Any) -> Any:
+    written = [ast.unparse(t) for t in _types(line.annotation)]
+    types = [t.partition("[")[0] for t in written]
+    may_hold_text = any(t in ("str", "list[str]") for t in written)
+    may_be_empty = isinstance(line.value, ast.List) and not line.value.elts
     if isinstance(value, int) and not isinstance(value, bool) and "float" in types:
         value = float(value) if "int" not in types else value
     if type(value).__name__ not in types:
@@ -127,13 +143,15 @@ def _check(name: str, types: tuple[str, ...], value: Any) -> Any:
         raise ParameterError(f"{name} must be {wanted}, not {value!r}{hint}")
     rule = RULES.get(name)
     items = value if isinstance(value, list) else [value]
-    if not items:
+    if not items and not may_be_empty:
         raise ParameterError(f"{name} must not be an empty list")
     for item in items:
         if isinstance(value, list) and (isinstance(item, bool) or not isinstance(item, int | float | str)):
             raise ParameterError(f"{name} must hold plain values, not {item!r}")
-        if isinstance(value, list) and isinstance(item, str) and "str" not in types:
+        if isinstance(value, list) and isinstance(item, str) and not may_hold_text:
             raise ParameterError(f"{name} must be a list of numbers, not of {item!r}")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ParameterError(f"{name} must be finite, not {item!r}")
         if rule is not None and not rule.accepts(item):
             raise ParameterError(f"{name} must be {rule.words}, not {item!r}")
     return value

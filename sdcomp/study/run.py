@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.metadata
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
     from sdcomp.evaluation import Estimate
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The repository, where a relative path is looked for after the working directory."""
+_SOURCE = Path(__file__).resolve().parents[2]
+ROOT = _SOURCE if (_SOURCE / "pyproject.toml").exists() else Path.cwd()
+"""The repository; the working directory where the package is installed without one."""
 
 COLUMNS = (
     "run_id", "study", "model", "method", "parameters", "metric",
@@ -49,11 +51,11 @@ class Run:
         text = json.dumps({k: v for k, v in self.parameters.items() if k != "out"}, sort_keys=True)
         self.id = hashlib.sha256(f"{study} {text}".encode()).hexdigest()[:12]
         out = self.parameters.get("out", "")
-        self.folder = Path(out).expanduser() if out else ROOT / "reports" / "runs" / study / self.id
+        self.folder = Path(os.path.expanduser(out)) if out else ROOT / "reports" / "runs" / study / self.id
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
+            (self.folder / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"out={str(self.folder)!r} cannot be written to ({error.strerror})") from None
         self.facts: dict[str, Any] = {}
@@ -153,7 +155,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); free some space or set out=") from None
 
 

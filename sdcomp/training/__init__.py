@@ -3,6 +3,7 @@
 from sdcomp.training.data import SceneSet, scene_set
 from sdcomp.training.loop import Trained, fit
 from sdcomp.training.stages import (
+    caption_tokenizer,
     encode_scenes,
     train_clip,
     train_reader,
@@ -14,6 +15,7 @@ from sdcomp.training.stages import (
 __all__ = [
     "SceneSet",
     "Trained",
+    "caption_tokenizer",
     "encode_scenes",
     "fit",
     "scene_set",

@@ -37,7 +37,11 @@ def scene_set(n: int, seed: int, folder: Path | None = None, progress: bool = Tr
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
     for scene in sample_scenes(n // FAMILY, seed):
-        scenes += [scene] + [neighbor(scene, rng) for _ in range(FAMILY - 1)]
+        scenes.append(scene)
+        while len(scenes) % FAMILY:
+            other = neighbor(scene, rng)
+            if other.split == "train":
+                scenes.append(other)
 
     path = None if folder is None else folder / f"scenes-{n}-{seed}.npy"
     if path is None or not path.exists():

@@ -49,7 +49,6 @@ def clip_loss(clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet, familie
 
     A family's members differ in one thing said, so that every attribute and who has it must be told apart.
     """
-
     device = clip.device
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:

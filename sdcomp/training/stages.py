@@ -14,11 +14,18 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder
-from sdcomp.model.text import build_clip
+from sdcomp.model.text import build_clip, word_tokenizer
+from sdcomp.scenes import VOCABULARY
 from sdcomp.scenes.reader import SceneReader
 from sdcomp.training.data import SceneSet
 from sdcomp.training.loop import Trained, fit
 from sdcomp.training.recipes import clip_loss, diffusion_loss, reader_loss, vae_loss
+
+
+def caption_tokenizer(config: ModelConfig) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the captions is one token; any other text can be encoded."""
+    vocab, merges = word_tokenizer(VOCABULARY)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text["max_position_embeddings"])
 
 
 def train_vae(

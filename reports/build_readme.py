@@ -1,0 +1,123 @@
+"""Rewrite the tables of README.md and data/README.md from reports and files: nobody retypes a number.
+
+python reports/build_readme.py
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _rows(study: str) -> list[dict]:
+    with open(ROOT / "reports" / study / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [{**row, "parameters": json.loads(row["parameters"])} for row in csv.DictReader(file)]
+
+
+def _find(rows: list[dict], method: str, metric: str, **parameters: object) -> dict:
+    (row,) = (
+        r
+        for r in rows
+        if r["method"] == method
+        and r["metric"] == metric
+        and all(r["parameters"].get(k) == v for k, v in parameters.items())
+    )
+    return row
+
+
+def _show(row: dict, digits: int = 1) -> str:
+    text = f"{float(row['value']):.{digits}f}"
+    if row["ci_low"]:
+        text += f" [{float(row['ci_low']):.{digits}f}, {float(row['ci_high']):.{digits}f}]"
+    return text
+
+
+def base_model_table() -> str:
+    """The base model's quality: what was measured, with interval and n."""
+    rows = _rows("00_base_model")
+    lines = ["| base model, 20 DDIM steps | value [95 % interval] | images |", "|---|---|---|"]
+
+    def add(label: str, row: dict) -> None:
+        lines.append(
+            f"| {label} | {_show(row)} {row['unit'] if row['unit'] in ('%', 'dB') else ''} | {row['n']} |"
+        )
+
+    for objects, words in ((1, "one object"), (2, "two objects")):
+        for split, which in (("test", "held-out scenes"), ("unseen", "combinations never seen")):
+            row = _find(rows, "generated", "prompt accuracy", split=split, objects=objects)
+            add(f"prompt accuracy, all attributes right, {words}, {which}", row)
+    for method in ("generated", "rendered"):
+        for objects, words in ((1, "one object"), (2, "two objects")):
+            row = _find(rows, method, "CLIP score", split="test", objects=objects)
+            add(f"CLIP score of {method} images, {words}", row)
+    add("autoencoder round trip, PSNR", _find(rows, "autoencoder", "PSNR of the round trip", split="test"))
+    for method, words in (
+        ("reader on rendered scenes", "rendered scenes"),
+        ("reader after the round trip", "round trips"),
+    ):
+        add(
+            f"reader, all attributes right on {words}",
+            _find(rows, method, "all attributes read right", split="test"),
+        )
+    return "\n".join(lines)
+
+
+def pruning_table() -> str:
+    """Quality against the share of weights set to zero."""
+    rows = _rows("02_pruning")
+    columns = (
+        "weights zeroed per layer",
+        "UNet zero-valued",
+        "prompt accuracy (%)",
+        "difference, paired",
+        "CLIP score",
+        "PSNR to unpruned (dB)",
+        "images",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    accuracy, clip = _find(rows, "unpruned", "prompt accuracy"), _find(rows, "unpruned", "CLIP score")
+    lines.append(f"| 0 % | 0.0 % | {_show(accuracy)} | | {_show(clip)} | | {accuracy['n']} |")
+    for row in rows:
+        if row["metric"] != "zero-valued share":
+            continue
+        amount = row["parameters"]["amount"]
+        accuracy, difference, clip, psnr = (
+            _find(rows, "l1_unstructured", metric, amount=amount)
+            for metric in ("prompt accuracy", "prompt accuracy difference", "CLIP score", "PSNR to unpruned")
+        )
+        cells = [f"{100 * amount:g} %", f"{_show(row)} %", *map(_show, (accuracy, difference, clip, psnr))]
+        lines.append(f"| {' | '.join(cells)} | {accuracy['n']} |")
+    return "\n".join(lines)
+
+
+def file_table() -> str:
+    """Size and sha256 of the base model's files."""
+    lines = ["| file | bytes | sha256 |", "|---|---|---|"]
+    for path in sorted((ROOT / "data" / "tiny").iterdir()):
+        content = path.read_bytes()
+        lines.append(f"| `{path.name}` | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |")
+    return "\n".join(lines)
+
+
+TABLES = {"base model": base_model_table, "pruning": pruning_table, "files": file_table}
+PAGES = (ROOT / "README.md", ROOT / "data" / "README.md")
+
+
+def build(text: str) -> str:
+    """A page with each table between its two marks made anew. Raises KeyError for an unknown table."""
+    return re.sub(
+        r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(build(page.read_text(encoding="utf-8")), encoding="utf-8")
