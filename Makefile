@@ -32,8 +32,7 @@ test: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pytest
-	$(if $(NOTEBOOKS),$(PY) -m pytest --nbval --nbval-current-env \
-	    $(addprefix --nbval-sanitize-with=,$(wildcard tests/nbval.cfg)) $(NOTEBOOKS))
+	$(PY) -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow

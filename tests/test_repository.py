@@ -29,6 +29,13 @@ def test_tables_are_those_of_the_reports():
         assert builder.build(text) == text, f"run reports/build_readme.py: {path.name} is out of date"
 
 
+def test_prompt_sets_are_what_their_script_makes():
+    maker = _load(ROOT / "data" / "prompts" / "make_prompts.py")
+    for name, (split, n, seed) in maker.SETS.items():
+        path = ROOT / "data" / "prompts" / f"scenes_{name}.jsonl"
+        assert path.read_text(encoding="utf-8") == maker.make(split, n, seed)
+
+
 def test_readme_python_snippets_run(capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

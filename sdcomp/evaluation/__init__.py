@@ -1,7 +1,20 @@
 """Metrics of generated images, and their statistics."""
 
-from sdcomp.evaluation.metrics import clip_scores, psnr
+from sdcomp.evaluation.cache import cached_images
+from sdcomp.evaluation.metrics import UNITS, clip_scores, psnr, scores
 from sdcomp.evaluation.prompts import Prompts, load_prompts
-from sdcomp.evaluation.statistics import Estimate, bootstrap
+from sdcomp.evaluation.statistics import Estimate, bootstrap, estimate, paired_difference
 
-__all__ = ["Estimate", "Prompts", "bootstrap", "clip_scores", "load_prompts", "psnr"]
+__all__ = [
+    "UNITS",
+    "Estimate",
+    "Prompts",
+    "bootstrap",
+    "cached_images",
+    "clip_scores",
+    "estimate",
+    "load_prompts",
+    "paired_difference",
+    "psnr",
+    "scores",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 RESAMPLES = 2000
@@ -25,18 +26,60 @@ class Estimate:
 
 
 def bootstrap(
-    values: Tensor, transform: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0
+    values: Tensor,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
 ) -> Estimate:
     """The mean of `values` `(n,)`, put through `transform` if given, with its percentile interval.
 
-    Images are resampled with replacement (Efron 1979). For a paired comparison give the differences.
-    Raises ValueError for an empty tensor.
+    Images are resampled with replacement (Efron 1979); where `groups` names what each image shows, whole
+    groups are, since images of one scene are not independent. NaN stands for "does not apply" and is left
+    out. For a paired comparison give the differences. One group alone has no interval (NaN). Raises
+    ValueError where nothing is left.
     """
     data = values.double().cpu().numpy()
+    labels = np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(data.size)
+    labels, data = labels[~np.isnan(data)], data[~np.isnan(data)]
     if data.size == 0:
         raise ValueError("an estimate needs at least one value")
+    members = np.unique(labels, return_inverse=True)[1]
+    sums, counts = np.bincount(members, data), np.bincount(members)
     rng = np.random.default_rng(seed)
-    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(RESAMPLES)])
+    draws = rng.integers(0, counts.size, (RESAMPLES, counts.size))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
     f = transform or (lambda x: x)
-    low, high = np.sort(np.percentile(f(means), [2.5, 97.5]))
+    low, high = np.sort(np.percentile(f(means), [2.5, 97.5])) if counts.size > 1 else (np.nan, np.nan)
     return Estimate(float(f(data.mean())), float(low), float(high), data.size)
+
+
+def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of a score `(n,)` with its interval; of a yes or no (bool), the share in percent.
+
+    Where all images agree a bootstrap sees no spread: a share then has Wilson's (1927) interval.
+    """
+    if values.dtype != torch.bool:
+        return bootstrap(values, groups=groups)
+    share = bootstrap(100 * values.double(), groups=groups)
+    if share.low != share.high:
+        return share
+    n, z2 = len(set(groups)) if groups else len(values), 1.96**2
+    center, half = (share.value / 100 + z2 / 2 / n) / (1 + z2 / n), z2 / 2 / n / (1 + z2 / n)
+    return Estimate(share.value, 100 * (center - half), 100 * (center + half), share.n)
+
+
+def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of `values` less `baseline`, image by image; of shares (bool) in percentage points.
+
+    Where no answer differs a bootstrap sees no spread: the interval then reaches as far as the rate of an
+    event that was not seen in n groups can, with 97.5 % confidence on each side.
+    """
+    if values.dtype != torch.bool:
+        return bootstrap(values.double() - baseline.double(), groups=groups)
+    change = bootstrap(100 * (values.double() - baseline.double()), groups=groups)
+    if change.low != change.high:
+        return change
+    n = len(set(groups)) if groups else len(values)
+    reach = 100 * (1 - 0.025 ** (1 / n))
+    low, high = max(change.value - reach, -100.0), min(change.value + reach, 100.0)
+    return Estimate(change.value, low, high, change.n)

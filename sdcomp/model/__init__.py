@@ -1,7 +1,7 @@
 """The latent diffusion model: Stable Diffusion 1.x's architecture, loaded, sampled and saved."""
 
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from sdcomp.model.loading import ModelError, load, resolve_path, save
+from sdcomp.model.loading import ModelError, load, save, weights_digest
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion, Trace
@@ -25,6 +25,6 @@ __all__ = [
     "VAEEncoder",
     "load",
     "make_sampler",
-    "resolve_path",
     "save",
+    "weights_digest",
 ]

@@ -6,10 +6,8 @@ The folder holds `config.json`; `unet`, `vae`, `clip` (or `text_encoder`) and, w
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sdcomp.errors import UserError
+from sdcomp.files import find, replacing
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion
@@ -32,13 +31,6 @@ class ModelError(UserError):
     """A model cannot be loaded; the message says which file and what to do."""
 
 
-def resolve_path(path: str | Path) -> Path:
-    """A path as given, or, if relative and not there, the same from the repository's root."""
-    path = Path(os.path.expanduser(path))
-    from_root = Path(__file__).resolve().parents[2] / path
-    return from_root if not path.exists() and from_root.exists() else path
-
-
 def load(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusion:
@@ -47,14 +39,17 @@ def load(
     Weights are converted to `dtype`. Raises ModelError, a ValueError, in one sentence when the folder or
     a file in it is missing, truncated or of another architecture.
     """
-    folder = resolve_path(path)
+    folder = find(path)
     if not folder.exists():
         raise ModelError(f"model {str(path)!r} does not exist; give a model folder such as data/tiny")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
     try:
-        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it is no table of settings")
+        config = ModelConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
 
     def ready(name: str, module: nn.Module) -> nn.Module:
@@ -63,6 +58,7 @@ def load(
         return module.eval().to(device=device, dtype=kind, memory_format=torch.channels_last)
 
     parts = _build(config, folder / "config.json")
+    tokenizer = _tokenizer(folder, config)
     load_weights([parts["unet"]], folder / "unet.safetensors")
     load_weights([parts["encoder"], parts["decoder"]], folder / "vae.safetensors")
     for name in ("clip", "text_encoder", "reader"):
@@ -71,7 +67,7 @@ def load(
     parts = {name: ready(name, module) for name, module in parts.items()}
     if "clip" in parts:
         parts["text_encoder"] = parts["clip"].text_model
-    return StableDiffusion(config=config, tokenizer=_tokenizer(folder, config), **parts)
+    return StableDiffusion(config=config, tokenizer=tokenizer, **parts)
 
 
 def _build(config: ModelConfig, file: Path) -> dict[str, nn.Module]:
@@ -135,8 +131,12 @@ def save(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = No
     """Write a model folder that `load` reads, its weights converted to `dtype` if given.
 
     Each file is written beside its place and renamed, so a killed save leaves whole files only. Raises
-    ModelError for a file that cannot be written.
+    UserError for a file that cannot be written, and for a text encoder that is not the CLIP's own.
     """
+    if sd.clip is not None and sd.text_encoder is not sd.clip.text_model:
+        raise ModelError(
+            "the text encoder was replaced, but clip was not: replace(clip=...) as well to save both"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
@@ -164,7 +164,7 @@ def _save_state(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None)
         tensor = tensor.detach().cpu().contiguous()
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
-    with _replacing(file) as partial:
+    with replacing(file) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         save_file({name: convert(t) for name, t in state.items()}, partial)
@@ -172,18 +172,15 @@ def _save_state(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None)
 
 
 def _write(file: Path, text: str) -> None:
-    with _replacing(file) as partial:
+    with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to; it takes the place of `file` when all went well."""
-    partial = file.with_suffix(".partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be written ({_one_line(error)})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+def weights_digest(*modules: nn.Module) -> str:
+    """A short name for the very weights and buffers of some modules (12 hexadecimal digits of SHA-256)."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + raw.numpy().tobytes())
+    return digest.hexdigest()[:12]

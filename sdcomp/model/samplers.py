@@ -4,6 +4,9 @@ Each is a class with `timesteps`, the training timesteps it visits, and
 `step(i, latents, noise_prediction, noise)`, which goes from `timesteps[i]` to the next. `noise` is
 standard normal, of the latents' shape; samplers that draw none (`stochastic` is False) ignore it. The
 settings are those of SD 1.x: predictions are of the noise, nothing is clipped.
+
+As in diffusers, `DDIM` goes back by train_timesteps // steps; with trailing spacing and a number of steps
+that does not divide the training timesteps, that is up to one timestep off the next one visited.
 """
 
 from __future__ import annotations

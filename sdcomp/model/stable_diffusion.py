@@ -74,6 +74,8 @@ class StableDiffusion:
         for part in (self.unet, self.encoder, self.decoder, self.text_encoder, self.clip, self.reader):
             if part is not None:
                 part.to(*args)
+        if self.reader is not None:
+            self.reader.float()  # it judges; its answers must not depend on the type of what is judged
         return self
 
     def replace(self, **parts: object) -> StableDiffusion:
@@ -106,7 +108,7 @@ class StableDiffusion:
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)` float32 in [0, 1]."""
-        images = self.decoder(latents / self.config.vae.latent_scale)
+        images = self.decoder(latents.to(self.device, self.dtype) / self.config.vae.latent_scale)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ VOCABULARY = tuple(
         | {word for w in BACKGROUND_WORDINGS for word in re.findall("[a-z]+", w)}
     )
 )
-"""Every word that a caption can have, each one token of the base model's tokenizer."""
+"""Every word of the captions and a few more, each one token of the base model's tokenizer."""
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:

@@ -94,10 +94,10 @@ def head_targets(scenes: list[Scene | None]) -> dict[str, Tensor]:
 
 @dataclass
 class PromptAccuracy:
-    """Whether images show what was asked for: `(N,)` bool for all attributes, and by attribute.
+    """Whether images show what was asked for, `(N,)` each.
 
-    In `by_attribute` an attribute that a scene does not have (the second object's of one) is left out of
-    its tensor; shapes, colours, sizes and textures of both objects are counted together.
+    `all_right`: bool, everything is. `by_attribute`: the share of an image's objects that have it right;
+    NaN where the scene has no such attribute (the relation of a single object).
     """
 
     all_right: Tensor
@@ -106,12 +106,14 @@ class PromptAccuracy:
 
 def prompt_accuracy(reader: SceneReader, images: Tensor, scenes: list[Scene]) -> PromptAccuracy:
     """Read `images` `(N, 3, 64, 64)` and compare with the scenes that were asked for."""
-    all_right, by_attribute = [], {}
-    for answer, scene in zip(reader.read(images), scenes, strict=True):
+    names = sorted({name.split("_")[0] for name in HEADS})
+    by_attribute = {name: torch.full((len(scenes),), float("nan")) for name in names}
+    all_right = torch.zeros(len(scenes), dtype=torch.bool)
+    for row, (answer, scene) in enumerate(zip(reader.read(images), scenes, strict=True)):
         wanted = scene.attributes()
-        all_right.append(answer == wanted)
-        for name, value in wanted.items():
-            by_attribute.setdefault(name.split("_")[0], []).append(answer.get(name) == value)
-    return PromptAccuracy(
-        torch.tensor(all_right), {name: torch.tensor(v) for name, v in sorted(by_attribute.items())}
-    )
+        all_right[row] = answer == wanted
+        for name in names:
+            right = [answer.get(k) == v for k, v in wanted.items() if k.split("_")[0] == name]
+            if right:
+                by_attribute[name][row] = sum(right) / len(right)
+    return PromptAccuracy(all_right, by_attribute)

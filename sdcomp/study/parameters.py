@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from sdcomp.errors import UserError
-from sdcomp.model import SAMPLERS, resolve_path
+from sdcomp.files import find
+from sdcomp.model import SAMPLERS
 
 
 class ParameterError(UserError):
@@ -39,6 +40,8 @@ def _between(low: float, high: float) -> Rule:
 
 
 def _device_there(value: str) -> bool:
+    if value == "auto":
+        return True
     try:
         torch.ones(1, device=value).item()
     except (RuntimeError, AssertionError):
@@ -48,7 +51,7 @@ def _device_there(value: str) -> bool:
 
 RULES: dict[str, Rule] = {
     "model": Rule(
-        lambda value: resolve_path(value).exists(),
+        lambda value: find(value).exists(),
         "an existing model folder, such as data/tiny (looked for from here and from the repository)",
     ),
     "amount": Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %"),
@@ -58,7 +61,9 @@ RULES: dict[str, Rule] = {
     "sampler": _one_of(*SAMPLERS),
     "guidance_scale": _between(0, 100),
     "guidance_sweep": _between(0, 100),
-    "device": Rule(_device_there, "a device that this machine and this PyTorch have, such as cpu or cuda"),
+    "device": Rule(
+        _device_there, "a device that this machine and this PyTorch have, such as cpu or cuda, or auto"
+    ),
     "train_images": Rule(lambda value: value >= 256 and value % 4 == 0, "a multiple of 4, at least 256"),
     "vae_steps": _between(1, 10_000_000),
     "clip_steps": _between(1, 10_000_000),
@@ -66,6 +71,9 @@ RULES: dict[str, Rule] = {
     "reader_steps": _between(1, 10_000_000),
 }
 """One rule for each parameter that some notebook has; a list is good if each of its items is."""
+
+COMMON = {"model", "seed", "n_images", "steps", "sampler", "guidance_scale", "device", "out"}
+"""The parameters that every notebook has."""
 
 _NOUNS = {
     "int": "a whole number",
@@ -84,16 +92,18 @@ def read_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
     declared, and one that breaks its rule.
     """
     cells = [_parse(source) for source in namespace["In"]]
-    declared = next((found for cell in reversed(cells) if (found := _declarations(cell))), None)
-    if declared is None:
-        raise ParameterError("run the parameters cell first")
-    for source, cell in zip(namespace["In"], cells, strict=True):
-        if source.lstrip().partition("\n")[0].rstrip() == "# Parameters":
-            for name in _assignments(cell):
-                if name not in declared:
-                    raise ParameterError(
-                        f"there is no parameter {name!r}; this notebook has {', '.join(declared)}"
-                    )
+    found = [(i, lines) for i, cell in enumerate(cells) if (lines := _declarations(cell)).keys() >= COMMON]
+    if not found:
+        raise ParameterError("run the parameters cell first; each of its lines is `name: type = value`")
+    last, declared = found[-1]
+    injected = [
+        cell
+        for source, cell in zip(namespace["In"][last:], cells[last:], strict=True)
+        if source.lstrip().startswith("# Parameters")
+    ]
+    for name in _assignments(injected[-1]) if injected else []:
+        if name not in declared:
+            raise ParameterError(f"there is no parameter {name!r}; this notebook has {', '.join(declared)}")
     return {name: _check(name, line, namespace[name]) for name, line in declared.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,21 +22,24 @@ def style() -> None:
 
 
 def image_grid(
-    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] | None = None
+    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = ()
 ) -> Figure:
-    """A grid of images: each row a tensor `(N, 3, H, W)` in [0, 1], labelled at its left."""
-    columns = len(rows[0])
+    """A grid of images: each row a tensor `(N, 3, H, W)` in [0, 1] labelled at its left, prompts on top.
+
+    Rows are cut to the shortest.
+    """
+    columns = min(len(images) for images in rows)
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.25 * columns + 1, 1.3 * len(rows) + 0.3), squeeze=False
+        len(rows), columns, figsize=(1.25 * columns + 1, 1.25 * len(rows) + 0.6), squeeze=False
     )
     for axis_row, images, label in zip(axes, rows, row_labels, strict=True):
-        for axis, image in zip(axis_row, images, strict=True):
+        for axis, image in zip(axis_row, images[:columns], strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         axis_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    for axis, label in zip(axes[0], column_labels or [], strict=False):
-        axis.set_title(label, fontsize=7)
+    for axis, label in zip(axes[0], column_labels, strict=False):
+        axis.set_title(textwrap.fill(label, 22), fontsize=6)
     return figure
 
 

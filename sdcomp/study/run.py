@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import importlib.metadata
@@ -19,16 +18,13 @@ import pandas as pd
 import torch
 
 from sdcomp.errors import UserError
+from sdcomp.files import ROOT, find, place, replacing, sha256
 from sdcomp.study.parameters import read_parameters
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sdcomp.evaluation import Estimate
-
-_SOURCE = Path(__file__).resolve().parents[2]
-ROOT = _SOURCE if (_SOURCE / "pyproject.toml").exists() else Path.cwd()
-"""The repository; the working directory where the package is installed without one."""
 
 COLUMNS = (
     "run_id", "study", "model", "method", "parameters", "metric",
@@ -48,10 +44,10 @@ class Run:
         """Check the notebook's parameters; raises ParameterError, or UserError for an unusable folder."""
         self.study = study
         self.parameters = read_parameters(namespace)
+        self._namespace = namespace
         text = json.dumps({k: v for k, v in self.parameters.items() if k != "out"}, sort_keys=True)
         self.id = hashlib.sha256(f"{study} {text}".encode()).hexdigest()[:12]
-        out = self.parameters.get("out", "")
-        self.folder = Path(os.path.expanduser(out)) if out else ROOT / "reports" / "runs" / study / self.id
+        self.folder = place(self.parameters["out"] or ROOT / "reports" / "runs" / study / self.id)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".writable").touch()
@@ -59,7 +55,8 @@ class Run:
         except OSError as error:
             raise UserError(f"out={str(self.folder)!r} cannot be written to ({error.strerror})") from None
         self.facts: dict[str, Any] = {}
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._commit = _commit()
         self._start = time.time()
 
     def record(
@@ -74,7 +71,8 @@ class Run:
     ) -> None:
         """Add one result: an `Estimate`, or a plain number that is exact (a count, a share of zeros).
 
-        `parameters` say which variant of `method` this is; `baseline` names what a difference is to.
+        `parameters` say which variant of `method` this is; `baseline` names what a difference is to. The
+        same result recorded again, by a cell that is run again, takes the place of the first.
         """
         row = dict.fromkeys(COLUMNS, "")
         row.update(
@@ -85,30 +83,40 @@ class Run:
             row.update(value=estimate)
         else:
             row.update(value=estimate.value, ci_low=estimate.low, ci_high=estimate.high, n=estimate.n)
-        self._rows.append(row)
+        self._rows[method, metric, row["parameters"], baseline] = row
 
     def results(self, metric: str) -> list[dict[str, Any]]:
         """The rows of one metric so far, with `parameters` as a dictionary."""
-        return [{**r, "parameters": json.loads(r["parameters"])} for r in self._rows if r["metric"] == metric]
+        return [
+            {**r, "parameters": json.loads(r["parameters"])}
+            for r in self._rows.values()
+            if r["metric"] == metric
+        ]
 
-    def table(self) -> pd.DataFrame:
-        """All results so far, one row each, the value written with its interval."""
-        rows = []
-        for r in self._rows:
-            interval = "" if r["ci_low"] == "" else f" [{r['ci_low']:.4g}, {r['ci_high']:.4g}]"
-            variant = ", ".join(f"{k}={v}" for k, v in json.loads(r["parameters"]).items())
-            rows.append(
-                {
-                    "method": r["method"],
-                    "variant": variant,
-                    "metric": r["metric"],
-                    "value [95 % interval]": f"{r['value']:.4g}{interval}",
-                    "unit": r["unit"],
-                    "n": r["n"],
-                    "baseline": r["baseline"],
-                }
-            )
-        return pd.DataFrame(rows)
+    @property
+    def metrics(self) -> list[str]:
+        """The names of everything recorded so far."""
+        return sorted({row["metric"] for row in self._rows.values()})
+
+    def table(self, *metrics: str) -> pd.DataFrame:
+        """Results so far: a row for each variant, a column for each metric (default: all), with intervals."""
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in self._rows.values():
+            if metrics and row["metric"] not in metrics:
+                continue
+            interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+            variant = ", ".join(f"{k} {v}" for k, v in json.loads(row["parameters"]).items())
+            column = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
+            cells.setdefault((row["method"], variant), {})[column] = f"{row['value']:.4g}{interval}"
+        table = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+        table.index.names = ["method", "variant"]
+        return table
+
+    @property
+    def device(self) -> str:
+        """The parameter `device`; "auto" is cuda where there is one, else cpu."""
+        device = self.parameters["device"]
+        return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def progress(self) -> bool:
@@ -120,44 +128,49 @@ class Run:
         path = self.folder / f"{name}.png"
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
-            write_atomically(path, buffer.getvalue())
+            self._write(path, buffer.getvalue())
         return path
 
     def save(self) -> Path:
-        """Write `metrics.csv` and `run.json`; returns the folder."""
+        """Write `metrics.csv` and `run.json`; returns the folder.
+
+        Raises UserError when the parameters were changed since the run was started.
+        """
+        if read_parameters(self._namespace) != self.parameters:
+            raise UserError("parameters were changed after the run was started; run all cells again")
         with io.StringIO(newline="") as buffer:
             writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in self._rows
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                for row in self._rows.values()
             )
-            write_atomically(self.folder / "metrics.csv", buffer.getvalue().encode())
+            self._write(self.folder / "metrics.csv", buffer.getvalue().encode())
         record = {
             "run_id": self.id,
             "study": self.study,
             "parameters": self.parameters,
-            "commit": _commit(),
-            "device": _device_name(self.parameters.get("device", "cpu")),
+            "commit": self._commit,
+            "weights": self._weights(),
+            "device": _device_name(self.device),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "seconds": round(time.time() - self._start, 1),
             **self.facts,
         }
-        write_atomically(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+        self._write(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
         return self.folder
 
+    def _weights(self) -> dict[str, str]:
+        """SHA-256 of the model's files, by name."""
+        path = find(self.parameters["model"])
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        return {file.name: sha256(file) for file in files}
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a killed run leaves no half-written file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}); free some space or set out=") from None
+    def _write(self, path: Path, content: bytes) -> None:
+        with replacing(path) as partial:
+            partial.write_bytes(content)
 
 
 def _version(package: str) -> str:

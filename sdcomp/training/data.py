@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdcomp.files import replacing
 from sdcomp.scenes import Scene, neighbor, render, sample_scenes
 from sdcomp.scenes.render import SIZE
 
@@ -24,6 +25,11 @@ class SceneSet:
 
     scenes: list[Scene]
     images: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """A short name for this very set of scenes."""
+        return hashlib.sha256(repr(self.scenes).encode() + self.images[:FAMILY].tobytes()).hexdigest()[:12]
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """Images of the given rows, `(B, 3, 64, 64)` float32 in [0, 1]."""
@@ -51,9 +57,6 @@ def scene_set(n: int, seed: int, folder: Path | None = None, progress: bool = Tr
             images[i : i + 256] = (batch * 255).round().byte().numpy()
         if path is None:
             return SceneSet(scenes, images)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
+        with replacing(path) as partial, open(partial, "wb") as file:
             np.save(file, images)
-        os.replace(partial, path)
     return SceneSet(scenes, np.load(path, mmap_mode="r"))

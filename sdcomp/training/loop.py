@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from sdcomp.errors import UserError
+from sdcomp.files import replacing
 
 Loss = Callable[[np.random.Generator, torch.Generator], Tensor]
 
@@ -39,6 +41,7 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
+    inputs: dict[str, str] | None = None,
     progress: bool = True,
     desc: str = "train",
 ) -> Trained:
@@ -47,15 +50,29 @@ def fit(
     `loss(rng, generator)` draws its batch and noise from the two generators that it is given and returns
     a scalar. They are seeded by the step's number, so a run that was killed and takes up from
     `checkpoint` goes on as if it had not been. AdamW with linear warm-up and a cosine to zero; gradients
-    are clipped at norm 1. Raises FloatingPointError when the loss is no longer finite.
+    are clipped at norm 1.
+
+    A checkpoint belongs to one training: `inputs` names what else the loss depends on (digests of data
+    and of other parts). Raises UserError for a checkpoint of another training, and FloatingPointError
+    when the loss is no longer finite.
     """
+    recipe = {
+        "part": desc, "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
+        "ema_decay": ema_decay, "seed": seed, **(inputs or {}),
+    }  # fmt: skip
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
     )
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     start, losses, seconds = 0, [], 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=next(module.parameters()).device)
+        for key, value in recipe.items():
+            if (there := state["recipe"].get(key)) != value:
+                raise UserError(
+                    f"{checkpoint} is of another training ({key} is {there} there and {value} here); "
+                    "delete it, or train in another folder"
+                )
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -69,6 +86,9 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         value = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
+        losses.append(value.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"{desc}: the loss is {losses[-1]} at step {step}; lower the rate")
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -76,25 +96,14 @@ def fit(
         # A short memory at first, so that the average of a brief run is not its random start.
         average.multi_avg_fn = get_ema_multi_avg_fn(min(ema_decay, (step + 1) / (step + 10)))
         average.update_parameters(module)
-        losses.append(value.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{desc}: the loss is {losses[-1]} at step {step}; lower the rate")
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
         if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step == steps - 1):
-            _save(
-                checkpoint, module=module.state_dict(), average=average.state_dict(),
-                optimizer=optimizer.state_dict(), step=step + 1, losses=losses,
-                seconds=seconds + time.monotonic() - begun,
-            )  # fmt: skip
+            state = {
+                "recipe": recipe, "module": module.state_dict(), "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses,
+                "seconds": seconds + time.monotonic() - begun,
+            }  # fmt: skip
+            with replacing(checkpoint) as partial:
+                torch.save(state, partial)
             saved = time.monotonic()
-    # The average holds its own copy of buffers (batch statistics) as they were at the start.
-    for target, source in zip(average.module.buffers(), module.buffers(), strict=True):
-        target.copy_(source)
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
-
-
-def _save(path: Path, **state: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)

@@ -88,6 +88,7 @@ def diffusion_loss(
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         rows = rng.choice(len(data.scenes), batch, replace=False)
         texts = ["" if rng.random() < drop_text else caption(data.scenes[r], rng) for r in rows]
+        # A copy: autograd does not save inference tensors for the backward pass.
         context = text_states(text_encoder, tokenizer, texts).clone()
         noise = torch.randn(2, batch, *means.shape[1:], generator=generator)
         clean = means[rows] + stds[rows] * noise[0]
@@ -105,12 +106,12 @@ def diffusion_loss(
 def reader_loss(reader: SceneReader, data: SceneSet, round_trips: Tensor, batch: int = 128):
     """Sum of cross-entropies over the reader's heads, on augmented scenes and on images that show none.
 
-    `round_trips`: `(M, 3, 64, 64)` uint8, the first M images after the base model's VAE. A third of the
-    rows are drawn from them; rows are blurred, noised and dimmed at random. One row in six is noise, an
-    empty background, a blend of two scenes or a scene cut into shuffled tiles: there nothing can be told.
+    `round_trips`: `(M, 3, 64, 64)` uint8, the first M images after the base model's VAE. A quarter of
+    the rows come from there; rows are blurred, noised and lit at random. One row in six is noise, an empty
+    background, a blend of two scenes or a scene cut into shuffled tiles: there nothing can be told.
     """
-    rng = np.random.default_rng(0)
-    empty = render([Scene(str(rng.choice(BACKGROUNDS)), ()) for _ in range(512)], 0)
+    colors = np.random.default_rng(0)
+    empty = render([Scene(str(colors.choice(BACKGROUNDS)), ()) for _ in range(512)], 0)
     negatives = batch // 6
     device = next(reader.parameters()).device
 

@@ -5,6 +5,7 @@ Each takes its number of steps, a seed and an optional checkpoint from which it 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder
+from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder, weights_digest
 from sdcomp.model.text import build_clip, word_tokenizer
 from sdcomp.scenes import VOCABULARY
 from sdcomp.scenes.reader import SceneReader
@@ -57,7 +58,7 @@ def train_clip(
     clip = build_clip(config).to(device)
     return fit(
         clip, clip_loss(clip, tokenizer, data), steps, lr=1e-3, weight_decay=0.05, seed=seed,
-        checkpoint=checkpoint, progress=progress, desc="clip",
+        checkpoint=checkpoint, inputs={"scenes": data.digest}, progress=progress, desc="clip",
     )  # fmt: skip
 
 
@@ -89,12 +90,27 @@ def train_unet(
     checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train the UNet to predict noise in the scaled latents, given the captions."""
+    inputs = {
+        "scenes": data.digest,
+        "text encoder": weights_digest(clip.text_model),
+        "latents": hashlib.sha256(latents[0][:4].numpy().tobytes()).hexdigest()[:12],
+    }
     torch.manual_seed(seed)
     unet = UNet(config.unet).to(device, memory_format=torch.channels_last)
     loss = diffusion_loss(
         unet, NoiseSchedule(config.schedule), latents, data, clip.text_model.eval(), tokenizer
     )
-    return fit(unet, loss, steps, lr=1e-3, seed=seed, checkpoint=checkpoint, progress=progress, desc="unet")
+    return fit(
+        unet,
+        loss,
+        steps,
+        lr=1e-3,
+        seed=seed,
+        checkpoint=checkpoint,
+        inputs=inputs,
+        progress=progress,
+        desc="unet",
+    )
 
 
 @torch.inference_mode()
@@ -115,10 +131,11 @@ def train_reader(
     """Train the reader on rendered scenes and, for three in ten, what the autoencoder makes of them."""
     torch.manual_seed(seed)
     reader = SceneReader().to(device, memory_format=torch.channels_last)
+    inputs = {"scenes": data.digest, "autoencoder": weights_digest(vae)}
     n = int(0.3 * len(data.scenes))
     chunks = np.array_split(np.arange(n), -(-n // 1024))
     trips = torch.cat([(vae_round_trips(vae, data.batch(rows)) * 255).round().byte() for rows in chunks])
     return fit(
         reader, reader_loss(reader, data, trips), steps, lr=2e-3, weight_decay=0.02, seed=seed,
-        checkpoint=checkpoint, progress=progress, desc="reader",
+        checkpoint=checkpoint, inputs=inputs, progress=progress, desc="reader",
     )  # fmt: skip

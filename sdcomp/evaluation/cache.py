@@ -1,0 +1,58 @@
+"""Generated images, kept on disk: a killed study goes on where it stopped, and baselines are shared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sdcomp.model
+from sdcomp.files import ROOT, replacing
+from sdcomp.model import StableDiffusion, weights_digest
+
+FOLDER = ROOT / "reports" / "runs" / "images"
+
+
+def cached_images(
+    sd: StableDiffusion,
+    prompts: list[str],
+    *,
+    folder: Path = FOLDER,
+    progress: bool = False,
+    **settings: object,
+) -> Tensor:
+    """`sd.generate(prompts, **settings)`, from `folder` where the very same images were made before.
+
+    The same are: weights, configuration, prompts, settings, device, thread count, PyTorch and the source
+    of `sdcomp.model`. A damaged file is made anew. Raises UserError when the folder cannot be written to.
+    """
+    path = folder / f"{_key(sd, prompts, settings)}.safetensors"
+    if path.exists():
+        try:
+            return load_file(path)["images"]
+        except (SafetensorError, KeyError):
+            path.unlink()
+    images = sd.generate(prompts, progress=progress, **settings)
+    with replacing(path) as partial:
+        save_file({"images": images}, partial)
+    return images
+
+
+def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -> str:
+    source = b"".join(file.read_bytes() for file in sorted(Path(sdcomp.model.__file__).parent.glob("*.py")))
+    facts = {
+        "weights": weights_digest(sd.unet, sd.encoder, sd.decoder, sd.text_encoder),
+        "structure": repr(sd.unet),
+        "config": sd.config.to_dict(),
+        "vocabulary": sd.tokenizer.get_vocab(),
+        "prompts": prompts,
+        "settings": {name: repr(value) for name, value in settings.items()},
+        "machine": [str(sd.device), str(sd.dtype), torch.get_num_threads(), torch.__version__],
+        "source": hashlib.sha256(source).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
