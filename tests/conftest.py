@@ -1,0 +1,89 @@
+"""Small models with random weights, and diffusers where it is installed."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPTokenizer
+
+from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
+from sdcomp.model.stable_diffusion import StableDiffusion
+from sdcomp.model.text import build_text_encoder, word_tokenizer
+from sdcomp.model.unet import UNet
+from sdcomp.model.vae import VAEDecoder, VAEEncoder
+from sdcomp.scenes import VOCABULARY
+
+SMALL = dataclasses.replace(
+    TINY,
+    unet=UNetConfig(
+        model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2,
+        context_dim=32, norm_groups=8,
+    ),
+    vae=VAEConfig(base_channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, norm_groups=4, latent_scale=0.7),
+    text={**TINY.text, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+)  # fmt: skip
+"""TINY's shapes outside, much narrower inside; and a latent scale whose absence would be noticed."""
+
+
+def _randomize(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
+    """Random weights and biases everywhere, norms included, that keep activations near `gain` in size.
+
+    Activations much below 1 make the constants that norms add to a variance matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(gain * noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(gain * 0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval()
+
+
+def _random_model(config: ModelConfig) -> StableDiffusion:
+    """A model with random weights whose encoder, like a trained one, has a narrow posterior."""
+    encoder = _randomize(VAEEncoder(config.vae), 1)
+    with torch.no_grad():
+        z = config.vae.z_channels
+        encoder.quant_conv.weight[z:] *= 0.1
+        encoder.quant_conv.bias[z:] -= 8
+    vocab, merges = word_tokenizer(VOCABULARY)
+    length = config.text["max_position_embeddings"]
+    return StableDiffusion(
+        config=config,
+        unet=_randomize(UNet(config.unet), 0),
+        encoder=encoder,
+        decoder=_randomize(VAEDecoder(config.vae), 2),
+        text_encoder=_randomize(build_text_encoder(config), 3),
+        tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length),
+    )
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., nn.Module]:
+    """A function that gives a module random weights from a seed."""
+    return _randomize
+
+
+@pytest.fixture(scope="session")
+def small() -> StableDiffusion:
+    """A model of a few ten thousand weights."""
+    return _random_model(SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StableDiffusion:
+    """A model of the base model's size, its weights laid out in memory as `sdcomp.load` does."""
+    sd = _random_model(TINY)
+    for part in (sd.unet, sd.encoder, sd.decoder, sd.text_encoder):
+        part.to(memory_format=torch.channels_last)
+    return sd
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    """The independent implementation that ours is compared with."""
+    return pytest.importorskip("diffusers")

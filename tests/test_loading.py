@@ -1,0 +1,391 @@
+"""Model folders: what is saved comes back bit for bit, and what is wrong with one is said in a sentence."""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sdcomp
+from sdcomp.errors import UserError
+from sdcomp.files import find
+from sdcomp.model import TINY, ModelError, StableDiffusion, load, loading, save
+from sdcomp.model.text import build_clip, tokenize
+from sdcomp.pruning import prune_unstructured
+from sdcomp.scenes import SceneReader
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ("unet", "vae", "clip", "reader")
+FILES = {f"{name}.safetensors" for name in WEIGHTS} | {"config.json", "vocab.json", "merges.txt"}
+PROMPTS = ["a small red star on a navy background"]
+PARTS = ("unet", "encoder", "decoder", "text_encoder", "clip", "reader")
+
+
+def complete(sd: StableDiffusion, randomize) -> StableDiffusion:
+    """The model with an image encoder and a reader, whose batch statistics are not the initial ones."""
+    clip, reader = randomize(build_clip(sd.config), 5), randomize(SceneReader(), 6)
+    for module in reader.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return sd.replace(clip=clip, text_encoder=clip.text_model, reader=reader)
+
+
+@pytest.fixture(scope="module")
+def whole(small, randomize):
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = dataclasses.replace(small.config, vision={**small.config.vision, **narrow})
+    return complete(small.replace(config=config), randomize)
+
+
+@pytest.fixture(scope="module")
+def saved(whole, tmp_path_factory) -> Path:
+    """A good folder; nobody writes into it."""
+    return save(whole, tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A good folder to break: replace its files, do not write into them."""
+    return Path(shutil.copytree(saved, tmp_path / "model", copy_function=os.link))
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    file.unlink()
+    file.write_bytes(content)
+
+
+def states(sd: StableDiffusion) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor
+        for part in PARTS
+        if getattr(sd, part) is not None
+        for name, tensor in getattr(sd, part).state_dict().items()
+    }
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+# What is saved comes back
+
+
+def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
+    sd = complete(tiny, randomize)
+    assert sd.save(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    loaded = sdcomp.load(tmp_path / "a" / "b")
+    assert loaded.config == sd.config == TINY
+    assert loaded.text_encoder is loaded.clip.text_model
+    assert not any(m.training for part in PARTS for m in getattr(loaded, part).modules())
+    assert_same(states(loaded), states(sd))
+    assert torch.equal(tokenize(loaded.tokenizer, PROMPTS), tokenize(sd.tokenizer, PROMPTS))
+
+    # Convolutions of the same memory format, so that the same kernels run.
+    same = sd.replace(**{name: copy.deepcopy(getattr(sd, name)) for name in ("unet", "encoder", "decoder")})
+    for part in (same.unet, same.encoder, same.decoder):
+        part.to(memory_format=torch.channels_last)
+    options = {"steps": 2, "batch_size": 1, "seed": 3}
+    images = loaded.generate(PROMPTS, **options)
+    assert torch.equal(images, same.generate(PROMPTS, **options))
+    assert images.std() > 0.01
+    assert loaded.reader.read(images, threshold=0) == sd.reader.read(images, threshold=0)
+
+
+def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
+    again = load(saved).save(tmp_path)
+    assert {path.name for path in again.iterdir()} == FILES
+    for name in FILES:
+        assert (again / name).read_bytes() == (saved / name).read_bytes(), name
+
+
+def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path):
+    half = whole.save(tmp_path, torch.float16)
+    for name in WEIGHTS:
+        full = (saved / f"{name}.safetensors").stat().st_size
+        assert 0.45 * full < (half / f"{name}.safetensors").stat().st_size < 0.6 * full
+    rounded = {
+        name: tensor.half().float() if tensor.is_floating_point() else tensor
+        for name, tensor in states(whole).items()
+    }
+    assert_same(states(load(half)), rounded)
+    # Saving converts copies.
+    assert whole.dtype == torch.float32
+
+    sd = load(saved, dtype=torch.float16)
+    assert {p.dtype for part in PARTS[:-1] for p in getattr(sd, part).parameters()} == {torch.float16}
+    # The reader only measures: it is as it was trained.
+    assert_same(sd.reader.state_dict(), whole.reader.state_dict())
+    assert sd.generate(PROMPTS, steps=1, batch_size=1).dtype == torch.float32
+
+
+def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tmp_path):
+    config = dataclasses.replace(small.config, vision=None, reader=False)
+    sd = small.replace(config=config)
+    folder = sd.save(tmp_path)
+    assert {path.name for path in folder.iterdir()} == (
+        FILES - {"clip.safetensors", "reader.safetensors"} | {"text_encoder.safetensors"}
+    )
+    loaded = load(folder)
+    assert loaded.clip is None and loaded.reader is None and loaded.config == config
+    assert_same(states(loaded), states(sd))
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(saved):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in saved.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
+
+
+# Saving over a folder
+
+
+def test_saving_over_the_folder_that_a_model_came_from_leaves_the_model_usable(folder):
+    sd = load(folder)
+    before = {name: tensor.clone() for name, tensor in states(sd).items()}
+    pruned = sd.replace(unet=prune_unstructured(sd.unet, 0.5))
+    pruned.save(folder, torch.float16)
+    assert_same(states(sd), before)
+    assert sd.generate(PROMPTS, steps=1, batch_size=1).isfinite().all()
+    # Over itself.
+    sd.save(folder)
+    assert_same(states(load(folder)), before)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, folder):
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = whole.replace(config=dataclasses.replace(whole.config, guidance_scale=1.5))
+    # A folder stands where a file should go.
+    for name in ("clip.safetensors", "vocab.json"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match="cannot be written") as caught:
+            other.save(folder)
+        assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value)
+        assert {path.name for path in folder.iterdir()} == FILES
+        (folder / name).rmdir()
+        (folder / name).write_bytes(good[name])
+    # The configuration is the last that is written.
+    assert (folder / "config.json").read_bytes() == good["config.json"]
+    assert_same(states(load(folder)), states(whole))
+
+
+def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatch):
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def killed(state, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            whole.save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+
+# Paths
+
+
+def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find("data/prompts") == ROOT / "data" / "prompts"
+    assert find(Path("no/such")) == Path("no/such")
+
+    # A repository whose only model is the one saved here.
+    repository = tmp_path / "repository"
+    (repository / "data").mkdir(parents=True)
+    folder.rename(repository / "data" / "mine")
+    monkeypatch.setattr(loading, "__file__", str(repository / "sdcomp" / "model" / "loading.py"))
+    assert load("data/mine").config.image_size == 64
+    shutil.copytree(repository / "data" / "mine", "data/mine")
+    config = json.loads(Path("data/mine/config.json").read_text(encoding="utf-8"))
+    Path("data/mine/config.json").write_text(json.dumps({**config, "guidance_scale": 2.5}), encoding="utf-8")
+    assert load("data/mine").config.guidance_scale == 2.5
+
+
+def test_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/model") == tmp_path / "model"
+    assert find("~no_such_user/model") == Path("~no_such_user/model")
+
+
+# What is wrong is said in one sentence
+
+
+def assert_refused(path: Path | str, *words: object) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message and isinstance(caught.value, ValueError)
+    for word in words:
+        assert str(word) in message, message
+    assert caught.value._render_traceback_() == [f"ModelError: {message}"]
+
+
+def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path, saved):
+    assert_refused("data/no_such_model", "'data/no_such_model' does not exist")
+    assert_refused(tmp_path, tmp_path, "no config.json")
+    assert_refused(saved / "unet.safetensors", saved / "unet.safetensors", "no config.json")
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"config.json"}))
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert_refused(folder, folder / name, "is missing")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_truncated_weight_file_is_named(folder, name):
+    file = folder / f"{name}.safetensors"
+    replace_file(file, file.read_bytes()[:-1])
+    assert_refused(folder, file, "damaged")
+
+
+def test_a_file_that_holds_no_weights_is_named(folder):
+    file = folder / "unet.safetensors"
+    good = file.read_bytes()
+    contents = [
+        b"",
+        good[:40],
+        b"\xff" * 500,
+        # What a failed download often leaves.
+        b"<!DOCTYPE html>\n<html>\n<body>not found</body>\n</html>\n",
+        # A header of the right length that is no JSON.
+        good[:8] + b"\n" * int.from_bytes(good[:8], "little") + good[8:],
+    ]
+    for content in contents:
+        replace_file(file, content)
+        assert_refused(folder, file, "damaged")
+    file.unlink()
+    file.mkdir()
+    assert_refused(folder, file)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_another_architecture_are_named_with_the_first_that_differs(folder, name):
+    file = folder / f"{name}.safetensors"
+    good = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    first = sorted(good)[0]
+
+    def write(state: dict[str, torch.Tensor]) -> None:
+        file.unlink()
+        save_file(state, file)
+
+    write({key: tensor for key, tensor in good.items() if key != first})
+    assert_refused(folder, file, "lacks", first)
+    write({**good, "another.weight": torch.zeros(1)})
+    assert_refused(folder, file, "another.weight")
+    grown = torch.zeros(2, *good[first].shape)
+    write({**good, first: grown})
+    assert_refused(folder, file, first, tuple(grown.shape), tuple(good[first].shape))
+    write(good)
+    load(folder)
+
+
+def test_the_weights_of_another_part_are_refused(folder):
+    replace_file(folder / "unet.safetensors", (folder / "vae.safetensors").read_bytes())
+    assert_refused(folder, folder / "unet.safetensors", "input_blocks.0.0.bias")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[1]",
+        b"null",
+        b"3",
+        b'"text"',
+        b"\xff\xfe{}",
+        b'{"unet": 3}',
+        b'{"vae": null}',
+        b'{"vae": []}',
+    ],
+)
+def test_a_broken_configuration_is_named(folder, content):
+    replace_file(folder / "config.json", content)
+    assert_refused(folder, folder / "config.json", "is not a model configuration")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "word"),
+    [
+        (None, "reader_model", True, "'reader_model'"),
+        ("unet", "channels", 3, "'channels'"),
+        ("vae", "scale", 1.0, "'scale'"),
+        ("schedule", "beta_end", "large", ""),
+        ("unet", "norm_groups", 7, "7"),
+        ("unet", "norm_groups", 0, ""),
+        ("unet", "model_channels", "16", ""),
+        ("unet", "channel_mult", 2, ""),
+        ("vae", "base_channels", -8, ""),
+        ("text", "hidden_size", "32", "hidden_size"),
+        ("text", "hidden_size", 33, "33"),
+        ("text", "hidden_act", "no_such_function", "no_such_function"),
+        ("vision", "patch_size", 0, ""),
+        (None, "text", 3, ""),
+        (None, "projection_dim", "128", "projection_dim"),
+    ],
+)
+def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part, setting, value, word):
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    (config if part is None else config[part])[setting] = value
+    replace_file(file, json.dumps(config).encode())
+    assert_refused(folder, file, word)
+
+
+def test_a_configuration_of_another_size_is_refused_by_its_weights(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["unet"]["model_channels"] *= 2
+    replace_file(file, json.dumps(config).encode())
+    assert_refused(folder, folder / "unet.safetensors", "does not fit config.json")
+
+
+def test_a_vocabulary_of_another_size_is_refused(folder):
+    file = folder / "vocab.json"
+    vocab = json.loads(file.read_text(encoding="utf-8"))
+    extra = {**vocab, "!!": len(vocab)}
+    replace_file(file, json.dumps(extra).encode())
+    assert_refused(folder, folder, "vocab.json")
+    fewer = {token: i for token, i in vocab.items() if token != "ÿ</w>"}
+    replace_file(file, json.dumps(fewer).encode())
+    assert_refused(folder, folder, "vocab.json", "626 tokens", "627")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b""),
+        ("vocab.json", b"{"),
+        ("vocab.json", b"[]"),
+        ("vocab.json", b"{}"),
+        ("vocab.json", b"\xff\xfe"),
+        ("merges.txt", b""),
+        ("merges.txt", b"#version: 0.2\na b\n"),
+        ("merges.txt", b"\xff\xfe"),
+        ("merges.txt", None),
+    ],
+)
+def test_a_broken_tokenizer_file_is_named(folder, name, content):
+    if content is None:
+        # A copy that stopped half-way: the first merges would be found, and most words fall apart.
+        good = (folder / name).read_bytes()
+        content = good[: good.index(b"\n", len(good) // 2) + 1]
+    replace_file(folder / name, content)
+    assert_refused(folder, folder, name)

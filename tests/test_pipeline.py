@@ -1,0 +1,414 @@
+"""Whole generation against diffusers' pipelines, and what `generate` promises."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers_keys import diffusers_scheduler, diffusers_unet, diffusers_vae, unet_state, vae_state
+from torch import nn
+
+from sdcomp.model.samplers import SAMPLERS
+from sdcomp.model.stable_diffusion import StableDiffusion
+
+# diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+RED = "a small red star on a navy background"
+BLUE = "a large striped blue circle above a small green square"
+NOISY = "an unseen word: zebra!"
+
+
+def with_spacing(sd: StableDiffusion, spacing: str) -> StableDiffusion:
+    schedule = dataclasses.replace(sd.config.schedule, timestep_spacing=spacing)
+    return sd.replace(config=dataclasses.replace(sd.config, schedule=schedule))
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def pipeline(diffusers, kind: str, sd: StableDiffusion, sampler: str):
+    """diffusers' pipeline of that kind with the weights, tokenizer and sampler of `sd`."""
+    unet = diffusers_unet(diffusers, sd.config.unet)
+    unet.load_state_dict(unet_state(sd.unet))
+    vae = diffusers_vae(diffusers, sd.config.vae)
+    vae.load_state_dict(vae_state(sd.encoder, sd.decoder))
+    made = getattr(diffusers, kind)(
+        unet=unet,
+        vae=vae,
+        text_encoder=sd.text_encoder,
+        tokenizer=sd.tokenizer,
+        scheduler=diffusers_scheduler(diffusers, sampler, sd.config.schedule.timestep_spacing),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def assert_same_images(images: torch.Tensor, expected: torch.Tensor) -> None:
+    assert images.shape == expected.shape and images.dtype == torch.float32
+    # Clipped pixels agree whatever the latents are.
+    assert ((expected > 0) & (expected < 1)).float().mean() > 0.5
+    assert (images - expected).abs().max() < 1e-4
+
+
+class Recorder(nn.Module):
+    """A UNet that notes how it is called."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.rows: list[int] = []
+        self.timesteps: list[int] = []
+        self.inference: list[bool] = []
+
+    def forward(self, latents, timesteps, context):
+        self.rows.append(len(latents))
+        self.timesteps += sorted(set(timesteps.tolist()))
+        self.inference.append(torch.is_inference_mode_enabled())
+        assert latents.shape[0] == timesteps.shape[0] == context.shape[0]
+        return self.unet(latents, timesteps, context)
+
+
+# Parity
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_text_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing):
+    sd = with_spacing(small, spacing)
+    images = sd.generate(
+        [RED, NOISY],
+        negative_prompt=BLUE,
+        steps=6,
+        sampler=sampler,
+        guidance_scale=3.0,
+        seed=[5, 6],
+        batch_size=2,
+    )
+    expected = pipeline(diffusers, "StableDiffusionPipeline", sd, sampler)(
+        [RED, NOISY],
+        negative_prompt=[BLUE, BLUE],
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        generator=generators(5, 6),
+        output_type="pt",
+    ).images
+    assert_same_images(images, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_text_to_image_of_the_base_models_size_is_that_of_diffusers(diffusers, tiny, guidance_scale):
+    latents = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators(5, 6)])
+    images = tiny.generate([RED, BLUE], steps=3, guidance_scale=guidance_scale, seed=[5, 6], batch_size=2)
+    expected = pipeline(diffusers, "StableDiffusionPipeline", tiny, "ddim")(
+        [RED, BLUE],
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        output_type="pt",
+    ).images
+    assert_same_images(images, expected)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing):
+    sd = with_spacing(small, spacing)
+    image = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    images = sd.generate(
+        [RED, BLUE],
+        image=image,
+        strength=0.65,
+        steps=10,
+        sampler=sampler,
+        guidance_scale=3.0,
+        seed=[8, 9],
+        batch_size=2,
+    )
+    expected = pipeline(diffusers, "StableDiffusionImg2ImgPipeline", sd, sampler)(
+        [RED, BLUE],
+        image=image,
+        strength=0.65,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=generators(8, 9),
+        output_type="pt",
+    ).images
+    assert_same_images(images, expected)
+
+
+def test_a_path_follows_its_recorded_noise_predictions_to_the_image(diffusers, small):
+    images, trace = small.generate([RED, BLUE], steps=5, sampler="dpmpp_2m", batch_size=2, trace=True)
+    scheduler = diffusers_scheduler(diffusers, "dpmpp_2m", "trailing", 5)
+    latents = trace.latents[0]
+    for i, t in enumerate(trace.timesteps):
+        torch.testing.assert_close(trace.latents[i], latents, rtol=1e-4, atol=1e-4)
+        latents = scheduler.step(trace.noise_predictions[i], t, latents).prev_sample
+    torch.testing.assert_close(small.decode_latents(latents), images, rtol=0, atol=1e-4)
+
+
+# An image depends on nothing but its own row
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_is_the_same_wherever_its_prompt_stands(small, sampler, guidance_scale):
+    def generate(prompts):
+        return small.generate(prompts, steps=3, sampler=sampler, guidance_scale=guidance_scale, batch_size=3)
+
+    alone = generate(RED)[0]
+    others = [BLUE, NOISY, "a", ""]
+    for position in range(5):
+        images = generate([*others[:position], RED, *others[position:]])
+        assert torch.equal(images[position], alone), position
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_to_image_result_is_the_same_wherever_its_prompt_stands(small, sampler):
+    sources = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    settings = {"steps": 6, "strength": 0.5, "sampler": sampler, "batch_size": 3}
+    alone = small.generate(RED, image=sources[:1], **settings)[0]
+    first = small.generate([RED, BLUE, NOISY, ""], image=sources, **settings)
+    last = small.generate([BLUE, NOISY, "", RED], image=sources.roll(-1, 0), **settings)
+    assert torch.equal(first[0], alone) and torch.equal(last[3], alone)
+    assert not torch.equal(first[1], alone)
+
+
+def test_an_image_of_the_base_models_size_is_the_same_wherever_its_prompt_stands(tiny):
+    def generate(prompts):
+        return tiny.generate(prompts, negative_prompt=NOISY, steps=2, batch_size=3)
+
+    alone = generate(RED)[0]
+    assert torch.equal(generate([RED, BLUE, NOISY])[0], alone)
+    assert torch.equal(generate([BLUE, NOISY, BLUE, RED])[3], alone)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_barely_depend_on_the_batch_size(small, sampler):
+    one, two, four = (
+        small.generate([RED, BLUE, NOISY], steps=3, sampler=sampler, batch_size=size) for size in (1, 2, 4)
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+    torch.testing.assert_close(one, four, rtol=0, atol=1e-3)
+
+
+def test_images_do_not_depend_on_the_global_random_state(small):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = small.generate(RED, steps=2, sampler="ddpm", batch_size=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(small.generate(RED, steps=2, sampler="ddpm", batch_size=1), first)
+
+
+# Seeds and prompts
+
+
+def test_equal_prompts_give_different_images_that_come_back_in_order(small):
+    images = small.generate([RED, RED, RED], steps=2, batch_size=2)
+    assert len({image.numpy().tobytes() for image in images}) == 3
+    again = small.generate([BLUE, RED, BLUE, RED], steps=2, batch_size=2)
+    assert torch.equal(again[1], images[0]) and torch.equal(again[3], images[1])
+
+
+def test_another_seed_gives_another_image(small):
+    first, second = (small.generate(RED, steps=2, seed=seed, batch_size=1) for seed in (0, 1))
+    assert (first - second).abs().mean() > 0.01
+
+
+def test_listed_seeds_belong_to_their_rows_and_are_those_of_torch(small):
+    settings = {"steps": 2, "batch_size": 2, "guidance_scale": 1, "trace": True}
+    images, trace = small.generate([RED, RED, BLUE], seed=[7, 7, 8], **settings)
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    for row, generator in enumerate(generators(7, 7, 8)):
+        assert torch.equal(trace.latents[0, row], torch.randn(4, 16, 16, generator=generator))
+    swapped, _ = small.generate([BLUE, RED], seed=[8, 7], **settings)
+    assert torch.equal(swapped[0], images[2]) and torch.equal(swapped[1], images[0])
+
+
+def test_one_prompt_may_be_given_without_a_list(small):
+    assert torch.equal(
+        small.generate(RED, steps=1, batch_size=1), small.generate([RED], steps=1, batch_size=1)
+    )
+
+
+def test_negative_prompts_act_on_their_own_rows(small):
+    settings = {"steps": 2, "batch_size": 2, "guidance_scale": 3.0}
+    plain = small.generate([RED, BLUE], **settings)
+    second = small.generate([RED, BLUE], negative_prompt=["", NOISY], **settings)
+    both = small.generate([RED, BLUE], negative_prompt=NOISY, **settings)
+    assert torch.equal(second[0], plain[0]) and not torch.equal(second[1], plain[1])
+    assert torch.equal(second[1], both[1]) and not torch.equal(both[0], plain[0])
+
+
+def test_no_prompts_give_no_images(small):
+    assert small.generate([]).shape == (0, 3, 64, 64)
+    assert small.generate([], size=(32, 48)).shape == (0, 3, 32, 48)
+    assert small.generate([], image=torch.rand(1, 3, 32, 48)).shape == (0, 3, 32, 48)
+    images, trace = small.generate([], steps=4, trace=True)
+    assert images.shape == (0, 3, 64, 64)
+    assert trace.timesteps.tolist() == [999, 749, 499, 249]
+    assert trace.latents.shape == trace.noise_predictions.shape == (4, 0, 4, 16, 16)
+
+
+def test_size_is_height_and_width(small):
+    assert small.generate(RED, size=(32, 48), steps=1, batch_size=1).shape == (1, 3, 32, 48)
+
+
+# How the UNet is called
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(3.0, 6), (0.0, 6), (1.0, 3)])
+def test_the_unet_runs_once_a_step_at_full_batches_without_gradients(small, guidance_scale, rows):
+    recorder = Recorder(small.unet)
+    images = small.replace(unet=recorder).generate(
+        [RED, BLUE, NOISY, ""], steps=4, guidance_scale=guidance_scale, batch_size=3
+    )
+    assert recorder.rows == [rows] * 8
+    assert recorder.timesteps == [999, 749, 499, 249] * 2
+    assert all(recorder.inference)
+    assert images.is_inference() and images.device.type == "cpu"
+
+
+def test_a_guidance_scale_of_1_ignores_the_negative_prompt_and_0_the_prompt(small):
+    settings = {"steps": 2, "batch_size": 1, "seed": [3]}
+    one = small.generate(RED, guidance_scale=1, **settings)
+    assert torch.equal(small.generate(RED, negative_prompt=BLUE, guidance_scale=1, **settings), one)
+    zero = small.generate(BLUE, negative_prompt=RED, guidance_scale=0, **settings)
+    torch.testing.assert_close(zero, one, rtol=0, atol=1e-3)
+
+
+def test_guidance_is_the_models_own_by_default(small):
+    own = small.generate(RED, steps=2, batch_size=1)
+    assert torch.equal(small.generate(RED, steps=2, batch_size=1, guidance_scale=4.0), own)
+    assert not torch.equal(small.generate(RED, steps=2, batch_size=1, guidance_scale=3.9), own)
+
+
+# Trace
+
+
+def test_a_trace_has_every_step_of_every_image_and_changes_none(small):
+    settings = {"steps": 4, "guidance_scale": 1, "batch_size": 3}
+    prompts = [RED, BLUE, NOISY, "a", ""]
+    images, trace = small.generate(prompts, trace=True, **settings)
+    assert torch.equal(small.generate(prompts, **settings), images)
+    assert trace.timesteps.tolist() == [999, 749, 499, 249] and trace.timesteps.dtype == torch.int64
+    assert trace.latents.shape == trace.noise_predictions.shape == (4, 5, 4, 16, 16)
+    for row, prompt in enumerate(prompts):
+        _, alone = small.generate(prompt, trace=True, **settings)
+        assert torch.equal(trace.latents[:, row : row + 1], alone.latents)
+        assert torch.equal(trace.noise_predictions[:, row : row + 1], alone.noise_predictions)
+
+
+# Image to image
+
+
+def test_a_low_strength_stays_near_the_image_as_the_autoencoder_gives_it_back(small):
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    round_trip = small.decode_latents(small.encode_images(image))
+    distances = []
+    for steps, strength in ((1000, 0.001), (100, 0.02), (10, 0.2)):
+        result = small.generate(RED, image=image, steps=steps, strength=strength, batch_size=1)
+        distances.append((result - round_trip).abs().mean())
+    assert 0 < distances[0] < 0.03
+    assert distances == sorted(distances) and distances[-1] > 0.1
+
+
+@pytest.mark.parametrize(("strength", "timesteps"), [(1.0, 10), (1, 10), (0.55, 5), (0.1, 1), (0.01, 1)])
+def test_strength_is_the_share_of_the_steps_that_run(small, strength, timesteps):
+    settings = {"image": torch.rand(3, 64, 64), "steps": 10, "batch_size": 1, "trace": True}
+    _, trace = small.generate(RED, strength=strength, **settings)
+    assert trace.timesteps.tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99][-timesteps:]
+    assert len(trace.latents) == timesteps
+
+
+def test_one_image_serves_all_prompts(small):
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    settings = {"steps": 4, "strength": 0.5, "batch_size": 2}
+    shared = small.generate([RED, BLUE, NOISY], image=image, **settings)
+    assert torch.equal(small.generate([RED, BLUE, NOISY], image=image.repeat(3, 1, 1, 1), **settings), shared)
+
+
+# Bad input
+
+IMAGE = torch.full((1, 3, 64, 64), 0.5)
+BAD_VALUES = {
+    "unknown sampler": ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, not 'euler'"),
+    "no steps": ({"steps": 0}, "steps must be 1 to 1000, not 0"),
+    "too many steps": ({"steps": 1001}, "steps must be 1 to 1000, not 1001"),
+    "strength 0": ({"strength": 0}, "strength must be above 0 and at most 1, not 0"),
+    "strength 2": ({"strength": 2}, "strength must be above 0 and at most 1, not 2"),
+    "strength nan": ({"strength": float("nan")}, "strength must be above 0 and at most 1, not nan"),
+    "guidance nan": ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more, not nan"),
+    "guidance inf": ({"guidance_scale": float("inf")}, "guidance_scale must be .*, not inf"),
+    "guidance negative": ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more, not -1.0"),
+    "no batch": ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+    "a seed too big": ({"seed": [1, 2**64]}, f"a seed of an image must be .*, not {2**64}"),
+    "a seed negative": ({"seed": [1, -1]}, "a seed of an image must be .*, not -1"),
+    "one seed for two": ({"seed": [1]}, "1 seeds for 2 prompts"),
+    "three negatives for two": ({"negative_prompt": ["", "", ""]}, "3 negative prompts for 2 prompts"),
+    "size no multiple": ({"size": (60, 64)}, "height and width must be multiples of 8, not 60 and 64"),
+    "size zero": ({"size": (0, 64)}, "height and width must be multiples of 8, not 0 and 64"),
+    "image too bright": ({"image": IMAGE * 255}, "image must have values in "),
+    "image negative": ({"image": IMAGE - 1}, "image must have values in "),
+    "image nan": ({"image": IMAGE * float("nan")}, "image must have values in "),
+    "image empty": ({"image": IMAGE[:, :, :0]}, "height and width must be multiples of 8, not 0 and 64"),
+    "image no multiple": ({"image": IMAGE[..., :60]}, "height and width must be multiples of 8, not 64"),
+    "image grey": ({"image": IMAGE[:, :1]}, r"image must be \(1 or 2, 3, H, W\), not \(1, 1, 64, 64\)"),
+    "three images for two": ({"image": IMAGE.repeat(3, 1, 1, 1)}, r"image must be \(1 or 2, 3, H, W\)"),
+    "image and size": ({"image": IMAGE, "size": (32, 32)}, "size and image disagree"),
+}  # fmt: skip
+BAD_TYPES = {
+    "steps a float": ({"steps": 20.0}, "steps must be a whole number, not 20.0"),
+    "steps a bool": ({"steps": True}, "steps must be a whole number, not True"),
+    "batch a float": ({"batch_size": 2.0}, "batch_size must be a whole number, not 2.0"),
+    "seed a float": ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
+    "seed a bool": ({"seed": True}, "seed must be a whole number, not True"),
+    "seed text": ({"seed": "12"}, "seed must be a whole number, not '12'"),
+    "seeds floats": ({"seed": [1.5, 2.0]}, "seed must be a whole number, not 1.5"),
+    "negative no text": ({"negative_prompt": None}, "negative_prompt must be text or a list of texts"),
+    "prompts no text": ({"prompts": [RED, 3]}, "prompts must be text or a list of texts"),
+    "prompt a number": ({"prompts": 3}, "prompts must be text or a list of texts"),
+    "size one number": ({"size": 64}, r"size must be \(height, width\), not 64"),
+    "size floats": ({"size": (64.0, 64.0)}, "size must be a whole number, not 64.0"),
+    "image of bytes": ({"image": (IMAGE * 255).byte()}, "image must be a floating-point tensor"),
+    "image no tensor": ({"image": IMAGE.numpy()}, "image must be a floating-point tensor"),
+}  # fmt: skip
+
+
+def assert_refused(sd: StableDiffusion, error: type[Exception], settings: dict, message: str) -> None:
+    recorder = Recorder(sd.unet)
+    with pytest.raises(error, match=f"^{message}") as caught:
+        sd.replace(unet=recorder).generate(**{"prompts": [RED, BLUE], "steps": 2, **settings})
+    assert "\n" not in str(caught.value)
+    assert recorder.rows == []
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_bad_value_is_refused_in_one_sentence_before_anything_runs(small, name):
+    assert_refused(small, ValueError, *BAD_VALUES[name])
+
+
+@pytest.mark.parametrize("name", BAD_TYPES)
+def test_a_bad_type_is_refused_in_one_sentence_before_anything_runs(small, name):
+    assert_refused(small, TypeError, *BAD_TYPES[name])
+
+
+def test_replace_shares_the_rest_and_leaves_the_model_as_it_was(small):
+    other = nn.Identity()
+    replaced = small.replace(unet=other)
+    assert replaced.unet is other and small.unet is not other
+    assert replaced.decoder is small.decoder and replaced.tokenizer is small.tokenizer
+
+
+def test_replace_refuses_an_unknown_part_and_names_the_known_ones(small):
+    with pytest.raises(TypeError, match="^a model has no part 'u_net'; it has config, unet, encoder, "):
+        small.replace(u_net=small.unet)
+
+
+def test_a_replaced_schedule_is_the_one_that_is_sampled(small):
+    _, trace = with_spacing(small, "leading").generate(RED, steps=4, batch_size=1, trace=True)
+    assert trace.timesteps.tolist() == [751, 501, 251, 1]

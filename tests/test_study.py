@@ -1,0 +1,446 @@
+"""Notebook parameters as papermill passes them, and the record that a run leaves."""
+
+import csv
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.figure import Figure
+from papermill.cli import papermill
+from papermill.translators import PythonTranslator
+from traitlets.config import Config
+
+from sdcomp import files
+from sdcomp.errors import UserError
+from sdcomp.evaluation import Estimate
+from sdcomp.study import ParameterError, Run, read_parameters
+from sdcomp.study import run as run_module
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+PARAMETERS = """\
+model: str = "."  # model folder
+amount: "float or list" = 0.3  # share, or a list of shares
+quant_filters: list[str] = ["time_embed", "out"]  # layers left out
+guidance_sweep: list = []  # empty: no sweep
+structured: bool = False
+seed: int = 0
+n_images: int = 32
+steps: int = 20
+sampler: str = "ddim"
+guidance_scale: float = 4.0
+device: str = "cpu"
+out: str = ""
+"""
+
+
+def write(path: Path, content: bytes) -> None:
+    with files.replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+RECORD = "run = Run('02_pruning', globals())"
+
+DEFAULTS = {
+    "model": ".", "amount": 0.3, "quant_filters": ["time_embed", "out"], "guidance_sweep": [],
+    "structured": False, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim", "guidance_scale": 4.0,
+    "device": "cpu", "out": "",
+}  # fmt: skip
+
+
+def notebook(injected: dict | None = None, parameters: str = PARAMETERS) -> dict:
+    """The globals of a notebook when its third cell runs, after the parameters and what was injected."""
+    cells = ["", parameters]
+    if injected is not None:
+        cells.append(PythonTranslator.codify(injected))
+    namespace: dict = {}
+    for cell in cells:
+        exec(cell, namespace)
+    return {**namespace, "In": [*cells, RECORD]}
+
+
+# Parameters
+
+
+def test_what_was_declared_and_injected_is_returned():
+    assert read_parameters(notebook()) == DEFAULTS
+    injected = {
+        "amount": [0.1, 0.2], "seed": 7, "guidance_scale": 2, "sampler": "dpmpp_2m", "structured": True,
+        "quant_filters": ["*.to_v"], "guidance_sweep": [1.0, 4.0],
+    }  # fmt: skip
+    values = read_parameters(notebook(injected))
+    assert values == {**DEFAULTS, **injected}
+    # A whole number is a number, and one parameter has one type however it was given.
+    assert type(values["guidance_scale"]) is float
+    assert type(read_parameters(notebook({"amount": 0}))["amount"]) is float
+
+
+GOOD = {"amount": [0, 0.0, 0.999], "seed": [2**31 - 1], "device": ["cpu"], "guidance_scale": [0, 100]}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in GOOD for value in GOOD[name]])
+def test_the_ends_of_a_range_are_in_it(name, value):
+    assert read_parameters(notebook({name: value}))[name] == value
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = [
+    ("amount", 1.3, "a fraction from 0 to below 1"),
+    ("amount", 1, "a fraction from 0 to below 1"),
+    ("amount", -0.1, "a fraction from 0 to below 1"),
+    ("amount", "abc", "a number or a list"),
+    ("amount", "0,3", "a number or a list"),
+    ("amount", "[0.1]", "pass a list with -y 'amount: [0.1]'"),
+    ("amount", [], "empty list"),
+    ("amount", [[0.1]], "plain values"),
+    ("amount", [{"a": 1}], "plain values"),
+    ("amount", [0.1, True], "plain values"),
+    ("amount", [0.1, None], "plain values"),
+    ("amount", [0.1, "0.2"], "a list of numbers"),
+    ("amount", [0.1, 1.3], "not 1.3"),
+    ("amount", [0.1, NAN], "not nan"),
+    ("amount", NAN, "not nan"),
+    ("amount", INF, "not inf"),
+    ("amount", True, "a number or a list"),
+    ("amount", None, "a number or a list"),
+    ("amount", {"a": 1}, "a number or a list"),
+    ("quant_filters", [], "empty list"),
+    ("quant_filters", "out", "must be a list"),
+    ("guidance_sweep", [1.0, NAN], "not nan"),
+    ("guidance_sweep", [1.0, 101.0], "between 0 and 100"),
+    ("guidance_sweep", ["high"], "a list of numbers"),
+    ("structured", 1, "true or false"),
+    ("structured", "yes", "true or false"),
+    ("seed", True, "a whole number"),
+    ("seed", 1.0, "a whole number"),
+    ("seed", "1", "a whole number"),
+    ("seed", -1, "between 0 and"),
+    ("seed", 2**31, "between 0 and"),
+    ("n_images", 0, "between 1 and"),
+    ("steps", 501, "between 1 and 500"),
+    ("sampler", "euler", "one of ddpm, ddim, dpmpp_2m"),
+    ("sampler", 3, "must be text"),
+    ("guidance_scale", -0.5, "between 0 and 100"),
+    ("guidance_scale", NAN, "not nan"),
+    ("guidance_scale", INF, "not inf"),
+    ("guidance_scale", True, "a number"),
+    ("model", "data/no such model", "an existing model folder"),
+    ("model", "~no_such_user/model", "an existing model folder"),
+    ("model", "two\nlines", "an existing model folder"),
+    ("model", None, "must be text"),
+    ("device", "cuda:99", "a device that this machine"),
+    ("device", "gpu", "a device that this machine"),
+    ("device", "meta", "a device that this machine"),
+    ("device", "", "a device that this machine"),
+    ("out", 3, "must be text"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD)
+def test_a_bad_value_is_refused_in_one_sentence_that_names_it(name, value, words):
+    with pytest.raises(ParameterError, match=re.escape(words)) as caught:
+        read_parameters(notebook({name: value}))
+    message = str(caught.value)
+    assert message.startswith(f"{name} must ") and "\n" not in message
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("name", ["amuont", "Amount", "In"])
+def test_a_misspelt_name_is_refused_with_the_names_there_are(name):
+    with pytest.raises(ParameterError) as caught:
+        read_parameters(notebook({"amount": 0.5, name: 0.3}))
+    assert str(caught.value) == f"there is no parameter {name!r}; this notebook has {', '.join(DEFAULTS)}"
+
+
+def test_without_a_parameters_cell_there_is_one_sentence():
+    for cells in ([], [""], ["", "import sdcomp\nx: int = 3", "%load_ext nothing"]):
+        with pytest.raises(ParameterError, match="run the parameters cell first"):
+            read_parameters({"In": cells})
+
+
+def test_other_cells_do_not_matter():
+    namespace = notebook({"amount": 0.5})
+    namespace["In"] += [
+        "# Parameters of the figure\nwidth = 3",
+        "# Parameters\nfirst, second = 1, 2\nself.x = 3",
+        "run.note: int = 3",
+        "!ls",
+        "%time x = 3",
+    ]
+    assert read_parameters(namespace)["amount"] == 0.5
+    # A parameters cell that is run again, with another value in it, is the one that counts.
+    changed = PARAMETERS.replace("n_images: int", "images: int")
+    exec(changed, namespace)
+    namespace["In"].append(changed)
+    assert "images" in read_parameters(namespace)
+
+
+def papermill_cells(tmp_path: Path, *options: str) -> dict:
+    """The globals of a notebook that papermill itself prepared with these command-line options."""
+    source = nbformat.v4.new_notebook()
+    source.cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    source.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(source, tmp_path / "in.ipynb")
+    paths = [str(tmp_path / name) for name in ("in.ipynb", "out.ipynb")]
+    result = CliRunner().invoke(papermill, ["--prepare-only", *paths, *options])
+    assert result.exit_code == 0, result.output
+    cells = ["", *(cell.source for cell in nbformat.read(paths[1], as_version=4).cells), RECORD]
+    namespace: dict = {}
+    for cell in cells[:-1]:
+        exec(cell, namespace)
+    return {**namespace, "In": cells}
+
+
+def test_the_command_line_of_papermill_gives_what_it_says(tmp_path):
+    options = ["-p", "amount", "0.5", "-p", "sampler", "ddpm", "-r", "out", "12", "-p", "structured", "True"]
+    values = read_parameters(papermill_cells(tmp_path, *options))
+    assert values == {**DEFAULTS, "amount": 0.5, "sampler": "ddpm", "out": "12", "structured": True}
+    values = read_parameters(papermill_cells(tmp_path, "-y", "amount: [0.1, 0.2]"))
+    assert values == {**DEFAULTS, "amount": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("-p", "amount", "1.3"),
+            "amount must be a fraction from 0 to below 1, such as 0.3 for 30 %, not 1.3",
+        ),
+        (("-p", "amuont", "0.3"), "there is no parameter 'amuont'"),
+        (("-p", "amount", "[0.1]"), "pass a list with -y 'amount: [0.1]'"),
+        (("-p", "amount", "nan"), "not nan"),
+    ],
+)
+def test_the_command_line_of_papermill_is_refused_in_one_sentence(tmp_path, options, message):
+    with pytest.raises(ParameterError, match=re.escape(message)) as caught:
+        read_parameters(papermill_cells(tmp_path, *options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_notebook_shows_one_line_in_place_of_a_stack_trace(tmp_path, capsys):
+    config = Config()
+    config.HistoryManager.enabled = False
+    config.InteractiveShell.ipython_dir = str(tmp_path)
+    shell = InteractiveShell(config=config)
+    cells = [PARAMETERS, "# Parameters\namount = 1.3\n", "from sdcomp.study import Run\n" + RECORD]
+    for cell in cells:
+        result = shell.run_cell(cell, store_history=True)
+    assert isinstance(result.error_in_exec, ParameterError)
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [
+        "ParameterError: amount must be a fraction from 0 to below 1, such as 0.3 for 30 %, not 1.3"
+    ]
+    assert shown.err == ""
+    assert UserError("no space")._render_traceback_() == ["UserError: no space"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_notebook_and_its_profile_pass_their_own_check(path):
+    cells = nbformat.read(path, as_version=4).cells
+    (parameters,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    values = read_parameters(notebook(parameters=parameters))
+    common = {"model", "seed", "n_images", "steps", "sampler", "guidance_scale", "device", "out"}
+    assert common <= values.keys()
+    # Each line says what it is for.
+    assert all(re.fullmatch(r"\w+: [\w\" \[\]]+ = .+  # .+", line) for line in parameters.splitlines())
+    profile = path.parent / "profiles" / f"{path.stem}.yaml"
+    if profile.exists():
+        injected = yaml.safe_load(profile.read_text(encoding="utf-8"))
+        read_parameters(notebook(injected, parameters))
+
+
+# The record
+
+COLUMNS = [
+    "run_id", "study", "model", "method", "parameters", "metric",
+    "value", "ci_low", "ci_high", "n", "unit", "baseline",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run("02_pruning", notebook({"out": str(tmp_path / "results")}))
+
+
+def test_results_go_where_out_says_or_to_a_folder_named_by_the_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "ROOT", tmp_path / "repository")
+    run = Run("02_pruning", notebook())
+    assert run.folder == tmp_path / "repository" / "reports" / "runs" / "02_pruning" / run.id
+    assert re.fullmatch("[0-9a-f]{12}", run.id)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for out, folder in (("here/there", tmp_path / "here" / "there"), ("~/mine", tmp_path / "home" / "mine")):
+        run = Run("02_pruning", notebook({"out": out}))
+        assert run.folder.resolve() == folder and folder.is_dir()
+        assert not list(folder.iterdir())
+
+
+def test_the_hash_is_of_the_study_and_its_parameters_and_not_of_where_results_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    first = Run("02_pruning", notebook())
+    assert Run("02_pruning", notebook()).id == first.id
+    assert Run("02_pruning", notebook({"out": str(tmp_path / "x")})).id == first.id
+    assert Run("02_pruning", notebook({"guidance_scale": 4})).id == first.id
+    others = [
+        Run("03_profiling", notebook()),
+        *(
+            Run("02_pruning", notebook(injected))
+            for injected in ({"amount": 0.31}, {"amount": [0.3]}, {"seed": 1}, {"structured": True})
+        ),
+    ]
+    assert len({first.id, *(run.id for run in others)}) == 6
+
+
+def test_metrics_are_tidy_rows_that_survive_the_file(run):
+    run.record("dense", "prompt accuracy", Estimate(0.75, 0.7, 0.8125, 32), unit="%")
+    run.record("l1, per layer", "nonzero", 816_658_036, amount=0.05, scope="layer")
+    run.record(
+        'with "quotes"\nand lines', "clip score", Estimate(-1 / 3, float("nan"), 2e-9, 1), baseline="dense"
+    )
+    run.record("dense", "zeros", 0.0)
+    assert run.save() == run.folder
+    with open(run.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS and len(rows) == 4
+    assert all(r["run_id"] == run.id and r["study"] == "02_pruning" and r["model"] == "." for r in rows)
+    assert [r["method"] for r in rows] == ["dense", "l1, per layer", 'with "quotes"\nand lines', "dense"]
+    assert [json.loads(r["parameters"]) for r in rows] == [{}, {"amount": 0.05, "scope": "layer"}, {}, {}]
+    # Counts are whole; other numbers have six digits.
+    assert [r["value"] for r in rows] == ["0.75", "816658036", "-0.333333", "0"]
+    assert [r["ci_low"] for r in rows] == ["0.7", "", "nan", ""]
+    assert [r["n"] for r in rows] == ["32", "", "1", ""]
+    assert (rows[0]["unit"], rows[2]["baseline"]) == ("%", "dense")
+
+    frame = pd.read_csv(run.folder / "metrics.csv")
+    assert list(frame.columns) == COLUMNS
+    assert frame["value"].tolist() == pytest.approx([0.75, 816_658_036, -1 / 3, 0], rel=1e-6)
+    assert frame["ci_high"].tolist() == pytest.approx([0.8125, NAN, 2e-9, NAN], nan_ok=True)
+
+
+def test_results_can_be_looked_up_and_shown(run):
+    run.record("l1", "psnr", Estimate(31.25, 30, 32.5, 8), unit="dB", baseline="dense", amount=0.3)
+    run.record("l1", "zeros", 0.25, amount=0.3)
+    (row,) = run.results("psnr")
+    assert (row["value"], row["ci_low"], row["n"]) == (31.25, 30, 8) and row["parameters"] == {"amount": 0.3}
+    assert run.results("nothing") == []
+    table = run.table()
+    assert table.columns.tolist() == ["psnr (dB)", "zeros"] and table.index.tolist() == [("l1", "amount 0.3")]
+    assert table.iloc[0].tolist() == ["31.25 [30.0, 32.5]", "0.25"]
+    assert run.table("zeros").columns.tolist() == ["zeros"] and run.metrics == ["psnr", "zeros"]
+
+
+def test_a_cell_that_is_run_again_does_not_double_its_results(run):
+    run.record("l1", "zeros", 0.25, amount=0.3)
+    run.record("l1", "zeros", 0.5, amount=0.6)
+    run.record("l1", "zeros", 0.26, amount=0.3)
+    assert [row["value"] for row in run.results("zeros")] == [0.26, 0.5]
+
+
+def test_parameters_that_changed_after_the_start_are_not_recorded_as_if_they_had_not(tmp_path):
+    namespace = notebook({"out": str(tmp_path)})
+    run = Run("02_pruning", namespace)
+    namespace["amount"] = 0.5
+    with pytest.raises(UserError, match="parameters were changed"):
+        run.save()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_record_says_what_was_run_and_with_what(run):
+    run.facts["note"] = "kept"
+    run.save()
+    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    assert {
+        "run_id", "study", "parameters", "commit", "device", "threads", "python", "packages", "seconds",
+        "weights", "note",
+    } <= record.keys()  # fmt: skip
+    assert record["run_id"] == run.id and record["study"] == "02_pruning"
+    assert record["parameters"] == {**DEFAULTS, "out": str(run.folder)}
+    assert re.fullmatch("[0-9a-f]{40}(-modified)?|unknown", record["commit"])
+    assert {"torch", "transformers", "torchmetrics", "numpy", "sdcomp"} <= record["packages"].keys()
+    assert re.match(r"\d+\.\d+", record["packages"]["torch"])
+    assert re.search(r"\d+ cores", record["device"]) and record["seconds"] >= 0
+    # Without results there is a table all the same, and the folder has these two files only.
+    assert (run.folder / "metrics.csv").read_text() == ",".join(COLUMNS) + "\n"
+    assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
+
+
+def test_a_figure_is_a_png_in_the_folder(run):
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().plot([0, 1])
+    path = run.figure(figure, "curve")
+    assert path == run.folder / "curve.png" and path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert [p.name for p in run.folder.iterdir()] == ["curve.png"]
+
+
+# What cannot be written
+
+
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300), "/proc/sdcomp"):
+        with pytest.raises(UserError, match="cannot be written to") as caught:
+            Run("02_pruning", notebook({"out": str(out)}))
+        message = str(caught.value)
+        assert message.startswith("out=") and str(out) in message and "\n" not in message
+        assert "None" not in message
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def full_disk(path: Path) -> None:
+    """Let what is written beside `path` go to a device that is always full."""
+    path.with_name(path.name + ".partial").symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no device that is always full")
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(run):
+    run.record("dense", "zeros", 0.0)
+    run.save()
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    run.record("l1", "zeros", 0.3)
+    full_disk(run.folder / "metrics.csv")
+    with pytest.raises(UserError, match="is the disk full") as caught:
+        run.save()
+    assert os.strerror(errno.ENOSPC) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(run.folder / "metrics.csv") in str(caught.value)
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+    # There is space again.
+    run.save()
+    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence_and_nothing_is_left(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "folder", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be written") as caught:
+            write(path, b"new")
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_a_write_that_is_killed_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    write(path, b"old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, b"new")
+    assert path.read_bytes() == b"old"
+    write(path, b"newer")
+    assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
