@@ -1,7 +1,7 @@
 """Small models with random weights, and diffusers where it is installed."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -66,6 +66,15 @@ def _random_model(config: ModelConfig) -> StableDiffusion:
 def randomize() -> Callable[..., nn.Module]:
     """A function that gives a module random weights from a seed."""
     return _randomize
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request) -> Iterator[int]:
+    """The test runs with one thread and with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Metrics against torchmetrics, and intervals against what is known of them."""
 
+import copy
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,21 +9,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation import (
     Estimate,
+    Prompts,
     bootstrap,
+    cached_images,
     clip_scores,
     estimate,
     load_prompts,
     paired_difference,
     psnr,
+    scores,
 )
 from sdcomp.model.text import build_clip
-from sdcomp.scenes import Scene, SceneReader
+from sdcomp.scenes import Scene, SceneReader, render, sample_scenes
 
 # Bootstrap
 
@@ -41,8 +47,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     held = 0
     for k in range(60):
-        estimate = bootstrap(torch.from_numpy(rng.normal(3.0, 2.0, 40)), seed=k)
-        held += estimate.low <= 3.0 <= estimate.high
+        mean = bootstrap(torch.from_numpy(rng.normal(3.0, 2.0, 40)), seed=k)
+        held += mean.low <= 3.0 <= mean.high
     assert 52 <= held <= 59
 
 
@@ -101,6 +107,9 @@ def test_a_share_on_which_all_agree_has_wilsons_interval():
     assert estimate(~right).high == pytest.approx(10.7, abs=0.05)
     # Eight scenes, four images each.
     assert estimate(right, [i % 8 for i in range(32)]).low == pytest.approx(100 * 8 / (8 + 3.8416), abs=0.05)
+    # Half of each scene's images: 50 +- what Wilson gives for 4 of 8 (21.5 to 78.5 %).
+    half = estimate(right & (torch.arange(32) < 16), [i % 8 for i in range(32)])
+    assert (half.value, half.low, half.high) == pytest.approx((50, 21.52, 78.48), abs=0.05)
     right[:16] = False
     assert estimate(right).value == 50 and 30 < estimate(right).low < 35
 
@@ -114,8 +123,8 @@ def test_no_changed_answer_is_not_certainty():
     flipped = right.clone()
     flipped[0] = False
     assert paired_difference(flipped, right).value == pytest.approx(-100 / 32)
-    scores = torch.rand(32)
-    assert paired_difference(scores + 1, scores).value == pytest.approx(1)
+    values = torch.rand(32)
+    assert paired_difference(values + 1, values).value == pytest.approx(1)
 
 
 # PSNR
@@ -127,19 +136,22 @@ def test_psnr_is_that_of_torchmetrics_over_the_whole_set():
     # Very different errors: the mean of decibels would not do.
     size = torch.logspace(-3, -0.5, 12).reshape(-1, 1, 1, 1)
     images = (baseline + size * torch.randn(baseline.shape, generator=generator)).clamp(0, 1)
-    estimate = psnr(images, baseline)
-    assert estimate.value == pytest.approx(
-        PeakSignalNoiseRatio(data_range=1.0)(images, baseline).item(), abs=1e-4
-    )
+    result = psnr(images, baseline)
+    expected = PeakSignalNoiseRatio(data_range=1.0)(images, baseline).item()
+    assert result.value == pytest.approx(expected, abs=1e-4)
     each = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="none")(images, baseline)
-    assert estimate.value < each.mean() - 5
-    assert each.min() < estimate.low < estimate.value < estimate.high < each.max() and estimate.n == 12
+    assert result.value < each.mean() - 5
+    assert each.min() < result.low < result.value < result.high < each.max() and result.n == 12
+    # Two images of each scene: the same value, and less is known of it.
+    grouped = psnr(images, baseline, groups=[i // 2 for i in range(12)])
+    assert grouped.value == result.value and grouped.high - grouped.low > result.high - result.low
 
 
 def test_psnr_of_one_image_and_of_a_known_error():
-    grey = torch.full((1, 3, 8, 8), 0.5)
-    estimate = psnr(grey + 0.1, grey)
-    assert estimate.value == pytest.approx(20, abs=1e-4) and estimate.low == estimate.high == estimate.value
+    grey = torch.full((2, 3, 8, 8), 0.5)
+    result = psnr(grey + 0.1, grey)
+    assert (result.value, result.low, result.high) == pytest.approx((20, 20, 20), abs=1e-4)
+    assert psnr(grey[:1] + 0.1, grey[:1]).value == pytest.approx(20, abs=1e-4)
     assert math.isfinite(psnr(grey, grey).value) and psnr(grey, grey).value >= 100
 
 
@@ -197,20 +209,20 @@ def as_torchmetrics_wants_it(sd):
 
 
 def test_clip_scores_are_those_of_torchmetrics(seeing, images):
-    scores = clip_scores(seeing, images, PROMPTS)
-    assert scores.shape == (12,) and scores.dtype == torch.float32
+    found = clip_scores(seeing, images, PROMPTS)
+    assert found.shape == (12,) and found.dtype == torch.float32
     adapter = as_torchmetrics_wants_it(seeing)
     with torch.no_grad():
         each = torch.stack(
             [clip_score(i, p, model_name_or_path=adapter) for i, p in zip(images, PROMPTS, strict=True)]
         )
-        assert torch.allclose(scores, each, rtol=0, atol=1e-3)
+        assert torch.allclose(found, each, rtol=0, atol=1e-3)
         # Both signs are there, and a score is never negative.
-        assert (scores == 0).any() and (scores > 1).any() and (scores >= 0).all()
-        kept = (scores > 0).nonzero()[:, 0]
+        assert (found == 0).any() and (found > 1).any() and (found >= 0).all()
+        kept = (found > 0).nonzero()[:, 0]
         mean = clip_score(list(images[kept]), [PROMPTS[i] for i in kept], model_name_or_path=adapter)
-    assert scores[kept].mean().item() == pytest.approx(mean.item(), abs=1e-3)
-    assert len(kept) > 6 and scores[kept].std() > 0.01
+    assert found[kept].mean().item() == pytest.approx(mean.item(), abs=1e-3)
+    assert len(kept) > 6 and found[kept].std() > 0.01
 
 
 def test_clip_scores_do_not_depend_on_the_batch_size(seeing, images):
@@ -228,6 +240,84 @@ def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
         clip_scores(small.replace(clip=None), images, PROMPTS)
 
 
+def test_scores_are_those_that_the_model_can_give(seeing, small):
+    scenes = sample_scenes(12, 0)
+    images, prompts = render(scenes, 0), Prompts(PROMPTS, scenes)
+    assert scores(small, images, prompts) == {}
+    only = scores(seeing, images, prompts)
+    assert set(only) == {"CLIP score"}
+    assert torch.equal(only["CLIP score"], clip_scores(seeing, images, PROMPTS))
+    reading = seeing.replace(reader=SceneReader(width=8).eval())
+    both = scores(reading, images, prompts)
+    assert set(both) == {"prompt accuracy", "CLIP score"}
+    assert both["prompt accuracy"].dtype == torch.bool and both["prompt accuracy"].shape == (12,)
+    # Without scenes nothing says what should be read.
+    assert set(scores(reading, images, Prompts(PROMPTS))) == {"CLIP score"}
+
+
+# Cached images
+
+FEW = ["a small red star on navy", "a large ring on teal"]
+QUICK = {"steps": 1, "batch_size": 2}
+
+
+def test_images_are_generated_once(small, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    images = cached_images(small, FEW, folder=folder, **QUICK)
+    assert torch.equal(images, small.generate(FEW, **QUICK))
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(small), "generate", None)
+        again = cached_images(small, FEW, folder=folder, progress=True, **QUICK)
+    assert torch.equal(again, images) and again.dtype == images.dtype
+    # Damaged, the file is made anew.
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    assert torch.equal(cached_images(small, FEW, folder=folder, **QUICK), images)
+    assert file.read_bytes() == whole and list(folder.iterdir()) == [file]
+
+
+def test_whatever_changes_images_makes_new_ones(small, tmp_path):
+    unet = copy.deepcopy(small.unet)
+    with torch.no_grad():
+        unet.out[2].bias[0] += 1e-6
+    guided = dataclasses.replace(small.config, guidance_scale=3.25)
+    picture = torch.full((1, 3, 64, 64), 0.5)
+    dotted = picture.clone()
+    dotted[0, 1, 30, 30] += 1e-4
+    variants = [
+        (small, FEW, {}),
+        (small, FEW[::-1], {}),
+        (small, FEW, {"seed": 1}),
+        (small, FEW, {"sampler": "ddpm"}),
+        (small.replace(unet=unet), FEW, {}),
+        (small.replace(config=guided), FEW, {}),
+        (small, FEW, {"image": picture, "strength": 1.0}),
+        # What is printed of a tensor would be the same.
+        (small, FEW, {"image": dotted, "strength": 1.0}),
+    ]
+    for count, (sd, prompts, settings) in enumerate(variants, start=1):
+        images = cached_images(sd, prompts, folder=tmp_path, **QUICK, **settings)
+        assert torch.equal(images, sd.generate(prompts, **QUICK, **settings))
+        assert len(list(tmp_path.iterdir())) == count
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        cached_images(small, FEW, folder=tmp_path / "file", **QUICK)
+    assert "\n" not in str(caught.value)
+
+    def full(*_):
+        # As safetensors says it.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sdcomp.evaluation.cache.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        cached_images(small, FEW, folder=tmp_path / "images", **QUICK)
+    assert not list((tmp_path / "images").iterdir())
+
+
 # Prompts
 
 SCENES, PHOTOS = SimpleNamespace(reader=SceneReader(width=8)), SimpleNamespace(reader=None)
@@ -241,7 +331,13 @@ def test_prompts_are_the_first_of_their_set_from_any_working_directory(tmp_path,
         assert all(isinstance(scene, Scene) for scene in prompts.scenes)
         few = load_prompts(SCENES, name, 3)
         assert (few.texts, few.scenes) == (prompts.texts[:3], prompts.scenes[:3])
+        # Images of one scene belong together, whatever the wording.
+        assert len(set(prompts.groups)) == len(set(prompts.scenes)) < size
+        part = prompts.subset([4, 0])
+        assert part.texts == [prompts.texts[4], prompts.texts[0]]
+        assert part.scenes == [prompts.scenes[4], prompts.scenes[0]]
     photos = load_prompts(PHOTOS, "test", 8)
+    assert photos.groups == photos.texts and photos.subset([1]).scenes is None
     assert len(photos) == 8 and photos.scenes is None
     assert not set(photos.texts) & set(load_prompts(PHOTOS, "calibration", 16).texts)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdcomp
+from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.files import find
 from sdcomp.model import TINY, ModelError, StableDiffusion, load, loading, save
@@ -176,9 +178,34 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, fo
         assert {path.name for path in folder.iterdir()} == FILES
         (folder / name).rmdir()
         (folder / name).write_bytes(good[name])
+    # A file stands where the folder should be.
+    with pytest.raises(UserError, match="cannot be written"):
+        other.save(folder / "config.json")
     # The configuration is the last that is written.
     assert (folder / "config.json").read_bytes() == good["config.json"]
     assert_same(states(load(folder)), states(whole))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, monkeypatch):
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        # As safetensors says it.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(loading, "save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left") as caught:
+        whole.save(folder)
+    assert str(folder / "unet.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+
+def test_a_text_encoder_that_clip_does_not_know_is_not_lost_silently(whole, tmp_path):
+    other = whole.replace(text_encoder=copy.deepcopy(whole.text_encoder))
+    with pytest.raises(ModelError, match="the text encoder was replaced, but clip was not"):
+        other.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatch):
@@ -208,7 +235,7 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, t
     repository = tmp_path / "repository"
     (repository / "data").mkdir(parents=True)
     folder.rename(repository / "data" / "mine")
-    monkeypatch.setattr(loading, "__file__", str(repository / "sdcomp" / "model" / "loading.py"))
+    monkeypatch.setattr(files, "ROOT", repository)
     assert load("data/mine").config.image_size == 64
     shutil.copytree(repository / "data" / "mine", "data/mine")
     config = json.loads(Path("data/mine/config.json").read_text(encoding="utf-8"))
@@ -341,6 +368,7 @@ def test_a_broken_configuration_is_named(folder, content):
         (None, "projection_dim", "128", "projection_dim"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part, setting, value, word):
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

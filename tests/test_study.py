@@ -42,12 +42,6 @@ device: str = "cpu"
 out: str = ""
 """
 
-
-def write(path: Path, content: bytes) -> None:
-    with files.replacing(path) as partial:
-        partial.write_bytes(content)
-
-
 RECORD = "run = Run('02_pruning', globals())"
 
 DEFAULTS = {
@@ -178,10 +172,11 @@ def test_other_cells_do_not_matter():
     ]
     assert read_parameters(namespace)["amount"] == 0.5
     # A parameters cell that is run again, with another value in it, is the one that counts.
-    changed = PARAMETERS.replace("n_images: int", "images: int")
+    changed = PARAMETERS.replace("structured: bool", "removed: bool")
     exec(changed, namespace)
     namespace["In"].append(changed)
-    assert "images" in read_parameters(namespace)
+    values = read_parameters(namespace)
+    assert "removed" in values and "structured" not in values and values["amount"] == 0.3
 
 
 def papermill_cells(tmp_path: Path, *options: str) -> dict:
@@ -284,6 +279,13 @@ def test_results_go_where_out_says_or_to_a_folder_named_by_the_parameters(tmp_pa
         assert run.folder.resolve() == folder and folder.is_dir()
         assert not list(folder.iterdir())
 
+    # In the repository, where nbval and papermill start from different folders, all mean its root.
+    monkeypatch.setattr(files, "ROOT", tmp_path / "repository")
+    (tmp_path / "repository" / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "repository" / "notebooks")
+    run = Run("02_pruning", notebook({"out": "reports/here"}))
+    assert run.folder == tmp_path / "repository" / "reports" / "here"
+
 
 def test_the_hash_is_of_the_study_and_its_parameters_and_not_of_where_results_go(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "ROOT", tmp_path)
@@ -384,6 +386,11 @@ def test_a_figure_is_a_png_in_the_folder(run):
 
 
 # What cannot be written
+
+
+def write(path: Path, content: bytes) -> None:
+    with files.replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path):

@@ -108,6 +108,16 @@ def test_each_row_has_its_own_latents_timestep_and_context(randomize):
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.inference_mode()
+def test_a_row_is_the_same_wherever_it_stands_in_the_batch(randomize, memory_format):
+    unet = randomize(UNet(SD_LIKE), 5).to(memory_format=memory_format)
+    latents, _, context = (x[:1].expand(3, *x.shape[1:]) for x in inputs(SD_LIKE, height=32, width=32))
+    output = unet(latents, 500, context)
+    assert torch.equal(output[1], output[0]) and torch.equal(output[2], output[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_float_types_run_throughout(randomize, dtype):
     unet = randomize(UNet(SD_LIKE), 5)

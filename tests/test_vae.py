@@ -63,6 +63,17 @@ def test_log_variances_stay_in_the_range_of_diffusers(pair):
     assert logvar.min() == -30 and logvar.max() == 20
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.inference_mode()
+def test_an_image_is_the_same_wherever_it_stands_in_the_batch(randomize, memory_format):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(6)).repeat(3, 1, 1, 1)
+    images = randomize(VAEDecoder(TINY.vae), 2).to(memory_format=memory_format)(latents)
+    assert torch.equal(images[1], images[0]) and torch.equal(images[2], images[0])
+    means, _ = randomize(VAEEncoder(TINY.vae), 1).to(memory_format=memory_format)(images)
+    assert torch.equal(means[1], means[0]) and torch.equal(means[2], means[0])
+
+
 def test_sd15_has_the_published_parameters(diffusers):
     with torch.device("meta"):
         encoder, decoder = VAEEncoder(SD15.vae), VAEDecoder(SD15.vae)

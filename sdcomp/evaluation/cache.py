@@ -39,7 +39,10 @@ def cached_images(
             path.unlink()
     images = sd.generate(prompts, progress=progress, **settings)
     with replacing(path) as partial:
-        save_file({"images": images}, partial)
+        try:
+            save_file({"images": images}, partial)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
     return images
 
 
@@ -51,8 +54,16 @@ def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -
         "config": sd.config.to_dict(),
         "vocabulary": sd.tokenizer.get_vocab(),
         "prompts": prompts,
-        "settings": {name: repr(value) for name, value in settings.items()},
+        "settings": {name: _exact(value) for name, value in settings.items()},
         "machine": [str(sd.device), str(sd.dtype), torch.get_num_threads(), torch.__version__],
         "source": hashlib.sha256(source).hexdigest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _exact(value: object) -> str:
+    """A value as text; a tensor's own text leaves most of it out."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+    return repr(value)

@@ -56,15 +56,16 @@ def bootstrap(
 def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of a score `(n,)` with its interval; of a yes or no (bool), the share in percent.
 
-    Where all images agree a bootstrap sees no spread: a share then has Wilson's (1927) interval.
+    Where all images (or groups) agree a bootstrap sees no spread: a share then has Wilson's (1927) interval.
     """
     if values.dtype != torch.bool:
         return bootstrap(values, groups=groups)
     share = bootstrap(100 * values.double(), groups=groups)
     if share.low != share.high:
         return share
-    n, z2 = len(set(groups)) if groups else len(values), 1.96**2
-    center, half = (share.value / 100 + z2 / 2 / n) / (1 + z2 / n), z2 / 2 / n / (1 + z2 / n)
+    n, p, z2 = len(set(groups)) if groups else len(values), share.value / 100, 1.96**2
+    center, half = p + z2 / 2 / n, np.sqrt(z2 * p * (1 - p) / n + (z2 / 2 / n) ** 2)
+    center, half = center / (1 + z2 / n), half.item() / (1 + z2 / n)
     return Estimate(share.value, 100 * (center - half), 100 * (center + half), share.n)
 
 

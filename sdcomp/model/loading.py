@@ -138,7 +138,6 @@ def save(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = No
             "the text encoder was replaced, but clip was not: replace(clip=...) as well to save both"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "unet": sd.unet.state_dict(),
         "vae": {**sd.encoder.state_dict(), **sd.decoder.state_dict()},
@@ -167,7 +166,10 @@ def _save_state(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None)
     with replacing(file) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        save_file({name: convert(t) for name, t in state.items()}, partial)
+        try:
+            save_file({name: convert(t) for name, t in state.items()}, partial)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
         partial.chmod(mode)  # safetensors makes files that only their owner can read
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.model.config import UNetConfig
+from sdcomp.model.norm import GroupNorm
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -30,12 +31,12 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         # The checkpoints number a dropout layer (which SD 1.x sets to 0) at out_layers.2.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_channels),
+            GroupNorm(groups, out_channels),
             nn.SiLU(),
             nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -115,7 +116,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, depth: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_dim, heads) for _ in range(depth)
@@ -220,7 +221,7 @@ class UNet(nn.Module):
                 channels = width
 
         self.out = nn.Sequential(
-            nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
+            GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:

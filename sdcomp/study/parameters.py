@@ -99,7 +99,7 @@ def read_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
     injected = [
         cell
         for source, cell in zip(namespace["In"][last:], cells[last:], strict=True)
-        if source.lstrip().startswith("# Parameters")
+        if source.lstrip().partition("\n")[0].rstrip() == "# Parameters"
     ]
     for name in _assignments(injected[-1]) if injected else []:
         if name not in declared:

@@ -3,6 +3,7 @@
 from sdcomp.training.data import SceneSet, scene_set
 from sdcomp.training.loop import Trained, fit
 from sdcomp.training.stages import (
+    Latents,
     caption_tokenizer,
     encode_scenes,
     train_clip,
@@ -13,6 +14,7 @@ from sdcomp.training.stages import (
 )
 
 __all__ = [
+    "Latents",
     "SceneSet",
     "Trained",
     "caption_tokenizer",

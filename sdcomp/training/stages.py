@@ -5,7 +5,7 @@ Each takes its number of steps, a seed and an optional checkpoint from which it 
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,43 +62,53 @@ def train_clip(
     )  # fmt: skip
 
 
-@torch.inference_mode()
-def encode_scenes(
-    encoder: VAEEncoder, data: SceneSet, progress: bool = True
-) -> tuple[tuple[Tensor, Tensor], float]:
-    """Latent means and standard deviations of all images, each `(N, 4, h, w)`, scaled; and the scale.
+@dataclass
+class Latents:
+    """The encoded training images: scaled means and standard deviations, `(N, 4, h, w)` each.
 
-    The scale gives the means a standard deviation of 1, as 0.18215 does for SD 1.x (Rombach et al. 2022,
-    appendix G).
+    `scale` gives the means a standard deviation of 1, as 0.18215 does for SD 1.x (Rombach et al. 2022,
+    appendix G); `encoder` is the digest of the weights that made them.
     """
+
+    means: Tensor
+    stds: Tensor
+    scale: float
+    encoder: str
+
+
+@torch.inference_mode()
+def encode_scenes(encoder: VAEEncoder, data: SceneSet, progress: bool = True) -> Latents:
+    """Encode all training images."""
     device = next(encoder.parameters()).device
     means, stds = [], []
-    for rows in tqdm(np.array_split(np.arange(len(data.scenes)), -(-len(data.scenes) // 128)),
-                     desc="encode", disable=not progress):  # fmt: skip
-        images = 2 * data.batch(rows).to(device, memory_format=torch.channels_last) - 1
-        mean, logvar = encoder(images)
+    batches = np.array_split(np.arange(len(data.scenes)), -(-len(data.scenes) // 128))
+    for rows in tqdm(batches, desc="encode", disable=not progress):
+        mean, logvar = encoder(2 * data.batch(rows).to(device, memory_format=torch.channels_last) - 1)
         means.append(mean.cpu().contiguous())
         stds.append((0.5 * logvar).exp().cpu().contiguous())
     mean, std = torch.cat(means), torch.cat(stds)
     scale = 1 / mean.std().item()
-    return (scale * mean, scale * std), scale
+    return Latents(scale * mean, scale * std, scale, weights_digest(encoder))
 
 
 def train_unet(
     config: ModelConfig, clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet,
-    latents: tuple[Tensor, Tensor], steps: int, *, seed: int = 0, device: str = "cpu",
+    latents: Latents, steps: int, *, seed: int = 0, device: str = "cpu",
     checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train the UNet to predict noise in the scaled latents, given the captions."""
     inputs = {
-        "scenes": data.digest,
-        "text encoder": weights_digest(clip.text_model),
-        "latents": hashlib.sha256(latents[0][:4].numpy().tobytes()).hexdigest()[:12],
-    }
+        "scenes": data.digest, "encoder": latents.encoder, "text encoder": weights_digest(clip.text_model)
+    }  # fmt: skip
     torch.manual_seed(seed)
     unet = UNet(config.unet).to(device, memory_format=torch.channels_last)
     loss = diffusion_loss(
-        unet, NoiseSchedule(config.schedule), latents, data, clip.text_model.eval(), tokenizer
+        unet,
+        NoiseSchedule(config.schedule),
+        (latents.means, latents.stds),
+        data,
+        clip.text_model.eval(),
+        tokenizer,
     )
     return fit(
         unet,
