@@ -33,6 +33,7 @@ amount: "float or list" = 0.3  # share, or a list of shares
 quant_filters: list[str] = ["time_embed", "out"]  # layers left out
 guidance_sweep: list = []  # empty: no sweep
 structured: bool = False
+strictness: float = 0.5  # one that no rule is known for
 seed: int = 0
 n_images: int = 32
 steps: int = 20
@@ -46,8 +47,8 @@ RECORD = "run = Run('02_pruning', globals())"
 
 DEFAULTS = {
     "model": ".", "amount": 0.3, "quant_filters": ["time_embed", "out"], "guidance_sweep": [],
-    "structured": False, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim", "guidance_scale": 4.0,
-    "device": "cpu", "out": "",
+    "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim",
+    "guidance_scale": 4.0, "device": "cpu", "out": "",
 }  # fmt: skip
 
 
@@ -112,6 +113,9 @@ BAD = [
     ("guidance_sweep", [1.0, NAN], "not nan"),
     ("guidance_sweep", [1.0, 101.0], "between 0 and 100"),
     ("guidance_sweep", ["high"], "a list of numbers"),
+    ("strictness", NAN, "must be finite"),
+    ("strictness", -INF, "must be finite"),
+    ("strictness", "high", "a number"),
     ("structured", 1, "true or false"),
     ("structured", "yes", "true or false"),
     ("seed", True, "a whole number"),
