@@ -68,7 +68,7 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=next(module.parameters()).device)
         for key, value in recipe.items():
-            if (there := state["recipe"].get(key)) != value:
+            if (there := state.get("recipe", {}).get(key)) != value:
                 raise UserError(
                     f"{checkpoint} is of another training ({key} is {there} there and {value} here); "
                     "delete it, or train in another folder"

@@ -44,6 +44,7 @@ def train_vae(
         lr=2e-3,
         seed=seed,
         checkpoint=checkpoint,
+        inputs={"scenes": data.digest},
         progress=progress,
         desc="vae",
     )
