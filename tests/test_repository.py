@@ -42,7 +42,7 @@ def test_readme_python_snippets_run(capsys):
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
-    assert "(1, 3, 64, 64)" in capsys.readouterr().out
+    assert "torch.Size([1, 3, 64, 64]) 29.8% zero" in capsys.readouterr().out
 
 
 def test_what_readme_links_to_is_there():
