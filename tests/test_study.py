@@ -79,6 +79,15 @@ def test_what_was_declared_and_injected_is_returned():
     assert type(read_parameters(notebook({"amount": 0}))["amount"]) is float
 
 
+def test_without_history_the_declarations_are_those_of_the_namespace():
+    namespace = notebook()
+    namespace["In"] = [""]  # as nbval runs cells
+    assert read_parameters(namespace) == DEFAULTS
+    for name, value, words in (("amount", 1.3, "a fraction"), ("amount", "abc", "a number or a list")):
+        with pytest.raises(ParameterError, match=words):
+            read_parameters({**namespace, name: value})
+
+
 GOOD = {"amount": [0, 0.0, 0.999], "seed": [2**31 - 1], "device": ["cpu"], "guidance_scale": [0, 100]}
 
 

@@ -93,6 +93,9 @@ def read_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
     """
     cells = [_parse(source) for source in namespace["In"]]
     found = [(i, lines) for i, cell in enumerate(cells) if (lines := _declarations(cell)).keys() >= COMMON]
+    if not found and namespace.get("__annotations__", {}).keys() >= COMMON:
+        # nbval runs cells without history; it injects nothing either.
+        found = [(len(cells), _declarations(_parse(_written(namespace))))]
     if not found:
         raise ParameterError("run the parameters cell first; each of its lines is `name: type = value`")
     last, declared = found[-1]
@@ -112,6 +115,14 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(source)
     except SyntaxError:  # shell and magic lines
         return ast.Module([], [])
+
+
+def _written(namespace: dict[str, Any]) -> str:
+    """The parameters cell, rewritten from what it left in the namespace."""
+    names = {
+        n: t.__name__ if isinstance(t, type) else repr(t) for n, t in namespace["__annotations__"].items()
+    }
+    return "\n".join(f"{name}: {kind} = {namespace[name]!r}" for name, kind in names.items())
 
 
 def _declarations(cell: ast.Module) -> dict[str, ast.AnnAssign]:
