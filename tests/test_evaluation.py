@@ -15,6 +15,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation import (
+    Clip,
     Estimate,
     Prompts,
     bootstrap,
@@ -209,7 +210,7 @@ def as_torchmetrics_wants_it(sd):
 
 
 def test_clip_scores_are_those_of_torchmetrics(seeing, images):
-    found = clip_scores(seeing, images, PROMPTS)
+    found = clip_scores(Clip.of(seeing), images, PROMPTS)
     assert found.shape == (12,) and found.dtype == torch.float32
     adapter = as_torchmetrics_wants_it(seeing)
     with torch.no_grad():
@@ -225,19 +226,20 @@ def test_clip_scores_are_those_of_torchmetrics(seeing, images):
     assert len(kept) > 6 and found[kept].std() > 0.01
 
 
-def test_clip_scores_do_not_depend_on_the_batch_size(seeing, images):
-    whole = clip_scores(seeing, images, PROMPTS)
-    assert torch.allclose(clip_scores(seeing, images, PROMPTS, batch_size=5), whole, rtol=0, atol=1e-3)
+def test_embeddings_do_not_depend_on_the_batch_size(seeing, images):
+    clip = Clip.of(seeing)
+    assert torch.allclose(clip.embed_images(images, 5), clip.embed_images(images), rtol=0, atol=1e-5)
+    assert torch.allclose(clip.embed_texts(PROMPTS, 5), clip.embed_texts(PROMPTS), rtol=0, atol=1e-5)
 
 
 def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
     with pytest.raises(ValueError, match="floating point"):
-        clip_scores(seeing, (images * 255).byte(), PROMPTS)
+        clip_scores(Clip.of(seeing), (images * 255).byte(), PROMPTS)
     for prompts in (PROMPTS[:1], [*PROMPTS, ""]):
         with pytest.raises(ValueError, match=f"{len(prompts)} prompts for 12 images"):
-            clip_scores(seeing, images, prompts)
+            clip_scores(Clip.of(seeing), images, prompts)
     with pytest.raises(ValueError, match="no CLIP image encoder"):
-        clip_scores(small.replace(clip=None), images, PROMPTS)
+        Clip.of(small.replace(clip=None))
 
 
 def test_scores_are_those_that_the_model_can_give(seeing, small):
@@ -246,7 +248,7 @@ def test_scores_are_those_that_the_model_can_give(seeing, small):
     assert scores(small, images, prompts) == {}
     only = scores(seeing, images, prompts)
     assert set(only) == {"CLIP score"}
-    assert torch.equal(only["CLIP score"], clip_scores(seeing, images, PROMPTS))
+    assert torch.equal(only["CLIP score"], clip_scores(Clip.of(seeing), images, PROMPTS))
     reading = seeing.replace(reader=SceneReader(width=8).eval())
     both = scores(reading, images, prompts)
     assert set(both) == {"prompt accuracy", "CLIP score"}

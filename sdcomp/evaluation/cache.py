@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sdcomp.model
+import sdcomp
 from sdcomp.files import ROOT, replacing
-from sdcomp.model import StableDiffusion, weights_digest
+from sdcomp.model import StableDiffusion, Trace, weights_digest
 
 FOLDER = ROOT / "reports" / "runs" / "images"
 
@@ -29,25 +30,47 @@ def cached_images(
     """`sd.generate(prompts, **settings)`, from `folder` where the very same images were made before.
 
     The same are: weights, configuration, prompts, settings, device, thread count, PyTorch and the source
-    of `sdcomp.model`. A damaged file is made anew. Raises UserError when the folder cannot be written to.
+    of what makes images. A damaged file is made anew. Raises UserError when the folder cannot be written to.
     """
     path = folder / f"{_key(sd, prompts, settings)}.safetensors"
+    return _cached(path, lambda: {"images": sd.generate(prompts, progress=progress, **settings)})["images"]
+
+
+def cached_trace(
+    sd: StableDiffusion,
+    prompts: list[str],
+    *,
+    folder: Path = FOLDER,
+    progress: bool = False,
+    **settings: object,
+) -> Trace:
+    """As `cached_images`, but the `Trace` of what happened on the way to the images."""
+
+    def make() -> dict[str, Tensor]:
+        return vars(sd.generate(prompts, progress=progress, trace=True, **settings)[1])
+
+    return Trace(**_cached(folder / f"{_key(sd, prompts, settings)}-trace.safetensors", make))
+
+
+def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     if path.exists():
         try:
-            return load_file(path)["images"]
-        except (SafetensorError, KeyError):
+            return load_file(path)
+        except SafetensorError:
             path.unlink()
-    images = sd.generate(prompts, progress=progress, **settings)
+    made = make()
     with replacing(path) as partial:
         try:
-            save_file({"images": images}, partial)
+            save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
         except SafetensorError as error:
             raise OSError(str(error)) from None
-    return images
+    return made
 
 
 def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -> str:
-    source = b"".join(file.read_bytes() for file in sorted(Path(sdcomp.model.__file__).parent.glob("*.py")))
+    package = Path(sdcomp.__file__).parent
+    files = (file for part in ("model", "quantization", "pruning") for file in (package / part).glob("*.py"))
+    source = b"".join(file.read_bytes() for file in sorted(files))
     facts = {
         "weights": weights_digest(sd.unet, sd.encoder, sd.decoder, sd.text_encoder),
         "structure": repr(sd.unet),

@@ -37,16 +37,25 @@ class Prompts:
 
 
 def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
-    """The first `n` prompts of a set: "test", "unseen" (the base model only) or "calibration".
+    """The first `n` prompts of a set: "test", "unseen" (the base model only), "calibration", or a file.
 
-    The sets are disjoint files in `data/prompts`. Raises UserError where there are not `n`.
+    The sets are disjoint files in `data/prompts`. A file of one's own is `.txt`, a prompt a line, or
+    `.jsonl` with lines like `{"prompt": "..."}`. Raises UserError where there are not `n`, and for a file
+    that is missing or of another form.
     """
     kind = "scenes" if sd.reader is not None else "sd15"
-    path = find(FOLDER / f"{kind}_{name}.jsonl")
+    path = find(name if name.endswith((".txt", ".jsonl")) else FOLDER / f"{kind}_{name}.jsonl")
     if not path.exists():
         raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
+        texts = [row["prompt"] for row in rows]
+        scenes = [Scene.from_dict(row["scene"]) if "scene" in row else None for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path} is no prompt file: each line must be like {{"prompt": "..."}} ({error})'
+        ) from None
     if not 1 <= n <= len(rows):
         raise UserError(f"n_images must be 1 to {len(rows)}, the size of {path.name}, not {n}")
-    scenes = [Scene.from_dict(row["scene"]) for row in rows[:n]] if kind == "scenes" else None
-    return Prompts([row["prompt"] for row in rows[:n]], scenes)
+    return Prompts(texts[:n], scenes[:n] if None not in scenes and sd.reader is not None else None)

@@ -185,7 +185,7 @@ class StableDiffusion:
                 )
             path = []
             for i in range(first, steps):
-                predicted = self._predict(latents, solver.timesteps[i], context, scale)
+                predicted = self.predict_noise(latents, solver.timesteps[i], context, scale)
                 if trace:
                     path.append((latents[:kept].float().cpu(), predicted[:kept].float().cpu()))
                 noise = None
@@ -203,8 +203,13 @@ class StableDiffusion:
         latents, predictions = (torch.cat(parts, dim=1) for parts in zip(*traces, strict=True))
         return result, Trace(torch.tensor(solver.timesteps[first:]), latents, predictions)
 
-    def _predict(self, latents: Tensor, timestep: int, context: Tensor, scale: float) -> Tensor:
-        """The guided noise prediction: both halves in one call of the UNet."""
+    @torch.inference_mode()
+    def predict_noise(self, latents: Tensor, timestep: int, context: Tensor, scale: float) -> Tensor:
+        """The guided noise prediction for latents `(B, 4, h, w)`: both halves in one call of the UNet.
+
+        `context` `(2 B, L, context_dim)` holds the negative prompts' states, then the prompts'; for a
+        guidance `scale` of 1 only the latter, `(B, L, context_dim)`.
+        """
         if scale == 1:
             return self.unet(latents, torch.full((len(latents),), timestep, device=self.device), context)
         both = torch.cat([latents, latents])

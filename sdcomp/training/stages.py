@@ -94,15 +94,23 @@ def encode_scenes(encoder: VAEEncoder, data: SceneSet, progress: bool = True) ->
 
 def train_unet(
     config: ModelConfig, clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet,
-    latents: Latents, steps: int, *, seed: int = 0, device: str = "cpu",
+    latents: Latents, steps: int, *, start: UNet | None = None, seed: int = 0, device: str = "cpu",
     checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
-    """Train the UNet to predict noise in the scaled latents, given the captions."""
+    """Train the UNet to predict noise in the scaled latents, given the captions.
+
+    `start` is a UNet of the same configuration whose weights training goes on from; give another `seed`
+    then, so that it does not see the same batches again.
+    """
     inputs = {
         "scenes": data.digest, "encoder": latents.encoder, "text encoder": weights_digest(clip.text_model)
     }  # fmt: skip
     torch.manual_seed(seed)
-    unet = UNet(config.unet).to(device, memory_format=torch.channels_last)
+    unet = UNet(config.unet)
+    if start is not None:
+        unet.load_state_dict(start.state_dict())
+        inputs["start"] = weights_digest(start)
+    unet = unet.to(device, memory_format=torch.channels_last)
     loss = diffusion_loss(
         unet,
         NoiseSchedule(config.schedule),

@@ -1,0 +1,85 @@
+"""CLIP as a judge: embeddings of images and of texts, from the model's own CLIP or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel
+
+from sdcomp.errors import UserError
+from sdcomp.files import find
+from sdcomp.model import StableDiffusion
+from sdcomp.model.text import clip_pixels, tokenize
+
+# What OpenAI's CLIP was trained with (Radford et al. 2021, published code).
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP with its preprocessing: `pixels` takes images in [0, 1], `ids` takes texts."""
+
+    model: CLIPModel
+    pixels: Callable[[Tensor], Tensor]
+    ids: Callable[[list[str]], Tensor]
+
+    @classmethod
+    def of(cls, sd: StableDiffusion) -> Clip:
+        """The one that comes with a model. Raises ValueError for a model without an image encoder."""
+        if sd.clip is None:
+            raise ValueError("this model has no CLIP image encoder, so it has no CLIP score")
+        return cls(sd.clip, clip_pixels, lambda texts: tokenize(sd.tokenizer, texts))
+
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> Clip:
+        """Another one, from a folder or a hub name that transformers knows. Raises UserError."""
+        from transformers import CLIPTokenizer
+
+        place = find(path)
+        source = str(place) if place.exists() else path
+        try:
+            model = CLIPModel.from_pretrained(source).eval().to(device)
+            tokenizer = CLIPTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"clip_model={path!r} cannot be loaded as a CLIP: {reason}") from None
+        side = model.config.vision_config.image_size
+
+        def pixels(images: Tensor) -> Tensor:
+            height, width = images.shape[2:]
+            scale = side / min(height, width)
+            size = max(side, round(height * scale)), max(side, round(width * scale))
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            top, left = (size[0] - side) // 2, (size[1] - side) // 2
+            images = images[:, :, top : top + side, left : left + side]
+            mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
+            return (images - mean) / std
+
+        return cls(model, pixels, lambda texts: tokenize(tokenizer, texts))
+
+    @torch.inference_mode()
+    def embed_images(self, images: Tensor, batch_size: int = 128) -> Tensor:
+        """Images `(N, 3, H, W)` in [0, 1] -> embeddings `(N, d)` float32 on the CPU.
+
+        Raises ValueError for images that are not floating point: of bytes, [0, 1] would be black.
+        """
+        if not images.is_floating_point():
+            raise ValueError("images must be floating point in [0, 1]")
+        found = []
+        for batch in images.split(batch_size):
+            pixels = self.pixels(batch.float()).to(self.model.device, self.model.dtype)
+            found.append(self.model.get_image_features(pixels).pooler_output.float().cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str], batch_size: int = 128) -> Tensor:
+        """Texts -> embeddings `(N, d)` float32 on the CPU."""
+        found = []
+        for start in range(0, len(texts), batch_size):
+            ids = self.ids(texts[start : start + batch_size]).to(self.model.device)
+            found.append(self.model.get_text_features(ids).pooler_output.float().cpu())
+        return torch.cat(found)

@@ -1,0 +1,87 @@
+"""Distances between sets of images, from their features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchmetrics.image.kid import poly_kernel
+
+from sdcomp.errors import UserError
+from sdcomp.files import find
+
+
+def kid_values(features: Tensor, reference: Tensor, paired: bool = False) -> Tensor:
+    """What each image contributes to the Kernel Inception Distance, `(N,)`; their mean is the KID.
+
+    KID is the unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al.
+    2018), here between `features` `(N, d)` and `reference` `(M, d)`, on all images instead of random
+    subsets. The contributions are jackknife pseudo-values (Efron & Stein 1981) with the reference held
+    fixed, so they take intervals and paired differences like any other score. With `paired`, row i of
+    both comes from the same prompt and noise, and such pairs, which are not independent, are left out.
+
+    Raises ValueError for fewer than three images, for features of different sizes, and for `paired` sets
+    of different sizes.
+    """
+    n, m = len(features), len(reference)
+    if n < 3 or m < 3:
+        raise ValueError(f"KID needs at least 3 images on each side, not {n} and {m}")
+    if features.shape[1] != reference.shape[1] or (paired and n != m):
+        raise ValueError(
+            f"features {tuple(features.shape)} do not go with reference {tuple(reference.shape)}"
+        )
+    x, y = features.double(), reference.double()
+    within = poly_kernel(x, x).fill_diagonal_(0).sum(1)
+    between = poly_kernel(x, y)
+    between = between.fill_diagonal_(0).sum(1) / (m - 1) if paired else between.mean(1)
+    fixed = poly_kernel(y, y).fill_diagonal_(0).sum() / (m * (m - 1))
+    whole = within.sum() / (n * (n - 1)) - 2 * between.mean()
+    without = (within.sum() - 2 * within) / ((n - 1) * (n - 2))
+    without = without - 2 * (between.sum() - between) / (n - 1)
+    return n * whole - (n - 1) * without + fixed
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """The Frechet distance of two Gaussians fitted to features `(N, d)` and `(M, d)` (Heusel et al. 2017).
+
+    It is biased upwards by about d / n, so read it beside n and d, and only between sets of one size.
+    Raises ValueError where either set has no more than d images: its covariance would be singular.
+    """
+    n, d = min(len(features), len(reference)), features.shape[1]
+    if n <= d:
+        raise ValueError(f"a Frechet distance of {d} features needs more than {d} images, not {n}")
+    x, y = features.double(), reference.double()
+    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
+    # tr sqrt(A B) = sum of the square roots of the eigenvalues of A B.
+    cross = torch.linalg.eigvals(covariance_x @ covariance_y).sqrt().real.sum()
+    mean = (x.mean(0) - y.mean(0)).square().sum()
+    return (mean + covariance_x.trace() + covariance_y.trace() - 2 * cross).item()
+
+
+def load_images(folder: str | Path, side: int) -> Tensor:
+    """The PNG, JPEG and WebP images of a folder, by name, as `(N, 3, side, side)` in [0, 1].
+
+    The shorter side is resized to `side`, the middle kept. Raises UserError for a folder without images
+    and for a file that is not one.
+    """
+    place = find(folder)
+    files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"reference={str(folder)!r} is no folder with PNG, JPEG or WebP images")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
+        scale = side / min(pixels.shape[1:])
+        size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
+        pixels = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
+        top, left = (size[0] - side) // 2, (size[1] - side) // 2
+        images.append(pixels[:, top : top + side, left : left + side])
+    return torch.stack(images)

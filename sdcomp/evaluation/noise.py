@@ -1,0 +1,50 @@
+"""How far a compressed UNet's noise predictions are from the full one's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdcomp.model import StableDiffusion, Trace
+from sdcomp.model.text import text_states
+
+
+@torch.inference_mode()
+def noise_mse(
+    sd: StableDiffusion,
+    unet: nn.Module,
+    prompts: list[str],
+    trace: Trace,
+    *,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Tensor:
+    """Mean squared error of guided noise predictions at each step and image, `(S, N)`.
+
+    `trace` is of `sd.generate(prompts, ...)`: `unet` is asked for its prediction at the very latents that
+    the full UNet met on its way, so that what is measured is one step's error, not where it led.
+    """
+    scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    variant = sd.replace(unet=unet)
+    errors = []
+    steps, n = trace.latents.shape[:2]
+    bar = tqdm(total=-(-n // batch_size) * steps, desc="noise MSE", disable=not progress)
+    for start in range(0, n, batch_size):
+        rows = slice(start, start + batch_size)
+        texts = prompts[rows]
+        if scale != 1:
+            texts = [negative_prompt] * len(texts) + texts
+        context = text_states(sd.text_encoder, sd.tokenizer, texts).to(sd.dtype)
+        batch = []
+        for timestep, latents, wanted in zip(
+            trace.timesteps.tolist(), trace.latents, trace.noise_predictions, strict=True
+        ):
+            found = variant.predict_noise(latents[rows].to(sd.device, sd.dtype), timestep, context, scale)
+            batch.append((found.float().cpu() - wanted[rows]).square().mean((1, 2, 3)))
+            bar.update()
+        errors.append(torch.stack(batch))
+    bar.close()
+    return torch.cat(errors, dim=1)

@@ -1,0 +1,122 @@
+"""The paired protocol: every variant draws the same prompts from the same noise as its baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sdcomp.evaluation import (
+    UNITS,
+    Clip,
+    Prompts,
+    cached_images,
+    cached_trace,
+    estimate,
+    frechet_distance,
+    kid_values,
+    noise_mse,
+    paired_difference,
+    psnr,
+    scores,
+    ssim,
+)
+
+if TYPE_CHECKING:
+    from sdcomp.model import StableDiffusion
+    from sdcomp.study.run import Run
+
+
+class PairedStudy:
+    """Measures variants of a model's UNet against the UNet itself and records what is found.
+
+    Of each variant are recorded: the scores of its images (`scores`), the Kernel Inception Distance (x 1000)
+    and, with more images than features, the Frechet distance to `reference`; PSNR and SSIM to the
+    baseline's images; the noise predictions' mean squared error along the baseline's path, for the first
+    `noise_images` prompts. Scores and KID also as paired differences to the baseline.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        sd: StableDiffusion,
+        prompts: Prompts,
+        *,
+        baseline: str,
+        reference: Tensor | None = None,
+        clip: Clip | None = None,
+        noise_images: int = 0,
+        **settings: Any,
+    ) -> None:
+        """`baseline` names the model as it is; `settings` go to `generate`."""
+        self.run, self.sd, self.prompts, self.name = run, sd, prompts, baseline
+        self.settings = {**settings, "progress": run.progress}
+        self.clip = clip or (Clip.of(sd) if sd.clip is not None else None)
+        self.reference = None
+        if reference is not None and self.clip is not None and len(prompts) > 2:
+            self.reference = self.clip.embed_images(reference)
+        self.images = cached_images(sd, prompts.texts, **self.settings)
+        self.trace = None
+        if noise_images:
+            self.traced = prompts.texts[:noise_images]
+            self.trace = cached_trace(sd, self.traced, **self.settings)
+        self.scores = self._scores(self.images)
+        for metric, values in self.scores.items():
+            run.record(baseline, metric, estimate(values, prompts.groups), unit=_unit(metric))
+        self._record_frechet(baseline, self.images)
+
+    def measure(self, method: str, unet: nn.Module, **parameters: Any) -> Tensor:
+        """Generate with `unet` in the model's place, record everything, return the images."""
+        groups = self.prompts.groups
+        images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **self.settings)
+        for metric, values in self._scores(images).items():
+            change = paired_difference(values, self.scores[metric], groups)
+            self.run.record(method, metric, estimate(values, groups), unit=_unit(metric), **parameters)
+            self.run.record(
+                method, f"{metric} difference", change, unit=_unit(metric), baseline=self.name, **parameters
+            )
+        self._record_frechet(method, images, **parameters)
+        to = {"baseline": self.name, **parameters}
+        self.run.record(method, "PSNR", psnr(images, self.images, groups), unit="dB", **to)
+        self.run.record(method, "SSIM", estimate(ssim(images, self.images), groups), **to)
+        if self.trace is not None:
+            self._record_noise(method, unet, **to)
+        return images
+
+    def _scores(self, images: Tensor) -> dict[str, Tensor]:
+        found = scores(self.sd, images, self.prompts, self.clip)
+        if self.reference is not None:
+            found["KID"] = 1000 * kid_values(self.clip.embed_images(images), self.reference)
+        return found
+
+    def _record_frechet(self, method: str, images: Tensor, **parameters: Any) -> None:
+        if self.reference is None:
+            return
+        features = self.clip.embed_images(images)
+        n, d = min(len(features), len(self.reference)), features.shape[1]
+        if n > d:
+            distance = frechet_distance(features, self.reference)
+            few = "; n < 10 d: biased" if n < 10 * d else ""
+            self.run.record(method, "Frechet distance", distance, unit=f"n = {n}, d = {d}{few}", **parameters)
+
+    def _record_noise(self, method: str, unet: nn.Module, **to: Any) -> None:
+        errors = noise_mse(
+            self.sd,
+            unet,
+            self.traced,
+            self.trace,
+            guidance_scale=self.settings.get("guidance_scale"),
+            negative_prompt=self.settings.get("negative_prompt", ""),
+            batch_size=self.settings.get("batch_size", 16),
+            progress=self.run.progress,
+        )
+        groups = self.prompts.groups[: errors.shape[1]]
+        self.run.record(method, "noise MSE", estimate(errors.mean(0), groups), **to)
+        for timestep, values in zip(self.trace.timesteps.tolist(), errors, strict=True):
+            self.run.record(
+                method, "noise MSE at timestep", estimate(values, groups), timestep=timestep, **to
+            )
+
+
+def _unit(metric: str) -> str:
+    return {"KID": "x 1000", **UNITS}[metric]
