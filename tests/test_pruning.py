@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
-from sdcomp.pruning import ZeroCount, count_zeros, prune_unstructured
+from sdcomp.pruning import ZeroCount, count_zeros, make_permanent, prune_unstructured
 
 BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 
@@ -100,6 +100,93 @@ def test_ties_in_half_precision_are_not_pruned_beyond_the_amount(amount):
         assert int((tensor == 0).sum()) == round(amount * tensor.numel())
 
 
+@pytest.mark.parametrize("amount", [0, 0.05, 0.5, 0.95])
+def test_global_scope_is_exactly_pytorchs_global_unstructured(small, amount):
+    expected = copy.deepcopy(small.unet)
+    tensors = [
+        (layer, kind)
+        for name, layer in layers(expected).items()
+        for kind in ("weight", "bias")
+        if in_blocks(name) and getattr(layer, kind) is not None
+    ]
+    prune.global_unstructured(tensors, prune.L1Unstructured, amount=float(amount))
+    for layer, kind in tensors:
+        prune.remove(layer, kind)
+    pruned = prune_unstructured(small.unet, amount, scope="global")
+    state, wanted = pruned.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+    shares = {round(float((t == 0).float().mean()), 2) for t in state.values() if t.dim() > 1}
+    assert len(shares) > 3 or amount == 0  # and not the same share of each
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    amount=st.floats(0, 0.999),
+    values=st.lists(st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]), min_size=4, max_size=40),
+)
+def test_global_ties_go_in_order_and_no_more_than_the_amount(amount, values):
+    cut = len(values) // 2
+    module = nn.Sequential(nn.Linear(cut, 1, bias=False), nn.Linear(len(values) - cut, 1, bias=False))
+    with torch.no_grad():
+        for layer, part in zip(module, (values[:cut], values[cut:]), strict=True):
+            layer.weight.copy_(torch.tensor([part]))
+    pruned = prune_unstructured(module, amount, scope="global")
+    after = [x for layer in pruned for x in layer.weight[0].tolist()]
+    order = sorted(range(len(values)), key=lambda i: abs(values[i]))  # stable, as ties should be
+    gone = set(order[: round(amount * len(values))])
+    assert after == [0.0 if i in gone else x for i, x in enumerate(values)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_other_types_of_weights(dtype, scope):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(50, 7)).to(dtype)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    pruned = prune_unstructured(module, 0.35, scope=scope).state_dict()
+    counts = [round(0.35 * t.numel()) for t in before.values()]
+    gone = [int((t == 0).sum()) for t in pruned.values()]
+    total = sum(t.numel() for t in before.values())
+    assert gone == counts if scope == "layer" else sum(gone) == round(0.35 * total)
+    for name, tensor in pruned.items():
+        assert tensor.dtype == dtype and torch.equal(tensor[tensor != 0], before[name][tensor != 0])
+        if scope == "layer":
+            assert before[name][tensor == 0].abs().max() <= tensor[tensor != 0].abs().min()
+
+
+def test_kept_masks_hold_in_training_and_become_permanent(small):
+    before = prune_unstructured(small.unet, 0.5)
+    unet = prune_unstructured(small.unet, 0.5, keep_masks=True)
+    assert count_zeros(unet) == count_zeros(before)
+    args = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 3, 32)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        out = unet(*args)
+        if step == 0:
+            assert torch.equal(out, before(*args))
+        out.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(ValueError, match=r"keeps the masks of an earlier pruning: make_permanent\(\) first"):
+        prune_unstructured(unet, 0.6)
+    state = make_permanent(unet).state_dict()
+    assert state.keys() == before.state_dict().keys()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(state[name] == 0, tensor == 0), name
+    trained = "middle_block.0.in_layers.2.weight"
+    assert not torch.equal(state[trained], before.state_dict()[trained])
+    assert type(unet.get_parameter(trained)) is nn.Parameter
+
+
+def test_an_unknown_scope_or_criterion_is_refused():
+    layer = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="scope must be 'layer' or 'global', not 'all'"):
+        prune_unstructured(layer, 0.5, scope="all")
+    with pytest.raises(ValueError, match="criterion must be 'l1' or 'l2', not 'linf'"):
+        prune_unstructured(layer, 0.5, criterion="linf")
+
+
 def test_in_place_prunes_the_module_itself(small):
     unet = copy.deepcopy(small.unet)
     parameters = dict(unet.named_parameters())
@@ -183,3 +270,23 @@ def test_at_stable_diffusion_1_5_five_percent_leave_the_published_number_of_weig
         if in_blocks(name):
             nonzero -= sum(round(0.05 * p.numel()) for p in layer.parameters())
     assert nonzero == 816_658_036
+
+
+@pytest.mark.slow
+def test_stable_diffusion_1_5_random_weights_are_pruned_to_the_published_count():
+    torch.manual_seed(0)
+    unet = UNet(SD15.unet)
+    for m in unet.modules():
+        # PyTorch starts these biases at zero, which trained ones are not.
+        if isinstance(m, nn.GroupNorm | nn.LayerNorm):
+            nn.init.ones_(m.bias)
+    assert count_zeros(unet) == ZeroCount(859_520_964, 859_520_964)
+    block = [p for n, m in layers(unet).items() if in_blocks(n) for p in m.parameters()]
+    for amount in (0.05, 0.3, 0.6, 0.95):
+        # What went before is of the smallest, and goes first again.
+        prune_unstructured(unet, amount, inplace=True)
+        expected = 859_520_964 - sum(round(amount * p.numel()) for p in block)
+        assert count_zeros(unet).nonzero == expected
+        if amount == 0.05:
+            assert expected == 816_658_036
+            assert round(100 * count_zeros(unet).zero_fraction, 6) == 4.986839

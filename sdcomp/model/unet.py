@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.model.channels import PruneGroup
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.norm import GroupNorm
 
@@ -224,6 +225,17 @@ class UNet(nn.Module):
             GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
         )
 
+    def shortcut_splits(self) -> dict[str, int]:
+        """The layers that a skip concatenation feeds: name -> channels of its first half, the deeper one."""
+        splits = {}
+        channels = self.middle_block[0].out_layers[3].out_channels
+        for i, stage in enumerate(self.output_blocks):
+            splits[f"output_blocks.{i}.0.in_layers.2"] = channels
+            if isinstance(stage[0].skip_connection, nn.Conv2d):
+                splits[f"output_blocks.{i}.0.skip_connection"] = channels
+            channels = stage[0].out_layers[3].out_channels
+        return splits
+
     def forward(self, latents: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(latents.shape[0])
         emb = timestep_embedding(timesteps, self.config.model_channels).to(latents.dtype)
@@ -236,3 +248,30 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
+
+    def prune_groups(self) -> list[PruneGroup]:
+        """What can be taken out without changing a residual connection, in the order of the modules."""
+        groups = []
+        for name, block in self.named_modules():
+            if isinstance(block, ResBlock):
+                # In whole groups of the second norm: what stays is normalized as before.
+                groups.append(
+                    PruneGroup(
+                        name, "residual", block.out_layers[0].num_groups,
+                        rows=("in_layers.2", "emb_layers.1", "out_layers.0"), columns="out_layers.3",
+                        counters=("out_layers.0.num_groups",),
+                    )
+                )  # fmt: skip
+            elif isinstance(block, CrossAttention):
+                groups.append(
+                    PruneGroup(
+                        name, "attention", block.heads,
+                        rows=("to_q", "to_k", "to_v"), columns="to_out.0", counters=("heads",),
+                    )
+                )  # fmt: skip
+            elif isinstance(block, FeedForward):
+                units = block.net[2].in_features
+                groups.append(
+                    PruneGroup(name, "feed-forward", units, rows=("net.0.proj",), columns="net.2", repeats=2)
+                )
+        return groups

@@ -1,6 +1,22 @@
-"""Pruning of any `nn.Module`, and the accounting of zeros."""
+"""Pruning of any `nn.Module`: masks, physically smaller networks, recovery, and what each saves on disk."""
 
-from sdcomp.pruning.sparsity import ZeroCount, count_zeros
+from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.pruning.masks import make_permanent
+from sdcomp.pruning.recovery import recover
+from sdcomp.pruning.sizes import disk_sizes
+from sdcomp.pruning.sparsity import ZeroCount, count_zeros, sparsity_table
+from sdcomp.pruning.structured import prune_structured
 from sdcomp.pruning.unstructured import prune_unstructured
 
-__all__ = ["ZeroCount", "count_zeros", "prune_unstructured"]
+__all__ = [
+    "ZeroCount",
+    "apply_channel_map",
+    "channel_map",
+    "count_zeros",
+    "disk_sizes",
+    "make_permanent",
+    "prune_structured",
+    "prune_unstructured",
+    "recover",
+    "sparsity_table",
+]

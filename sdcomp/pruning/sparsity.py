@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas as pd
 from torch import nn
 
 
@@ -26,3 +27,23 @@ def count_zeros(module: nn.Module) -> ZeroCount:
     return ZeroCount(
         sum(p.numel() for p in parameters), sum(int(p.count_nonzero().item()) for p in parameters)
     )
+
+
+def sparsity_table(module: nn.Module) -> pd.DataFrame:
+    """`count_zeros` by block and by layer kind, in the order of the module.
+
+    Columns: `block`, a child of the module or of one of its lists ("input_blocks.1", "middle_block");
+    `kind`, the class of the layer ("Conv2d"); `parameters`, `nonzero`, `zero_fraction`. Each parameter
+    counts once, so the rows add up to `count_zeros`.
+    """
+    lists = {name for name, child in module.named_children() if isinstance(child, nn.ModuleList)}
+    rows = []
+    for name, parameter in module.named_parameters():
+        path = name.split(".")[:-1]
+        block = ".".join(path[: 2 if path and path[0] in lists else 1])
+        kind = type(module.get_submodule(".".join(path))).__name__
+        rows.append((block, kind, parameter.numel(), int(parameter.count_nonzero())))
+    table = pd.DataFrame(rows, columns=["block", "kind", "parameters", "nonzero"])
+    table = table.groupby(["block", "kind"], sort=False, as_index=False).sum()
+    table["zero_fraction"] = 1 - table["nonzero"] / table["parameters"]
+    return table

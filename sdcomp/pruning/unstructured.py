@@ -8,47 +8,76 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-BLOCKS = ("input_blocks", "middle_block", "output_blocks")
-"""The parts of the UNet that published work prunes: not the time embedding, not the output layer."""
+from sdcomp.pruning.layers import check_amount, prunable_layers
+from sdcomp.pruning.masks import register_masks
 
 
 def prune_unstructured(
-    module: nn.Module, amount: float, *, parts: Sequence[str] | None = None, inplace: bool = False
+    module: nn.Module,
+    amount: float,
+    scope: str = "layer",
+    criterion: str = "l1",
+    *,
+    parts: Sequence[str] | None = None,
+    keep_masks: bool = False,
+    inplace: bool = False,
 ) -> nn.Module:
-    """Set the share `amount` (0 to below 1) of smallest magnitude to zero, in each tensor by itself.
+    """Set the share `amount` (0 to below 1) of smallest magnitude to zero.
 
     Pruned are the weights and biases of every convolution and linear layer below `parts` (submodule
-    names; by default the UNet's blocks, or everything in a module that has none). Returns a pruned copy,
-    or `module` itself with `inplace`. Raises ValueError for an amount out of range or an unknown part.
+    names; by default the UNet's blocks, or everything in a module that has none): with scope "layer" in
+    each tensor by itself, as `torch.nn.utils.prune.l1_unstructured` does, with "global" over all of them
+    together. Always exactly round(amount * count) go; of several magnitudes that tie for the last place
+    the first go, where PyTorch's choice is arbitrary. `criterion` is "l1" or "l2", which order single
+    weights alike.
+
+    Returns a pruned copy, or `module` itself with `inplace`. With `keep_masks` the zeros stay zero in
+    training, until `make_permanent`. Raises ValueError for an amount out of range, another scope or
+    criterion, or an unknown part.
     """
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < 1:
-        raise ValueError(f"amount must be a fraction from 0 to below 1, not {amount!r}")
+    check_amount(amount)
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be 'layer' or 'global', not {scope!r}")
+    if criterion not in ("l1", "l2"):
+        raise ValueError(f"criterion must be 'l1' or 'l2', not {criterion!r}")
+    prunable_layers(module, parts)  # before the copy, which may be of gigabytes
     module = module if inplace else copy.deepcopy(module)
-    for layer in prunable_layers(module, parts):
-        for tensor in (layer.weight, layer.bias):
-            if tensor is not None:
-                _zero_smallest(tensor, round(amount * tensor.numel()))
+    layers = prunable_layers(module, parts)
+    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    for together in [tensors] if scope == "global" else [[t] for t in tensors]:
+        _zero_smallest(together, round(amount * sum(t.numel() for t in together)))
+    if keep_masks:
+        for layer in layers:
+            register_masks(layer)
     return module
 
 
 @torch.no_grad()
-def _zero_smallest(tensor: Tensor, k: int) -> None:
-    """Zero exactly `k` entries, also on ties; `torch.nn.utils.prune` refuses channels-last weights."""
-    smallest = torch.topk(tensor.abs().contiguous().flatten(), k, largest=False).indices
-    pruned = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    pruned[smallest] = True
-    tensor.masked_fill_(pruned.view(tensor.shape), 0)
+def _zero_smallest(tensors: list[Tensor], k: int) -> None:
+    """Zero exactly `k` entries of all `tensors` together."""
+    if k == 0:
+        return
+    threshold = _kth_magnitude(tensors, k)
+    ties = k - sum(int((t.abs() < threshold).sum()) for t in tensors)
+    for tensor in tensors:
+        magnitude = tensor.abs().contiguous()
+        smallest = magnitude < threshold
+        tied = (magnitude == threshold).flatten().nonzero().flatten()[:ties]
+        smallest.view(-1)[tied] = True
+        ties -= len(tied)
+        tensor.masked_fill_(smallest, 0)
 
 
-def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> list[nn.Conv2d | nn.Linear]:
-    """The convolutions and linear layers below `parts`. Raises ValueError for a part that is not there."""
-    if parts is None:
-        parts = [name for name in BLOCKS if hasattr(module, name)] or [""]
-    layers = []
-    for name in parts:
-        try:
-            part = module.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{type(module).__name__} has no part {name!r}") from None
-        layers += [layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    return layers
+def _kth_magnitude(tensors: list[Tensor], k: int) -> Tensor:
+    """The k-th smallest magnitude of all entries (k = 1 is the smallest)."""
+    sizes = [t.numel() for t in tensors]
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)  # NumPy knows no bfloat16
+    values = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    for part, tensor in zip(values.split(sizes), tensors, strict=True):
+        part.view(tensor.shape).copy_(tensor)
+    values.abs_()
+    if values.device.type != "cpu":
+        return values.kthvalue(k).values
+    # In place and vectorised: many times faster than PyTorch's selection on a CPU.
+    values.numpy().partition(k - 1)
+    return values[k - 1]

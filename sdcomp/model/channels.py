@@ -1,0 +1,142 @@
+"""Networks with fewer channels: which tensors shrink together, and a record of what was kept.
+
+A module that can shrink says how in a method `prune_groups()`. Its groups are independent of each other, so
+any units of any group can go, and the module's input, output and residual connections keep their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PruneGroup:
+    """Tensors that shrink together, in `units` units of equal size: heads, gated pairs, or groups of a norm.
+
+    A unit owns a slice of the outputs (weights and biases) of each layer in `rows`, and the matching
+    slice of the inputs of the layer `columns`. The outputs of the rows hold all units `repeats` times
+    in a row: twice where a layer computes values and then their gates. `counters` are attributes, such
+    as an attention's number of heads, that are proportional to the number of units. These names are
+    dotted and start at the submodule `name`, which holds the whole group.
+    """
+
+    name: str
+    kind: str
+    units: int
+    rows: tuple[str, ...]
+    columns: str
+    repeats: int = 1
+    counters: tuple[str, ...] = ()
+
+    def slices(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]]:
+        """All that a unit owns a part of, as (layer, parameter name, dimension, repeats)."""
+        block = module.get_submodule(self.name)
+        for name in self.rows:
+            layer = block.get_submodule(name)
+            yield layer, "weight", 0, self.repeats
+            if layer.bias is not None:
+                yield layer, "bias", 0, self.repeats
+        yield block.get_submodule(self.columns), "weight", 1, 1
+
+
+def prune_groups(module: nn.Module) -> list[PruneGroup]:
+    """The groups of `module`: its own, or those of the blocks that diffusers' UNets are made of.
+
+    Raises ValueError for a module that has none.
+    """
+    if hasattr(module, "prune_groups"):
+        return module.prune_groups()
+    groups = [group for name, block in module.named_modules() if (group := _diffusers_group(name, block))]
+    if not groups:
+        raise ValueError(
+            f"nothing can be removed from {type(module).__name__}: it says in no prune_groups() which of its "
+            "tensors shrink together, and is no UNet of diffusers"
+        )
+    return groups
+
+
+def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
+    # By class name, so that diffusers need not be there; only the variants that SD 1.x is made of.
+    kind = type(block).__name__
+    if kind == "ResnetBlock2D" and block.time_embedding_norm == "default" and block.time_emb_proj is not None:
+        rows = ("conv1", "time_emb_proj", "norm2")
+        units = block.norm2.num_groups
+        return PruneGroup(name, "residual", units, rows, "conv2", counters=("norm2.num_groups",))
+    if kind == "Attention" and block.added_kv_proj_dim is None and block.norm_q is block.norm_k is None:
+        counters = ("heads", "inner_dim", "inner_kv_dim")
+        rows = ("to_q", "to_k", "to_v")
+        return PruneGroup(name, "attention", block.heads, rows, "to_out.0", counters=counters)
+    if kind == "FeedForward" and type(block.net[0]).__name__ == "GEGLU":
+        units = block.net[2].in_features
+        return PruneGroup(name, "feed-forward", units, ("net.0.proj",), "net.2", repeats=2)
+    return None
+
+
+_SIZES = {0: ("out_channels", "out_features", "num_channels"), 1: ("in_channels", "in_features")}
+
+
+@torch.no_grad()
+def keep_units(module: nn.Module, group: PruneGroup, kept: list[int]) -> None:
+    """Shrink `module` in place to the units `kept` (increasing indices) of one of its groups."""
+    if len(kept) == group.units:
+        return
+    for layer, name, dim, repeats in group.slices(module):
+        old = getattr(layer, name)
+        new = _select(old, dim, repeats, group.units, kept)
+        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        for size in _SIZES[dim]:
+            if hasattr(layer, size):
+                setattr(layer, size, new.shape[dim])
+    for counter in group.counters:
+        owner, _, name = f"{group.name}.{counter}".rpartition(".")
+        owner = module.get_submodule(owner)
+        setattr(owner, name, getattr(owner, name) * len(kept) // group.units)
+    record = module.__dict__.setdefault("_kept_units", {})
+    before = record.get(group.name, range(group.units))
+    record[group.name] = [before[i] for i in kept]
+
+
+def _select(tensor: Tensor, dim: int, repeats: int, units: int, kept: list[int]) -> Tensor:
+    index = torch.tensor(kept, device=tensor.device)
+    selected = tensor.unflatten(dim, (repeats, units, -1)).index_select(dim + 1, index)
+    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+    return selected.flatten(dim, dim + 2).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def channel_map(module: nn.Module) -> dict[str, list[int]]:
+    """What was kept: for each group that lost units, their original indices. Empty for a whole module.
+
+    Plain containers, ready for JSON.
+    """
+    return {name: list(kept) for name, kept in module.__dict__.get("_kept_units", {}).items()}
+
+
+def apply_channel_map(module: nn.Module, channels: dict[str, list[int]]) -> nn.Module:
+    """Shrink a whole `module` in place to the shapes of the one that `channels` is of; returns it.
+
+    That one's state dict then loads strictly. On the meta device this costs nothing. Raises ValueError,
+    before anything is changed, for a map that is not of this architecture.
+    """
+    if channel_map(module):
+        raise ValueError("a channel map applies to a whole module, and this one has lost channels already")
+    if not isinstance(channels, dict):
+        raise ValueError(f"a channel map is a table of groups, not {type(channels).__name__}")
+    groups = {group.name: group for group in prune_groups(module)} if channels else {}
+    for name, kept in channels.items():
+        if name not in groups:
+            raise ValueError(f"{type(module).__name__} has no group {name!r} that could shrink")
+        units = groups[name].units
+        if not (isinstance(kept, list) and kept and all(type(i) is int and 0 <= i < units for i in kept)):
+            raise ValueError(f"the units kept in {name!r} must be a list of numbers from 0 to {units - 1}")
+        if any(a >= b for a, b in pairwise(kept)):
+            raise ValueError(f"the units kept in {name!r} must be in increasing order, each once")
+    for name, kept in channels.items():
+        keep_units(module, groups[name], kept)
+    return module

@@ -1,0 +1,55 @@
+"""What pruned weights take on disk, in files that are really written."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import zstandard
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def disk_sizes(weights: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Bytes of a safetensors file of some weights, converted to `dtype` if given.
+
+    `dense` is the file itself; `dense_zstd` that file through Zstandard at its default level, 3; `sparse`
+    a file of the same weights in which each tensor is stored by `sparse_state` where that is smaller.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {
+        name: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous()
+        for name, t in state.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.safetensors"
+        save_file(state, file)
+        dense = file.stat().st_size
+        with file.open("rb") as source:
+            compressed = sum(len(chunk) for chunk in zstandard.ZstdCompressor().read_to_iter(source))
+        stored, shapes = sparse_state(state)
+        save_file(stored, file, {"shapes": json.dumps(shapes)})
+        return {"dense": dense, "dense_zstd": compressed, "sparse": file.stat().st_size}
+
+
+def sparse_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Tensors as bit masks and nonzero values, where these take fewer bytes.
+
+    Returns the tensors to store and the shapes of those that became sparse: `name` is then the two tensors
+    `name.mask`, one bit an entry in row-major order, the first in a byte's highest bit, and `name.values`.
+    """
+    stored, shapes = {}, {}
+    for name, tensor in state.items():
+        mask = tensor.flatten() != 0
+        values = tensor.flatten()[mask]
+        bits = torch.from_numpy(np.packbits(mask.numpy()))
+        if bits.nbytes + values.nbytes < tensor.nbytes:
+            stored[f"{name}.mask"], stored[f"{name}.values"] = bits, values
+            shapes[name] = list(tensor.shape)
+        else:
+            stored[name] = tensor
+    return stored, shapes
