@@ -1,5 +1,23 @@
 """Measure how far a latent diffusion model can be quantized and pruned, and what is really gained."""
 
-from sdcomp.model import SD15, TINY, ModelError, StableDiffusion, load
+from sdcomp.model import (
+    SD15,
+    TINY,
+    ModelError,
+    StableDiffusion,
+    as_diffusers_unet,
+    from_diffusers_unet,
+    load,
+    load_from_standard_weights,
+)
 
-__all__ = ["SD15", "TINY", "ModelError", "StableDiffusion", "load"]
+__all__ = [
+    "SD15",
+    "TINY",
+    "ModelError",
+    "StableDiffusion",
+    "as_diffusers_unet",
+    "from_diffusers_unet",
+    "load",
+    "load_from_standard_weights",
+]

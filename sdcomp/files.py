@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sdcomp.errors import UserError
 
 _SOURCE = Path(__file__).resolve().parents[1]
@@ -42,11 +44,18 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); is the disk full?") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written ({reason}); is the disk full?") from None
     finally:
         if os.path.lexists(partial):
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -1,81 +1,12 @@
 """The same networks and samplers in diffusers, and our weights under diffusers' names."""
 
-import re
-
 import torch
 from torch import nn
 
 from sdcomp.model.config import UNetConfig, VAEConfig
+from sdcomp.model.names import unet_name, vae_name
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-_UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_VAE_RULES = (
-    (r"(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
-    (r"(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
-    (r"(encoder|decoder)\.mid\.attn_1\.", r"\1.mid_block.attentions.0."),
-    (r"attentions\.0\.norm\.", "attentions.0.group_norm."),
-    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."),
-    (r"attentions\.0\.proj_out\.", "attentions.0.to_out.0."),
-    (r"encoder\.down\.", "encoder.down_blocks."),
-    (r"\.block\.", ".resnets."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-    (r"nin_shortcut", "conv_shortcut"),
-    (r"norm_out", "conv_norm_out"),
-)
-
-
-def _swap_prefix(name: str, table: dict[str, str]) -> str:
-    for ours, theirs in table.items():
-        if name.startswith(ours + "."):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def unet_name(name: str, config: UNetConfig) -> str:
-    """The name in `UNet2DConditionModel` of a parameter of our UNet."""
-    per_level = config.num_res_blocks + 1
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
-    if match and (match[1], match[2]) != ("input", "0"):
-        side, layer, rest = match[1], match[3], match[4]
-        down = side == "input"
-        level, i = divmod(int(match[2]) - down, per_level)
-        block = f"{'down' if down else 'up'}_blocks.{level}"
-        if rest.startswith("op."):
-            name = f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-        elif rest.startswith("conv."):
-            name = f"{block}.upsamplers.0.{rest}"
-        else:
-            name = f"{block}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
-    name = _swap_prefix(name, _UNET_ENDS)
-    match = re.fullmatch(r"(.+\.resnets\.\d+\.)(.+)", name)
-    return match[1] + _swap_prefix(match[2], _RESNET) if match else name
-
-
-def vae_name(name: str, config: VAEConfig) -> str:
-    """The name in `AutoencoderKL` of a parameter of our encoder or decoder."""
-    last = len(config.channel_mult) - 1
-    name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
-    for pattern, replacement in _VAE_RULES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def diffusers_unet(diffusers, config: UNetConfig, sample_size: int = 16) -> nn.Module:

@@ -18,7 +18,7 @@ import sdcomp
 from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.files import find
-from sdcomp.model import TINY, ModelError, StableDiffusion, load, loading, save
+from sdcomp.model import TINY, ModelError, StableDiffusion, checkpoint, load, save
 from sdcomp.model.text import build_clip, tokenize
 from sdcomp.pruning import prune_unstructured
 from sdcomp.scenes import SceneReader
@@ -189,12 +189,12 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, fo
 def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, monkeypatch):
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def full(state, path):
+    def full(state, path, metadata):
         Path(path).write_bytes(b"half")
         # As safetensors says it.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(loading, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left") as caught:
         whole.save(folder)
     assert str(folder / "unet.safetensors") in str(caught.value) and "\n" not in str(caught.value)
@@ -211,12 +211,12 @@ def test_a_text_encoder_that_clip_does_not_know_is_not_lost_silently(whole, tmp_
 def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatch):
     good = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def killed(state, path):
+    def killed(state, path, metadata):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "save_file", killed)
+        patch.setattr(checkpoint, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             whole.save(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good

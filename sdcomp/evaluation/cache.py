@@ -60,10 +60,7 @@ def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
             path.unlink()
     made = make()
     with replacing(path) as partial:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
     return made
 
 

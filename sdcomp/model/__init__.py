@@ -1,7 +1,9 @@
 """The latent diffusion model: Stable Diffusion 1.x's architecture, loaded, sampled and saved."""
 
+from sdcomp.model.bridge import as_diffusers_unet, from_diffusers_unet
+from sdcomp.model.checkpoint import ModelError
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from sdcomp.model.loading import ModelError, load, save, weights_digest
+from sdcomp.model.loading import load, load_from_standard_weights, save, weights_digest
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion, Trace
@@ -23,7 +25,10 @@ __all__ = [
     "VAEConfig",
     "VAEDecoder",
     "VAEEncoder",
+    "as_diffusers_unet",
+    "from_diffusers_unet",
     "load",
+    "load_from_standard_weights",
     "make_sampler",
     "save",
     "weights_digest",

@@ -1,24 +1,23 @@
-"""Loading and saving a model as a folder of safetensors with its configuration and tokenizer.
-
-The folder holds `config.json`; `unet`, `vae`, `clip` (or `text_encoder`) and, where there is one,
-`reader` as `.safetensors`; `vocab.json` and `merges.txt`. Nothing in it is executed.
-"""
+"""Loading and saving a model in every format: our folder, a single file, a diffusers folder, a hub name."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from sdcomp.errors import UserError
-from sdcomp.files import find, replacing
-from sdcomp.model.config import ModelConfig
+from sdcomp.files import find
+from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.model.checkpoint import ModelError, Part, Source, check, fill, one_line
+from sdcomp.model.config import SD15, ModelConfig
+from sdcomp.model.diffusers_format import hub_files, read_diffusers, write_diffusers
+from sdcomp.model.folder import read_folder, write_folder
+from sdcomp.model.original import read_original, text_state, write_original
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion
 from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
@@ -27,66 +26,118 @@ from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes.reader import SceneReader
 
 
-class ModelError(UserError):
-    """A model cannot be loaded; the message says which file and what to do."""
-
-
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: str | Path | CLIPTokenizer | None = None,
+    config: ModelConfig = SD15,
+    variant: str | None = None,
 ) -> StableDiffusion:
-    """Load a model folder. `path` may be relative to the working directory or to the repository.
+    """Load a model: a folder of ours or of diffusers, a `.safetensors` or `.ckpt` file, or a hub name.
 
-    Weights are converted to `dtype`. Raises ModelError, a ValueError, in one sentence when the folder or
-    a file in it is missing, truncated or of another architecture.
+    `path` may be relative to the working directory or to the repository; a name `owner/model` that is not
+    there is fetched from the Hugging Face hub (of its files only those needed). Weights are converted to
+    `dtype`; None leaves them as the UNet's are stored. Those that need no conversion are mapped from the
+    file, not copied. `tokenizer` (a folder or a `CLIPTokenizer`) replaces the model's own; a single file
+    takes the one beside it, else `data/clip_tokenizer`. `config` gives the sizes of a single file, whose
+    tensors must fit them. `variant` chooses among a diffusers folder's weights, e.g. "fp16".
+
+    Raises ModelError, a ValueError, in one sentence when something is missing, damaged, refused or of
+    another architecture; TypeError for a `dtype` that is none.
     """
-    folder = find(path)
-    if not folder.exists():
-        raise ModelError(f"model {str(path)!r} does not exist; give a model folder such as data/tiny")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point type such as torch.float16, not {dtype!r}")
+    source = _open(path, config, variant)
+    modules = _build(source.config, source.origin, source.channels)
+    if not isinstance(tokenizer, CLIPTokenizer):
+        tokenizer = _tokenizer(source.tokenizer if tokenizer is None else find(tokenizer), source.config)
+    elif len(tokenizer) != (size := source.config.text["vocab_size"]):
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {size}")
+    if dtype is None:
+        floats = (t.dtype for t in source.parts["unet"].state.values() if t.is_floating_point())
+        dtype = next(floats, torch.float32)
+    for name, part in source.parts.items():
+        # The reader only measures.
+        fill(modules[name], part, device=device, dtype=torch.float32 if name == "reader" else dtype)
+        modules[name].eval()
+    if "clip" in modules:
+        modules["text_encoder"] = modules["clip"].text_model
+    return StableDiffusion(config=source.config, tokenizer=tokenizer, **modules)
+
+
+def load_from_standard_weights(
+    path: str | Path, *, config: ModelConfig = SD15, variant: str | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a model's parts, under the names of our modules, as they are stored.
+
+    `{"clip": CLIPTextModel, "encoder": VAEEncoder, "decoder": VAEDecoder, "diffusion": UNet}`: each loads
+    strictly. Arguments and errors are those of `load`.
+    """
+    source = _open(path, config, variant)
+    modules = _build(source.config, source.origin, source.channels)
+    for name, part in source.parts.items():
+        check(modules[name], part)
+    states = {name: part.state for name, part in source.parts.items()}
+    if "clip" in states:
+        prefix = "text_model."
+        states["text_encoder"] = text_state({k: t for k, t in states["clip"].items() if k.startswith(prefix)})
+    names = {"clip": "text_encoder", "encoder": "encoder", "decoder": "decoder", "diffusion": "unet"}
+    return {name: states[part] for name, part in names.items()}
+
+
+def _open(path: str | Path, config: ModelConfig, variant: str | None) -> Source:
+    """The model at a path or of a name, in whatever format."""
+    found = find(path)
+    if not found.exists():
+        found = _download(str(path), variant)
+    if found.is_file():
+        return read_original(found, config)
+    if (found / "model_index.json").is_file():
+        return read_diffusers(found, variant)
+    if (found / "config.json").is_file():
+        return read_folder(found)
+    raise ModelError(f"{found} is not a model folder: it has no config.json and no model_index.json")
+
+
+def _download(name: str, variant: str | None) -> Path:
+    """The diffusers folder of that name in the hub's local cache, fetched if need be."""
+    owner = name.partition("/")[0]
+    local = find(owner).exists() or name.endswith((".ckpt", ".safetensors"))
+    if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ModelError(
+            f"model {name!r} does not exist; give a file or folder such as data/tiny, or a hub name"
+        )
+    from huggingface_hub import snapshot_download
+
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise TypeError("it is no table of settings")
-        config = ModelConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
-
-    def ready(name: str, module: nn.Module) -> nn.Module:
-        # The reader only measures; convolutions run faster with channels last, on CPUs and on GPUs.
-        kind = torch.float32 if name == "reader" else dtype
-        return module.eval().to(device=device, dtype=kind, memory_format=torch.channels_last)
-
-    parts = _build(config, folder / "config.json")
-    tokenizer = _tokenizer(folder, config)
-    load_weights([parts["unet"]], folder / "unet.safetensors")
-    load_weights([parts["encoder"], parts["decoder"]], folder / "vae.safetensors")
-    for name in ("clip", "text_encoder", "reader"):
-        if name in parts:
-            load_weights([parts[name]], folder / f"{name}.safetensors")
-    parts = {name: ready(name, module) for name, module in parts.items()}
-    if "clip" in parts:
-        parts["text_encoder"] = parts["clip"].text_model
-    return StableDiffusion(config=config, tokenizer=tokenizer, **parts)
+        return Path(snapshot_download(name, allow_patterns=hub_files(variant)))
+    except Exception as error:  # the hub's client raises its own kinds, its transport's and the system's
+        raise ModelError(
+            f"model {name!r} does not exist here and cannot be fetched from the hub "
+            f"({one_line(error)[:200]}); check name and connection, or give a local path"
+        ) from error
 
 
-def _build(config: ModelConfig, file: Path) -> dict[str, nn.Module]:
-    """The parts of a model, with random weights. Raises ModelError for settings that do not go together."""
+def _build(config: ModelConfig, origin: Path, channels: dict[str, list[int]]) -> dict[str, nn.Module]:
+    """The parts of a model on the meta device. Raises ModelError for settings that do not go together."""
     try:
         NoiseSchedule(config.schedule)
-        parts: dict[str, nn.Module] = {
-            "unet": UNet(config.unet),
-            "encoder": VAEEncoder(config.vae),
-            "decoder": VAEDecoder(config.vae),
-        }
-        if config.vision:
-            parts["clip"] = build_clip(config)
-        else:
-            parts["text_encoder"] = build_text_encoder(config)
+        with torch.device("meta"):
+            parts: dict[str, nn.Module] = {
+                "unet": apply_channel_map(UNet(config.unet), channels),
+                "encoder": VAEEncoder(config.vae),
+                "decoder": VAEDecoder(config.vae),
+            }
+            if config.vision:
+                parts["clip"] = build_clip(config)
+            else:
+                parts["text_encoder"] = build_text_encoder(config)
+            if config.reader:
+                parts["reader"] = SceneReader()
     except Exception as error:  # PyTorch and transformers raise many kinds for a bad setting
-        raise ModelError(f"no model can be built from {file}: {_one_line(error)}") from error
-    if config.reader:
-        parts["reader"] = SceneReader()
+        raise ModelError(f"no model can be built from {origin}: {one_line(error)}") from error
     return parts
 
 
@@ -97,85 +148,68 @@ def _tokenizer(folder: Path, config: ModelConfig) -> CLIPTokenizer:
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename} is missing; copy the whole model folder") from None
     except Exception as error:  # tokenizers raises no narrower kind
-        raise ModelError(f"vocab.json or merges.txt in {folder} is wrong: {_one_line(error)}") from error
+        raise ModelError(
+            f"the tokenizer (vocab.json, merges.txt) in {folder} is wrong: {one_line(error)}"
+        ) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def save(
+    sd: StableDiffusion,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    format: str | None = None,
+) -> Path:
+    """Write a model that `load` reads, its weights converted to `dtype` if given; returns the path.
 
+    `format` is one of
 
-def load_weights(modules: list[nn.Module], file: Path) -> None:
-    """Fill modules, whose names do not overlap, from one safetensors file, strictly. Raises ModelError."""
-    try:
-        state = load_file(file)
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing; copy the whole model folder") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is damaged or no safetensors file ({error}); copy it again") from None
-    wanted = {name: tensor for module in modules for name, tensor in module.state_dict().items()}
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or extra:
-        kind, names = ("lacks", missing) if missing else ("has the unknown", extra)
-        raise ModelError(f"{file} does not fit config.json: it {kind} {', '.join(names[:3])}")
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"{file} does not fit config.json: {name} is {tuple(state[name].shape)}, "
-                f"not {tuple(tensor.shape)}"
-            )
-    for module in modules:
-        module.load_state_dict({name: state[name] for name in module.state_dict()})
-
-
-def save(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Write a model folder that `load` reads, its weights converted to `dtype` if given.
+    - "sdcomp", the default: our folder, with all parts and what was removed from the UNet;
+    - "original", the default for a path ending in `.safetensors`: one file in the layout of SD 1.x's
+      checkpoints, without tokenizer, image encoder and reader;
+    - "diffusers": a folder for `StableDiffusionPipeline.from_pretrained`, without the latter two.
 
     Each file is written beside its place and renamed, so a killed save leaves whole files only. Raises
-    UserError for a file that cannot be written, and for a text encoder that is not the CLIP's own.
+    UserError for a file that cannot be written, and for a model that the format cannot hold.
     """
-    if sd.clip is not None and sd.text_encoder is not sd.clip.text_model:
-        raise ModelError(
-            "the text encoder was replaced, but clip was not: replace(clip=...) as well to save both"
-        )
-    folder = Path(folder)
-    parts = {
-        "unet": sd.unet.state_dict(),
-        "vae": {**sd.encoder.state_dict(), **sd.decoder.state_dict()},
-    }
-    if sd.clip is not None:
-        parts["clip"] = sd.clip.state_dict()
+    path = Path(path)
+    if format is None:
+        format = "original" if path.suffix == ".safetensors" else "sdcomp"
+    if format not in ("sdcomp", "original", "diffusers"):
+        raise ValueError(f"format must be 'sdcomp', 'original' or 'diffusers', not {format!r}")
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth") or (format == "original") != (
+        path.suffix == ".safetensors"
+    ):
+        raise ModelError(f"{path}: give a name ending in .safetensors for a single file, or else a folder")
+    # What the model does not have any more is not promised.
+    config = dataclasses.replace(
+        sd.config, vision=sd.config.vision if sd.clip is not None else None, reader=sd.reader is not None
+    )
+    states = {name: getattr(sd, name).state_dict() for name in ("unet", "encoder", "decoder")}
+    if format == "sdcomp" and sd.clip is not None:
+        if sd.text_encoder is not sd.clip.text_model:
+            raise ModelError(
+                "the text encoder was replaced, but clip was not: replace(clip=...) as well to save both"
+            )
+        states["clip"] = sd.clip.state_dict()
     else:
-        parts["text_encoder"] = sd.text_encoder.state_dict()
-    if sd.reader is not None:
-        parts["reader"] = sd.reader.state_dict()
-    for name, state in parts.items():
-        _save_state(state, folder / f"{name}.safetensors", dtype)
-    vocab = sorted(sd.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    _write(folder / "vocab.json", json.dumps(dict(vocab), ensure_ascii=False))
-    merges = "".join(f"{' '.join(pair)}\n" for pair in sd.tokenizer._merges)
-    _write(folder / "merges.txt", "#version: 0.2\n" + merges)
-    _write(folder / "config.json", json.dumps(sd.config.to_dict(), indent=2) + "\n")
-    return folder
-
-
-def _save_state(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
-    def convert(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().cpu().contiguous()
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-    with replacing(file) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
-            save_file({name: convert(t) for name, t in state.items()}, partial)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-        partial.chmod(mode)  # safetensors makes files that only their owner can read
-
-
-def _write(file: Path, text: str) -> None:
-    with replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+        config = dataclasses.replace(config, vision=None)
+        states["text_encoder"] = sd.text_encoder.state_dict()
+    if format == "sdcomp" and sd.reader is not None:
+        states["reader"] = sd.reader.state_dict()
+    channels = channel_map(sd.unet)
+    if channels and format != "sdcomp":
+        raise ModelError(
+            f"the UNet has lost channels, which the {format} format cannot say; save it as a folder"
+        )
+    modules = _build(config, path, channels)
+    for name, state in states.items():
+        # Modules that were wrapped, quantized for example, have their own way to be saved.
+        check(modules[name], Part(Path(f"the model's {name}"), dict(state), "its configuration"))
+    if format == "original":
+        return write_original(states, path, dtype)
+    if format == "diffusers":
+        return write_diffusers(config, states, sd.tokenizer, path, dtype)
+    return write_folder(config, states, channels, sd.tokenizer, path, dtype)
 
 
 def weights_digest(*modules: nn.Module) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.offloading import lent
 from sdcomp.model.samplers import make_sampler, row_noise, whole
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.text import encode_text, tokenize
@@ -44,7 +46,8 @@ class StableDiffusion:
     """A latent diffusion model, ready to generate.
 
     `unet` may be any module that is called as `unet(latents, timesteps, context)`. `clip` (text and image
-    encoder together) and `reader` are there for models that bring them, else None.
+    encoder together) and `reader` are there for models that bring them, else None. `offloaded_to` is the
+    device that `offload` names.
     """
 
     config: ModelConfig
@@ -55,14 +58,15 @@ class StableDiffusion:
     tokenizer: CLIPTokenizer
     clip: CLIPModel | None = None
     reader: SceneReader | None = None
+    offloaded_to: torch.device | None = None
 
     def __post_init__(self) -> None:
         self.schedule = NoiseSchedule(self.config.schedule)
 
     @property
     def device(self) -> torch.device:
-        """Where the VAE decoder's weights are, and so the whole model."""
-        return next(self.decoder.parameters()).device
+        """Where the model computes: where its weights are, or where `offload` lends them."""
+        return self.offloaded_to or next(self.decoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,13 +74,26 @@ class StableDiffusion:
         return next(self.decoder.parameters()).dtype
 
     def to(self, *args: torch.device | torch.dtype | str) -> StableDiffusion:
-        """Move every part, as `nn.Module.to`; returns the model itself."""
+        """Move every part, as `nn.Module.to`, and end offloading; returns the model itself."""
+        self.offloaded_to = None
         for part in (self.unet, self.encoder, self.decoder, self.text_encoder, self.clip, self.reader):
             if part is not None:
                 part.to(*args)
         if self.reader is not None:
             self.reader.float()  # it judges; its answers must not depend on the type of what is judged
         return self
+
+    def offload(self, device: torch.device | str) -> StableDiffusion:
+        """Compute on `device`, for those on which the whole model does not fit; returns the model itself.
+
+        The weights stay where they are, and each part's are copied to `device` only while it is used.
+        """
+        self.offloaded_to = torch.device(device)
+        return self
+
+    def _lent(self, part: nn.Module) -> AbstractContextManager[object]:
+        """A context in which `part` can compute on `self.device`."""
+        return nullcontext() if self.offloaded_to is None else lent(part, self.offloaded_to)
 
     def replace(self, **parts: object) -> StableDiffusion:
         """The same model with other parts, e.g. `sd.replace(unet=pruned)`; the rest is shared.
@@ -90,16 +107,24 @@ class StableDiffusion:
             )
         return dataclasses.replace(self, **parts)
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the model as a folder that `sdcomp.load` reads; weights are converted to `dtype` if given."""
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, format: str | None = None) -> Path:
+        """Write the model so that `sdcomp.load` reads it; weights are converted to `dtype` if given.
+
+        `format` is "sdcomp" (a folder, with everything), "original" (one file in Stable Diffusion's own
+        layout; the default for a path ending in `.safetensors`) or "diffusers" (a folder for
+        `StableDiffusionPipeline.from_pretrained`). See `sdcomp.model.save`.
+        """
         from sdcomp.model.loading import save
 
-        return save(self, path, dtype)
+        return save(self, path, dtype, format)
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] -> scaled latents `(B, 4, h, w)`; their mean without generators."""
-        mean, logvar = self.encoder(2 * images.to(self.device, self.dtype) - 1)
+        pixels = 2 * images.to(self.device, self.dtype) - 1
+        with self._lent(self.encoder):
+            parts = [self.encoder(some) for some in pixels.split(_rows(len(pixels), pixels.shape[2:]))]
+        mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
         if generators is not None:
             noise = row_noise(generators, tuple(mean.shape[1:])).to(mean)
             mean = mean + (0.5 * logvar).exp() * noise
@@ -108,7 +133,11 @@ class StableDiffusion:
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)` float32 in [0, 1]."""
-        images = self.decoder(latents.to(self.device, self.dtype) / self.config.vae.latent_scale)
+        latents = latents.to(self.device, self.dtype) / self.config.vae.latent_scale
+        f = self.config.vae.downsampling
+        rows = _rows(len(latents), (latents.shape[2] * f, latents.shape[3] * f))
+        with self._lent(self.decoder):
+            images = torch.cat([self.decoder(some) for some in latents.split(rows)])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.inference_mode()
@@ -124,7 +153,7 @@ class StableDiffusion:
         image: Tensor | None = None,
         strength: float = 0.8,
         size: tuple[int, int] | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         progress: bool = False,
         trace: bool = False,
     ) -> Tensor | tuple[Tensor, Trace]:
@@ -137,7 +166,8 @@ class StableDiffusion:
 
         Each image has its own generator. With one `seed` for all, it is seeded by the seed, the prompt
         and how often that prompt came before; with a sequence, by the number given. All batches run at
-        `batch_size` rows, the last one padded, so an image does not depend on what stands beside it.
+        `batch_size` rows, the last one padded, so an image does not depend on what stands beside it. By
+        default these are 16 up to 128x128 pixels and fewer for larger images, down to 1 at 512x512.
 
         Raises ValueError for values out of range and TypeError for values of another type.
         """
@@ -146,7 +176,7 @@ class StableDiffusion:
         n = len(prompts)
         if len(negatives) not in (1, n):
             raise ValueError(f"{len(negatives)} negative prompts for {n} prompts: give one, or one for each")
-        if whole("batch_size", batch_size) < 1:
+        if batch_size is not None and whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         scale = self.config.guidance_scale if guidance_scale is None else float(guidance_scale)
         if not 0 <= scale < float("inf"):
@@ -157,6 +187,7 @@ class StableDiffusion:
             image = self._check_image(image, n, size)
             size = image.shape[2:]
         shape = self._latent_shape(size)
+        batch_size = batch_size or _rows(16, self._pixels(size))
         solver = make_sampler(sampler, self.schedule, steps)
         first = 0 if image is None else steps - max(1, min(int(steps * strength), steps))
         seeds = _row_seeds(seed, prompts)
@@ -173,7 +204,8 @@ class StableDiffusion:
             texts = [prompts[r] for r in rows]
             if scale != 1:
                 texts = [negatives[r % len(negatives)] for r in rows] + texts
-            context = encode_text(self.text_encoder, tokenize(self.tokenizer, texts).to(self.device))
+            with self._lent(self.text_encoder):
+                context = encode_text(self.text_encoder, tokenize(self.tokenizer, texts).to(self.device))
             context = context.to(self.dtype)
             if image is None:
                 latents = row_noise(generators, shape).to(self.device, self.dtype)
@@ -184,15 +216,16 @@ class StableDiffusion:
                     source, noise, torch.full((batch_size,), solver.timesteps[first], device=self.device)
                 )
             path = []
-            for i in range(first, steps):
-                predicted = self.predict_noise(latents, solver.timesteps[i], context, scale)
-                if trace:
-                    path.append((latents[:kept].float().cpu(), predicted[:kept].float().cpu()))
-                noise = None
-                if solver.stochastic:
-                    noise = row_noise(generators, tuple(latents.shape[1:])).to(latents)
-                latents = solver.step(i, latents, predicted, noise)
-                bar.update()
+            with self._lent(self.unet):  # for all steps at once
+                for i in range(first, steps):
+                    predicted = self.predict_noise(latents, solver.timesteps[i], context, scale)
+                    if trace:
+                        path.append((latents[:kept].float().cpu(), predicted[:kept].float().cpu()))
+                    noise = None
+                    if solver.stochastic:
+                        noise = row_noise(generators, tuple(latents.shape[1:])).to(latents)
+                    latents = solver.step(i, latents, predicted, noise)
+                    bar.update()
             images.append(self.decode_latents(latents)[:kept].cpu())
             if trace:
                 traces.append(tuple(torch.stack(parts) for parts in zip(*path, strict=True)))
@@ -210,11 +243,13 @@ class StableDiffusion:
         `context` `(2 B, L, context_dim)` holds the negative prompts' states, then the prompts'; for a
         guidance `scale` of 1 only the latter, `(B, L, context_dim)`.
         """
-        if scale == 1:
-            return self.unet(latents, torch.full((len(latents),), timestep, device=self.device), context)
-        both = torch.cat([latents, latents])
+        both = latents if scale == 1 else torch.cat([latents, latents])
         timesteps = torch.full((len(both),), timestep, device=self.device)
-        negative, positive = self.unet(both, timesteps, context).chunk(2)
+        with self._lent(self.unet):
+            predicted = self.unet(both, timesteps, context)
+        if scale == 1:
+            return predicted
+        negative, positive = predicted.chunk(2)
         return negative + scale * (positive - negative)
 
     def _pixels(self, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -245,6 +280,15 @@ class StableDiffusion:
             raise ValueError("size and image disagree: leave size out, or resize the image first")
         self._latent_shape(tuple(image.shape[2:]))
         return image
+
+
+def _rows(n: int, pixels: Sequence[int]) -> int:
+    """How many of `n` images to take at a time, so that memory stays that of one at 512x512.
+
+    Divides `n`: all go through kernels of the same batch size, on which bits depend.
+    """
+    most = max(1, 512 * 512 // (pixels[0] * pixels[1]))
+    return max(rows for rows in range(1, n + 1) if n % rows == 0 and rows <= most) if n else 1
 
 
 def _as_texts(name: str, value: str | Sequence[str]) -> list[str]:

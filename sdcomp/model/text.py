@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
 
 
@@ -31,15 +32,20 @@ def build_clip(config: ModelConfig) -> CLIPModel:
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
-    """The tokenizer whose `vocab.json` and `merges.txt` are in `folder`.
+    """The tokenizer whose `vocab.json` and `merges.txt`, or `tokenizer.json`, are in `folder`.
 
     Raises FileNotFoundError where one is missing and ValueError where the two do not belong together or
     the vocabulary is not the one that the text encoder was trained with.
     """
     folder = Path(folder)
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").exists():
+        # All that transformers 5 saves.
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    else:
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     made = {"".join(pair) for pair in merges}
     lost = [t for t in vocab if len(t.removesuffix("</w>")) > 1 and t not in made and not t.startswith("<|")]
     if lost:
@@ -55,6 +61,15 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
             f"{config.text['vocab_size']}; give the tokenizer that belongs to the model"
         )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt`, which `load_tokenizer` reads."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab = sorted(model["vocab"].items(), key=lambda item: item[1])
+    write_text(folder / "vocab.json", json.dumps(dict(vocab), ensure_ascii=False))
+    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+    write_text(folder / "merges.txt", "#version: 0.2\n" + merges)
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

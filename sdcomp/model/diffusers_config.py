@@ -1,0 +1,175 @@
+"""Configurations as diffusers and transformers write them, and ours.
+
+What we write is all that a part is built with; what is read must be what we would write for it, so that no
+setting of another architecture passes unnoticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CLIPTextConfig
+
+from sdcomp.model.config import SD15, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+
+WANTED = "; give a folder of Stable Diffusion 1.x, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Settings that say nothing about what is computed here.
+_FREE = {"sample_size", "upcast_attention", "addition_embed_type_num_heads", "force_upcast"}
+
+
+def unet_settings(config: UNetConfig, sample_size: int = 64) -> dict[str, Any]:
+    """The settings of `UNet2DConditionModel` for our UNet."""
+    attention = [level in config.attention_levels for level in range(len(config.channel_mult))]
+    return {
+        "sample_size": sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": [config.model_channels * m for m in config.channel_mult],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)],
+        "layers_per_block": config.num_res_blocks,
+        "transformer_layers_per_block": config.transformer_depth,
+        "attention_head_dim": config.num_heads,  # diffusers' historical name for the number of heads
+        "cross_attention_dim": config.context_dim,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "dropout": 0.0,
+        "resnet_time_scale_shift": "default",
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+    }
+
+
+def vae_settings(config: VAEConfig, sample_size: int = 512) -> dict[str, Any]:
+    """The settings of `AutoencoderKL` for our encoder and decoder."""
+    levels = len(config.channel_mult)
+    return {
+        "sample_size": sample_size,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [config.base_channels * m for m in config.channel_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.z_channels,
+        "norm_num_groups": config.norm_groups,
+        "act_fn": "silu",
+        "scaling_factor": config.latent_scale,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    }
+
+
+def schedule_settings(config: ScheduleConfig) -> dict[str, Any]:
+    """The settings of diffusers' schedulers for our noise schedule, with `DDIMScheduler`'s own."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": config.train_timesteps,
+        "prediction_type": "epsilon",
+        "timestep_spacing": config.timestep_spacing,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+    }
+
+
+def unet_config(values: dict[str, Any]) -> UNetConfig:
+    """Our UNet's configuration for that of `UNet2DConditionModel`; ValueError if it cannot be ours."""
+    widths, heads = list(values["block_out_channels"]), values["attention_head_dim"]
+    heads = set(heads) if isinstance(heads, list | tuple) else {heads}
+    if values["cross_attention_dim"] == 1024 or len(heads) > 1:
+        raise ValueError("it is of Stable Diffusion 2.x" + WANTED)
+    config = UNetConfig(
+        in_channels=values["in_channels"],
+        out_channels=values["out_channels"],
+        model_channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=values["layers_per_block"],
+        attention_levels=tuple(i for i, kind in enumerate(values["down_block_types"]) if "CrossAttn" in kind),
+        num_heads=heads.pop(),
+        transformer_depth=values.get("transformer_layers_per_block", 1),
+        context_dim=values["cross_attention_dim"],
+        norm_groups=values.get("norm_num_groups", 32),
+    )
+    _compare(values, {**unet_settings(config), "attention_head_dim": values["attention_head_dim"]})
+    return config
+
+
+def vae_config(values: dict[str, Any]) -> VAEConfig:
+    """Our VAE's configuration for the settings of `AutoencoderKL`; ValueError if it cannot be ours."""
+    widths = list(values["block_out_channels"])
+    config = VAEConfig(
+        base_channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=values["layers_per_block"],
+        z_channels=values["latent_channels"],
+        norm_groups=values.get("norm_num_groups", 32),
+        latent_scale=values.get("scaling_factor", SD15.vae.latent_scale),
+    )
+    _compare(values, vae_settings(config))
+    return config
+
+
+def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError for the first setting that is not ours; what is off or unset does not count."""
+    for name, value in values.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if (
+            name.startswith("_")
+            or name in _FREE
+            or value == ours.get(name)
+            or (name not in ours and not value)
+        ):
+            continue
+        wanted = f"not {ours[name]!r}" if name in ours else "which Stable Diffusion 1.x does not have"
+        raise ValueError(f"{name} is {value!r}, {wanted}{WANTED}")
+
+
+def schedule_config(values: dict[str, Any]) -> ScheduleConfig:
+    """Our noise schedule for the settings of a scheduler; ValueError for a kind that is not ours."""
+    config = ScheduleConfig(
+        beta_start=values["beta_start"],
+        beta_end=values["beta_end"],
+        train_timesteps=values.get("num_train_timesteps", 1000),
+        timestep_spacing="trailing" if values.get("timestep_spacing") == "trailing" else "leading",
+    )
+    ours = schedule_settings(config) | {"trained_betas": None, "rescale_betas_zero_snr": False}
+    fixed = ("beta_schedule", "prediction_type", "trained_betas", "rescale_betas_zero_snr")
+    _compare({name: values[name] for name in fixed if name in values}, ours)
+    return config
+
+
+def text_settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of transformers' `CLIPTextModel`."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": config.projection_dim,
+        **config.text,
+    }
+
+
+def text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Our text encoder's configuration for the settings of `CLIPTextConfig`."""
+    full = CLIPTextConfig(**{k: v for k, v in values.items() if not k.startswith("_")})
+    if full.layer_norm_eps != 1e-5:
+        raise ValueError(f"layer_norm_eps is {full.layer_norm_eps}, not 1e-05{WANTED}")
+    # The published file numbers the special tokens otherwise, which only matters to the pooled output.
+    last = full.vocab_size - 1
+    ids = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    return {name: getattr(full, name) for name in SD15.text} | ids

@@ -1,0 +1,63 @@
+"""A model as a folder of safetensors with its configuration and tokenizer: this repository's own format.
+
+The folder holds `config.json`; `unet`, `vae`, `clip` (or `text_encoder`) and, where there is one, `reader`
+as `.safetensors`; `unet_channels.json` for a UNet that lost channels; `vocab.json` and `merges.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from sdcomp.files import write_text
+from sdcomp.model.checkpoint import Part, Source, read_json, read_tensors, write_tensors
+from sdcomp.model.config import ModelConfig
+from sdcomp.model.text import save_tokenizer
+
+_DECODER = ("decoder.", "post_quant_conv.")
+
+
+def read_folder(folder: Path) -> Source:
+    """The parts of a folder. Raises ModelError for a file that is missing or wrong."""
+    origin, removed = folder / "config.json", folder / "unet_channels.json"
+    config = read_json(origin, ModelConfig.from_dict, "is not a model configuration")
+    channels = read_json(removed, dict, "is no record of a UNet's channels") if removed.exists() else {}
+    names = [
+        "unet",
+        "vae",
+        "clip" if config.vision else "text_encoder",
+        *(["reader"] if config.reader else []),
+    ]
+    files = {name: folder / f"{name}.safetensors" for name in names}
+    states = {name: read_tensors(file) for name, file in files.items()}
+    vae = states.pop("vae")
+    parts = {name: Part(files[name], state) for name, state in states.items()}
+    # What belongs to neither is found to be unknown to the encoder.
+    parts["encoder"] = Part(files["vae"], {k: t for k, t in vae.items() if not k.startswith(_DECODER)})
+    parts["decoder"] = Part(files["vae"], {k: t for k, t in vae.items() if k.startswith(_DECODER)})
+    return Source(config, parts, tokenizer=folder, origin=origin, channels=channels)
+
+
+def write_folder(
+    config: ModelConfig,
+    states: dict[str, dict[str, Tensor]],
+    channels: dict[str, list[int]],
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> Path:
+    """Write the folder, its configuration last. Raises UserError for a file that cannot be written."""
+    others = {name: state for name, state in states.items() if name not in ("encoder", "decoder")}
+    for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
+        write_tensors(state, folder / f"{name}.safetensors", dtype)
+    save_tokenizer(tokenizer, folder)
+    if channels:
+        write_text(folder / "unet_channels.json", json.dumps(channels) + "\n")
+    else:
+        (folder / "unet_channels.json").unlink(missing_ok=True)
+    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    return folder

@@ -1,0 +1,30 @@
+"""Weights on a small device only while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The module with copies of its weights on `device`; after it, the ones that it had are back.
+
+    So nothing is copied back, and weights that are mapped from a file stay mapped.
+    """
+    stores = [store for owner in module.modules() for store in (owner._parameters, owner._buffers)]
+    home = [dict(store) for store in stores]
+    try:
+        for store in stores:
+            for name, tensor in store.items():
+                if isinstance(tensor, nn.Parameter):
+                    store[name] = nn.Parameter(tensor.detach().to(device), requires_grad=False)
+                elif tensor is not None:
+                    store[name] = tensor.to(device)
+        yield module
+    finally:
+        for store, tensors in zip(stores, home, strict=True):
+            store.update(tensors)

@@ -1,0 +1,525 @@
+"""Every format in and out: the original single file, diffusers' folder, ours; and what is kept by which."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sdcomp.model import (
+    SD15,
+    ModelError,
+    StableDiffusion,
+    UNet,
+    VAEDecoder,
+    VAEEncoder,
+    as_diffusers_unet,
+    from_diffusers_unet,
+    load,
+    load_from_standard_weights,
+)
+from sdcomp.model import stable_diffusion as pipeline
+from sdcomp.model.offloading import lent
+from sdcomp.model.text import build_clip, build_text_encoder, save_tokenizer, tokenize
+from sdcomp.pruning import prune_structured
+
+PROMPTS = ["a small red star on a navy background"]
+PARTS = ("unet", "encoder", "decoder", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def plain(small) -> StableDiffusion:
+    """A small model without image encoder and reader, as Stable Diffusion 1.x is."""
+    return small.replace(config=dataclasses.replace(small.config, vision=None, reader=False))
+
+
+@pytest.fixture(scope="module")
+def single(plain, tmp_path_factory) -> Path:
+    """A single file with its tokenizer beside it; nobody writes into it."""
+    file = plain.save(tmp_path_factory.mktemp("single") / "model.safetensors")
+    save_tokenizer(plain.tokenizer, file.parent)
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(plain, tmp_path_factory) -> Path:
+    """A diffusers folder; nobody writes into it."""
+    return plain.save(tmp_path_factory.mktemp("made") / "model", format="diffusers")
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """A diffusers folder to change."""
+    return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+def states(sd: StableDiffusion) -> dict[str, torch.Tensor]:
+    return {f"{p}.{name}": t for p in PARTS for name, t in getattr(sd, p).state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def change(file: Path, **changes: object) -> None:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# The original layout
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_ckpt_with_all_that_published_ones_carry(plain, single, tmp_path, legacy, wrapped):
+    state = load_file(single)
+    names = list(state)
+    state |= {f"model_ema.{n.removeprefix('model.').replace('.', '')}": torch.zeros(2) for n in names[:9]}
+    state |= {"model_ema.decay": torch.tensor(0.99), "betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    state["first_stage_model.loss.logvar"] = torch.zeros(())
+    held = {"state_dict": state, "epoch": 3, "global_step": 7, "lr_schedulers": []} if wrapped else state
+    torch.save(held, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not legacy)
+    loaded = load(tmp_path / "model.ckpt", config=plain.config, tokenizer=plain.tokenizer)
+    assert_same(states(loaded), states(plain))
+    assert not any(m.training for part in PARTS for m in getattr(loaded, part).modules())
+    # Independent of batch size and layout in memory only within rounding.
+    torch.testing.assert_close(
+        loaded.generate(PROMPTS, steps=2), plain.generate(PROMPTS, steps=2), atol=1e-4, rtol=0
+    )
+
+
+def test_text_encoder_with_and_without_its_prefix(plain, single, tmp_path):
+    state = {name.replace(".text_model.", "."): t for name, t in load_file(single).items()}
+    assert state.keys() != load_file(single).keys()
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors", config=plain.config, tokenizer=plain.tokenizer)
+    assert_same(states(loaded), states(plain))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_come_as_stored_or_as_asked_for(plain, tmp_path, stored):
+    file = plain.save(tmp_path / "model.safetensors", stored)
+    options = {"config": plain.config, "tokenizer": plain.tokenizer}
+    assert load(file, dtype=None, **options).unet.out[2].weight.dtype == stored
+    rounded = {name: t.to(stored).float() for name, t in states(plain).items()}
+    assert_same(states(load(file, **options)), rounded)
+    for dtype in ("float16", torch.int8, 16):
+        with pytest.raises(TypeError, match="dtype must be a floating-point type"):
+            load(file, dtype=dtype, **options)
+
+
+def test_diffusers_reads_the_single_file(plain, single, made, diffusers):
+    theirs = diffusers.StableDiffusionPipeline.from_single_file(
+        str(single), config=str(made), local_files_only=True
+    )
+    expected = diffusers.StableDiffusionPipeline.from_pretrained(made)
+    for part in ("unet", "vae", "text_encoder"):
+        assert_same(getattr(theirs, part).state_dict(), getattr(expected, part).state_dict())
+
+
+# The diffusers folder
+
+
+def test_diffusers_generates_what_we_do_from_the_folder(plain, made, diffusers):
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(made)
+    ours = load(made)
+    assert dataclasses.replace(ours.config, projection_dim=128, guidance_scale=4.0) == plain.config
+    assert_same(states(ours), states(plain))
+    noise = torch.randn(1, 4, 16, 16, generator=seeded())
+    images = theirs(
+        PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        latents=noise,
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
+    assert theirs.safety_checker is None and images.std() > 0.01
+    # The same noise through our pipeline.
+    sd = ours.replace(config=dataclasses.replace(ours.config, guidance_scale=4.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "row_noise", lambda generators, shape: noise)
+        ours_images = sd.generate(PROMPTS, steps=5, batch_size=1)
+    torch.testing.assert_close(ours_images, images, atol=1e-3, rtol=0)
+
+
+def test_original_to_diffusers_to_original_gives_the_same_bytes(plain, single, tmp_path, diffusers):
+    a = load(single, config=plain.config)
+    b = load(a.save(tmp_path / "ours", format="diffusers"))
+    assert b.save(tmp_path / "b.safetensors").read_bytes() == single.read_bytes()
+    # And through diffusers' own hands, as it and transformers write today.
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    c = load(tmp_path / "theirs")
+    assert c.save(tmp_path / "c.safetensors").read_bytes() == single.read_bytes()
+    assert c.config == b.config
+    assert torch.equal(tokenize(c.tokenizer, PROMPTS), tokenize(plain.tokenizer, PROMPTS))
+
+
+def test_the_spellings_of_older_folders(plain, folder):
+    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, name in old.items():
+        vae = {k.replace(f".0.{new}.", f".0.{name}."): t for k, t in vae.items()}
+    assert "encoder.mid_block.attentions.0.proj_attn.weight" in vae
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    text = {k.removeprefix("text_model."): t for k, t in text.items()}
+    text["embeddings.position_ids"] = torch.arange(24)[None]
+    save_file(vae, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(text, folder / "text_encoder" / "model.safetensors")
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    del config["mid_block_add_attention"], config["use_quant_conv"]
+    (folder / "vae" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert_same(states(load(folder)), states(plain))
+
+
+def test_safetensors_before_bin_and_the_variant_that_is_asked_for(plain, folder):
+    for part, stem, old in (
+        ("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("text_encoder", "model", "pytorch_model"),
+    ):
+        state = load_file(folder / part / f"{stem}.safetensors")
+        torch.save(state, folder / part / f"{old}.bin")
+        save_file({k: t.half() for k, t in state.items()}, folder / part / f"{stem}.fp16.safetensors")
+    half = {name: t.half() for name, t in states(plain).items()}
+    assert_same(states(load(folder, variant="fp16", dtype=None)), half)
+    assert_same(states(load(folder, dtype=None)), states(plain))
+    for file in folder.glob("*/*model.safetensors"):
+        file.unlink()
+    # What is left of safetensors, then what is left.
+    assert_same(states(load(folder, dtype=None)), half)
+    for file in folder.glob("*/*.safetensors"):
+        file.unlink()
+    assert_same(states(load(folder)), states(plain))
+    for file in folder.glob("unet/*.bin"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.safetensors is missing"):
+        load(folder)
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.ema\.safetensors is missing"):
+        load(folder, variant="ema")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        (
+            "model_index.json",
+            {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+            "StableDiffusionPipeline",
+        ),
+        ("unet/config.json", {"cross_attention_dim": 1024}, "Stable Diffusion 2.x"),
+        ("unet/config.json", {"attention_head_dim": [5, 10]}, "Stable Diffusion 2.x"),
+        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection is True"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+        ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu', not 'silu'"),
+        ("unet/config.json", {"block_out_channels": [16, 40]}, "block_out_channels is [16, 40]"),
+        ("unet/config.json", {"block_out_channels": 3}, "unet/config.json"),
+        ("unet/config.json", {"in_channels": 9}, "unet/config.json"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
+        ("vae/config.json", {"latent_channels": 16}, "vae/config.json"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
+        ("text_encoder/config.json", {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
+        ("text_encoder/config.json", {"hidden_size": 16}, "text_encoder"),
+    ],
+)
+def test_folders_of_other_models_are_refused(folder, file, changes, words):
+    change(folder / file, **changes)
+    with pytest.raises(ModelError, match=re.escape(words)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "vae/config.json"]
+)
+def test_a_missing_or_broken_file_of_a_folder_is_named(folder, name):
+    (folder / name).write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelError, match=name.split("/")[-1]):
+        load(folder)
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        load(folder)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("kind", ["single", "made", "base"])
+def test_standard_weights_load_strictly(plain, single, made, kind, tmp_path, small, randomize):
+    path = {"single": single, "made": made}.get(kind)
+    if kind == "base":
+        clip = randomize(build_clip(small.config), 5)
+        config = dataclasses.replace(small.config, reader=False)
+        path = small.replace(config=config, clip=clip, text_encoder=clip.text_model).save(tmp_path)
+    parts = load_from_standard_weights(path, config=plain.config)
+    assert list(parts) == ["clip", "encoder", "decoder", "diffusion"]
+    modules = {
+        "clip": build_text_encoder(plain.config),
+        "encoder": VAEEncoder(plain.config.vae),
+        "decoder": VAEDecoder(plain.config.vae),
+        "diffusion": UNet(plain.config.unet),
+    }
+    for name, module in modules.items():
+        module.load_state_dict(parts[name], strict=True)
+    assert torch.equal(modules["diffusion"].out[2].weight, plain.unet.out[2].weight)
+    with pytest.raises(ModelError, match="does not exist"):
+        load_from_standard_weights("data/no_such")
+
+
+# Saving
+
+
+def test_saving_over_the_file_that_a_model_is_mapped_from(single, plain, tmp_path):
+    file = Path(shutil.copy(single, tmp_path))
+    options = {"config": plain.config, "tokenizer": plain.tokenizer}
+    sd = load(file, **options)
+    sd.save(file, torch.float16)
+    assert_same(states(sd), states(plain))
+    sd.save(file)
+    assert file.read_bytes() == single.read_bytes()
+    # Weights that are changed in place change no file.
+    with torch.no_grad():
+        load(file, **options).unet.time_embed[0].weight.zero_()
+    assert file.read_bytes() == single.read_bytes()
+
+
+def test_a_model_that_a_format_cannot_hold_is_refused_before_anything_is_written(plain, tmp_path):
+    removed = plain.replace(unet=prune_structured(plain.unet, 0.5, mode="remove"))
+    for name, format in (("a.safetensors", None), ("d", "diffusers")):
+        with pytest.raises(ModelError, match="lost channels"):
+            removed.save(tmp_path / name, format=format)
+    other = plain.replace(unet=nn.Sequential(plain.unet))
+    for name, format in (("a.safetensors", None), ("d", "diffusers"), ("e", None)):
+        with pytest.raises(ModelError, match="the model's unet does not fit its configuration"):
+            other.save(tmp_path / name, format=format)
+    for name, format in (
+        ("a.ckpt", None),
+        ("b.bin", None),
+        ("c.safetensors", "diffusers"),
+        ("d", "original"),
+    ):
+        with pytest.raises(ModelError, match=r"give a name ending in \.safetensors"):
+            plain.save(tmp_path / name, format=format)
+    with pytest.raises(ValueError, match="format must be"):
+        plain.save(tmp_path / "x", format="pickle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_unet_that_lost_channels_comes_back_from_our_folder(plain, tmp_path):
+    unet = prune_structured(plain.unet, 0.5, mode="remove")
+    sd = plain.replace(unet=unet)
+    loaded = load(sd.save(tmp_path / "a"))
+    assert_same(states(loaded), states(sd))
+    assert sum(p.numel() for p in loaded.unet.parameters()) < sum(p.numel() for p in plain.unet.parameters())
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 24, 32)
+    torch.testing.assert_close(loaded.unet(x, 5, context), unet(x, 5, context), atol=1e-5, rtol=1e-4)
+    # A whole model over it leaves no record behind.
+    plain.save(tmp_path / "a")
+    assert_same(states(load(tmp_path / "a")), states(plain))
+    sd.save(tmp_path / "a")
+    (tmp_path / "a" / "unet_channels.json").write_text('{"middle_block": [0]}', encoding="utf-8")
+    with pytest.raises(ModelError, match="middle_block"):
+        load(tmp_path / "a")
+
+
+def test_a_model_without_its_image_encoder_is_saved_without(small, randomize, tmp_path):
+    clip = randomize(build_clip(small.config), 5)
+    config = dataclasses.replace(small.config, reader=False)
+    whole = small.replace(config=config, clip=clip, text_encoder=clip.text_model)
+    loaded = load(whole.replace(clip=None).save(tmp_path))
+    assert loaded.clip is None and loaded.config.vision is None
+    assert_same(states(loaded), states(whole))
+
+
+def test_an_empty_configuration_is_refused_before_anything_is_allocated(plain, tmp_path):
+    folder = plain.save(tmp_path / "model")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.is_meta or pytest.fail("allocated")
+        )
+        with pytest.raises(ModelError, match="the text encoder knows 49408"):
+            load(folder)
+
+
+# Tokenizers
+
+
+def test_the_tokenizer_of_a_single_file(plain, single, tmp_path):
+    file = Path(shutil.copy(single, tmp_path / "model.safetensors"))
+    # None beside it: CLIP's own, which this small text encoder does not know.
+    with pytest.raises(ModelError, match="49408 tokens, but the text encoder knows 627"):
+        load(file, config=plain.config)
+    expected = tokenize(plain.tokenizer, PROMPTS)
+    assert torch.equal(tokenize(load(single, config=plain.config).tokenizer, PROMPTS), expected)
+    save_tokenizer(plain.tokenizer, tmp_path / "tokenizer")
+    assert torch.equal(tokenize(load(file, config=plain.config).tokenizer, PROMPTS), expected)
+    assert load(file, config=plain.config, tokenizer=plain.tokenizer).tokenizer is plain.tokenizer
+    given = load(file, config=plain.config, tokenizer=tmp_path / "tokenizer").tokenizer
+    assert torch.equal(tokenize(given, PROMPTS), expected)
+    (tmp_path / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ModelError, match="merges.txt is missing"):
+        load(file, config=plain.config, tokenizer=tmp_path / "tokenizer")
+    clip = load(single, config=plain.config).tokenizer
+    clip.add_tokens(["<new>"])
+    with pytest.raises(ModelError, match="628 tokens"):
+        load(file, config=plain.config, tokenizer=clip)
+
+
+# The hub
+
+
+def test_a_name_is_fetched_from_the_hub_unless_it_is_a_path(made, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(made)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert load("someone/a-model.v1").config.unet.model_channels == 16
+    assert "unet/diffusion_pytorch_model.safetensors" in asked.pop()[1]
+    with pytest.raises(ModelError, match="fp16"):
+        load("someone/a-model.v1", variant="fp16")
+    (name, patterns) = asked.pop()
+    assert name == "someone/a-model.v1" and "unet/diffusion_pytorch_model.fp16.safetensors" in patterns
+    assert not any("safety" in p or p.endswith(("*", ".bin", ".ckpt")) for p in patterns)
+    for path in ("data/no_such", "nowhere", "weights/x.safetensors", "a/b/c", "../a", "/a/b"):
+        with pytest.raises(ModelError, match=f"model {path!r} does not exist"):
+            load(path)
+    assert not asked
+
+
+def test_offline_a_name_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="cannot be fetched from the hub") as caught:
+        load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert "\n" not in str(caught.value)
+
+
+# UNets in diffusers' pipelines, and diffusers' UNets here
+
+
+def test_our_unet_in_diffusers_pipeline(plain, made, diffusers):
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "pt"}
+    for kind, extra in (
+        ("StableDiffusionPipeline", {}),
+        (
+            "StableDiffusionImg2ImgPipeline",
+            {"image": torch.rand(1, 3, 64, 64, generator=seeded()), "strength": 0.7},
+        ),
+    ):
+        theirs = getattr(diffusers, kind).from_pretrained(made)
+        expected = theirs(PROMPTS, generator=seeded(), **options, **extra).images
+        theirs.unet = as_diffusers_unet(plain.unet, plain.config)
+        images = theirs(PROMPTS, generator=seeded(), **options, **extra).images
+        assert images.shape == (1, 3, 64, 64) and theirs.to("cpu").device.type == "cpu"
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_the_bridge_takes_what_sd_has_and_refuses_the_rest(plain):
+    unet = as_diffusers_unet(plain.unet, plain.config)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32)
+    expected = plain.unet(x, 7, context)
+    assert torch.equal(unet(x, torch.tensor(7), encoder_hidden_states=context).sample, expected)
+    assert torch.equal(unet(x, 7, context, return_dict=False, cross_attention_kwargs=None)[0], expected)
+    assert unet.dtype == torch.float32 and unet.config.in_channels == 4 and unet.config.sample_size == 16
+    assert as_diffusers_unet(plain.unet).config.sample_size == 64
+    with pytest.raises(ValueError, match="takes no class_labels"):
+        unet(x, 7, context, class_labels=torch.zeros(2))
+
+
+def test_diffusers_unet_as_ours(made, diffusers):
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(made / "unet").eval()
+    ours = from_diffusers_unet(theirs)
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, 7, context), theirs(x, 7, context).sample, atol=1e-5, rtol=0)
+    assert ours.out[2].weight.data_ptr() == theirs.conv_out.weight.data_ptr() and not ours.training
+    theirs.register_to_config(use_linear_projection=True)
+    with pytest.raises(ModelError, match="use_linear_projection"):
+        from_diffusers_unet(theirs)
+
+
+# Memory
+
+
+def test_lent_weights_come_back(plain):
+    before = dict(plain.unet.named_parameters())
+    with pytest.raises(KeyError), torch.inference_mode(), lent(plain.unet, torch.device("meta")) as unet:
+        assert all(p.is_meta for p in unet.parameters())
+        assert unet(torch.zeros(1, 4, 8, 8, device="meta"), 5, torch.zeros(1, 24, 32, device="meta")).is_meta
+        raise KeyError
+    after = dict(plain.unet.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+
+
+def test_an_offloaded_model_lends_one_part_at_a_time(plain, monkeypatch):
+    expected = plain.generate(PROMPTS, steps=2, batch_size=1)
+    names = {id(getattr(plain, part)): part for part in PARTS}
+    used = []
+
+    def spy(module, device):
+        used.append((names[id(module)], str(device)))
+        return lent(module, device)
+
+    monkeypatch.setattr(pipeline, "lent", spy)
+    sd = plain.replace().offload("cpu")
+    assert torch.equal(sd.generate(PROMPTS, steps=2, batch_size=1), expected)
+    image = torch.rand(1, 3, 64, 64, generator=seeded())
+    sd.generate(PROMPTS, steps=2, batch_size=1, image=image)
+    once = [name for i, (name, _) in enumerate(used) if i == 0 or used[i - 1][0] != name]
+    assert once == ["text_encoder", "unet", "decoder", "text_encoder", "encoder", "unet", "decoder"]
+    assert {device for _, device in used} == {"cpu"}
+    # Kept by what is made of it, ended by `to`.
+    assert sd.replace(unet=plain.unet).offloaded_to == torch.device("cpu")
+    assert sd.to("cpu").offloaded_to is None and plain.offloaded_to is None
+
+
+def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
+    seen = []
+    plain.decoder.register_forward_pre_hook(hook := lambda m, args: seen.append(len(args[0])) or None)
+    handle = plain.unet.register_forward_pre_hook(hook)
+    try:
+        plain.generate(PROMPTS, steps=1, guidance_scale=1)
+        assert seen == [16, 16]
+        seen.clear()
+        # The least size that fills the memory of one image of 512x512 with two rows.
+        monkeypatch.setattr(pipeline, "_rows", lambda n, pixels: 2)
+        plain.decode_latents(torch.zeros(6, 4, 16, 16))
+        assert seen == [2, 2, 2]
+    finally:
+        handle.remove()
+        plain.decoder._forward_pre_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "rows"),
+    [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
+)
+def test_rows_divide_the_batch(n, size, rows):
+    assert pipeline._rows(n, (size, size)) == rows
+
+
+def test_parameters_at_the_size_of_stable_diffusion():
+    with torch.device("meta"):
+        unet, vae = UNet(SD15.unet), nn.ModuleList([VAEEncoder(SD15.vae), VAEDecoder(SD15.vae)])
+        text = build_text_encoder(SD15)
+    counts = [sum(p.numel() for p in module.parameters()) for module in (unet, vae, text)]
+    assert counts == [859_520_964, 83_653_863, 123_060_480]
