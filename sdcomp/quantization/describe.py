@@ -1,0 +1,71 @@
+"""A quantized model as a table of its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sdcomp.quantization.layers import QuantLayer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sdcomp.quantization.model import QuantModel
+
+
+def describe(model: QuantModel) -> pd.DataFrame:
+    """The table that `QuantModel.describe` documents."""
+    import pandas as pd
+
+    rows = []
+    for name, layer in model.module.named_modules():
+        if isinstance(layer, QuantLayer):
+            row = _quantized(layer)
+        elif name in model.left_out:
+            row = {"left_out": f"filter {model.left_out[name]!r}"}
+        elif isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            row = {"left_out": "neither nn.Conv2d nor nn.Linear"}
+        else:
+            continue
+        kind = type(layer).__name__.removeprefix("Quant")
+        rows.append(
+            {"name": name, "kind": kind, "shape": tuple(layer.weight.shape), "left_out": "", "act_scale": ""}
+        )
+        rows[-1] |= row
+    columns = ["name", "kind", "shape", "weight_bits", "act_bits", "weight_scale", "act_scale"]
+    columns += ["weight_clipped", "act_clipped", "split", "left_out"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.astype(dict.fromkeys(("weight_bits", "act_bits", "split"), "Int64"))
+
+
+def _quantized(layer: QuantLayer) -> dict[str, object]:
+    row: dict[str, object] = {"split": layer.split}
+    if layer.weight_quantizer is not None:
+        row["weight_bits"] = layer.weight_quantizer.n_bits
+        row["weight_scale"] = layer.weight_scale.median().item()
+        row["weight_clipped"] = _weight_clipped(layer)
+    if layer.act_quantizer is not None:
+        row["act_bits"] = layer.act_quantizer.n_bits
+        known = layer.act_scale[layer.act_scale > 0]
+        if len(known):
+            ends = dict.fromkeys(f"{end.item():.3g}" for end in known.aminmax())
+            row["act_scale"] = " to ".join(ends)
+            row["act_clipped"] = layer.act_clipped[layer.act_scale > 0].mean().item()
+        else:
+            row["act_scale"] = "not calibrated"
+    return row
+
+
+@torch.no_grad()
+def _weight_clipped(layer: QuantLayer) -> float:
+    """The share of weights beyond the clipping range."""
+    levels = layer.weight_quantizer.levels
+
+    def beyond(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        # What the scale's own rounding puts a last bit beyond the range is at its end.
+        clip = scale.view(-1, *[1] * (part.dim() - 1)) * levels * (1 + 1e-6)
+        return part.abs() > clip
+
+    return layer.per_part(beyond).float().mean().item()

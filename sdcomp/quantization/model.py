@@ -1,0 +1,323 @@
+"""Models whose convolutions and linear layers simulate quantization, plain and timestep-aware."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sdcomp.errors import UserError
+from sdcomp.quantization.filters import FILTERS, matches
+from sdcomp.quantization.intervals import uniform_starts
+from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, quantize_layer
+from sdcomp.quantization.quantizer import UniformSymmetricQuantizer
+from sdcomp.quantization.shortcuts import shortcut_splits
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sdcomp.quantization.int8 import Int8Model
+
+
+class QuantModel(nn.Module):
+    """A module with simulated n-bit weights and activations, called like the module itself.
+
+    Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
+    channel, and its input, per tensor. Attention's products of queries, keys and values are not quantized.
+    `module` itself stays as it is; its weights are shared, not copied. For inference only: nothing is
+    differentiated through the rounding.
+
+    `weight_quant_params`, `act_quant_params`: arguments of `UniformSymmetricQuantizer`, where weights are
+    channel-wise by default and activations always per tensor; None leaves that side in full precision.
+    The activations' scales come from a `Calibrator`, whose default policy is their `scale_method`.
+    `quant_filters`: see `sdcomp.quantization.filters.matches`; or "published", see `published_filters`.
+    `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
+    scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
+
+    Raises ValueError for a filter that matches no layer, when nothing is left to quantize, and for a
+    module without skip concatenations that are known.
+    """
+
+    train_timesteps = 1000
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        weight_quant_params: Mapping[str, object] | None = {"n_bits": 8},
+        act_quant_params: Mapping[str, object] | None = {"n_bits": 8},
+        quant_filters: Sequence[str] | str = (),
+        split_shortcuts: bool = False,
+        _starts: Sequence[int] = (0,),
+    ) -> None:
+        super().__init__()
+        self.weight_quantizer = self.act_quantizer = None
+        if weight_quant_params is not None:
+            self.weight_quantizer = UniformSymmetricQuantizer(**{"channel_wise": True, **weight_quant_params})
+        if act_quant_params is not None:
+            self.act_quantizer = UniformSymmetricQuantizer(**{**act_quant_params, "channel_wise": False})
+        if self.weight_quantizer is None and self.act_quantizer is None:
+            raise ValueError("weight_quant_params and act_quant_params are both None: nothing to quantize")
+        self.quant_filters = _as_filters(quant_filters, module)
+        self.split_shortcuts = split_shortcuts
+        self.state = QuantState()
+
+        layers = [name for name, layer in module.named_modules() if is_quantizable(layer)]
+        self.left_out = {
+            name: pattern
+            for pattern in reversed(self.quant_filters)
+            for name in layers
+            if matches(pattern, name)
+        }
+        for pattern in self.quant_filters:
+            if not any(matches(pattern, name) for name in layers):
+                raise UserError(
+                    f"filter {pattern!r} matches no layer; names begin with"
+                    f" {', '.join(sorted({name.split('.')[0] for name in layers})) or 'nothing'}"
+                )
+        if len(self.left_out) == len(layers):
+            raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
+        splits = shortcut_splits(module) if split_shortcuts else {}
+
+        with torch.inference_mode(False), torch.no_grad():
+            self.module = _share(module)
+            for name in layers:
+                if name not in self.left_out:
+                    quantize_layer(
+                        self.module.get_submodule(name) if name else self.module,
+                        name,
+                        self.state,
+                        self.weight_quantizer,
+                        self.act_quantizer,
+                        len(_starts),
+                        splits.get(name),
+                    )
+            # Weights alone need no calibration.
+            self.register_buffer("is_calibrated", torch.tensor(self.act_quantizer is None))
+            self.register_buffer("interval_starts", torch.tensor(_starts))
+        self._starts: list[int] | None = None
+        self.calibration: dict[str, object] = {}
+        self.eval()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the activations have their scales; True where there is nothing to calibrate."""
+        return bool(self.is_calibrated)
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """The first and last training timestep of each interval, ascending."""
+        ends = [*self.starts[1:], self.train_timesteps]
+        return [(first, end - 1) for first, end in zip(self.starts, ends, strict=True)]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first training timestep of each interval."""
+        if self._starts is None:
+            self._starts = self.interval_starts.tolist()
+        return self._starts
+
+    def set_starts(self, starts: Sequence[int]) -> None:
+        """Move the intervals, whose number stays; the scales are calibrated anew for them."""
+        self.interval_starts.copy_(torch.tensor(starts))
+        self._starts = None
+
+    def quantized_layers(self) -> list[QuantLayer]:
+        """The layers that simulate quantization, in the module's order; each knows its `name`."""
+        return [layer for layer in self.module.modules() if isinstance(layer, QuantLayer)]
+
+    def set_use_quant(self, weights: bool = True, activations: bool = True) -> QuantModel:
+        """Switch what was built to be quantized on and off; with both off the plain module runs."""
+        self.state.weights, self.state.activations = bool(weights), bool(activations)
+        return self
+
+    def _enter(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+        """Note what the layers must know of this call; returns the keyword arguments to pass on."""
+        return kwargs
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        state = self.state
+        kwargs = self._enter(args, kwargs)
+        active = state.weights or (state.activations and self.act_quantizer is not None)
+        if not active and state.observer is None:
+            return self.module(*args, **kwargs)
+        # Outside inference mode tensors count their changes, which tells whether an input that is seen
+        # again is still the same.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                return self.module(*map(_counting, args), **{k: _counting(v) for k, v in kwargs.items()})
+            finally:
+                state.forget()
+
+    def describe(self) -> pd.DataFrame:
+        """A table of all convolutions and linear layers, quantized or not.
+
+        Columns: `name`, `kind`, `shape` of the weight, `weight_bits`, `act_bits`, `weight_scale` (median
+        over channels), `act_scale` (as text: the lowest and highest over the intervals), the
+        `weight_clipped` and `act_clipped` shares of values beyond the range, `split` (channels of the
+        first half) and `left_out`: the reason why a layer is not quantized.
+        """
+        from sdcomp.quantization.describe import describe
+
+        return describe(self)
+
+    def arguments(self) -> dict[str, object]:
+        """The constructor's arguments by name, without the module, ready for JSON."""
+        return {
+            "weight_quant_params": _params(self.weight_quantizer),
+            "act_quant_params": _params(self.act_quantizer),
+            "quant_filters": self.quant_filters,
+            "split_shortcuts": self.split_shortcuts,
+        }
+
+    def to_int8(self, dtype: torch.dtype = torch.float32, *, fallback: bool = False) -> Int8Model:
+        """The calibrated model on integer kernels; see `sdcomp.quantization.int8.to_int8`."""
+        from sdcomp.quantization.int8 import to_int8
+
+        return to_int8(self, dtype, fallback)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write scales and settings; see `sdcomp.quantization.storage.save`."""
+        from sdcomp.quantization.storage import save
+
+        return save(self, folder)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._starts = None
+
+    def __getattr__(self, name: str) -> object:
+        # What the module tells about itself (its config, its dtype) holds for its quantized twin.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+class TimeStepCalibratedQuantModel(QuantModel):
+    """A `QuantModel` with its own activation scales in each of `k` intervals of training timesteps.
+
+    Activations of a diffusion model change along the sampling path (Shang et al. 2023, "PTQ4DM"). The
+    interval is found from the timestep that each call brings, so a calibration holds for another sampler,
+    number of steps or strength.
+
+    `timesteps`: the number of calibration steps that is expected, at least `k`. `boundaries`: "uniform",
+    or "optimal", where calibration places them. `timestep_arg`: where the module takes its timesteps, by
+    position or name. A name that the module's `forward` does not have, as for a block without timesteps,
+    is a keyword argument that the wrapper takes for itself.
+
+    Calls raise ValueError for timesteps out of 0 to `train_timesteps` - 1, and for a batch whose
+    timesteps lie in different intervals.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        timesteps: int = 40,
+        k: int = 5,
+        boundaries: str = "uniform",
+        timestep_arg: int | str = 1,
+        train_timesteps: int = 1000,
+        **params: object,
+    ) -> None:
+        for name, value in (("timesteps", timesteps), ("k", k), ("train_timesteps", train_timesteps)):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not k <= timesteps <= train_timesteps:
+            raise ValueError(
+                f"k={k} intervals need at least as many of the {train_timesteps} training timesteps to"
+                f" calibrate at, not timesteps={timesteps}"
+            )
+        if boundaries not in ("uniform", "optimal"):
+            raise ValueError(f"boundaries must be 'uniform' or 'optimal', not {boundaries!r}")
+        position, name = _locate(module, timestep_arg)
+        super().__init__(module, **params, _starts=uniform_starts(k, train_timesteps))
+        self.timesteps, self.k, self.boundaries = timesteps, k, boundaries
+        self.timestep_arg, self.train_timesteps = timestep_arg, train_timesteps
+        self._position, self._name = position, name
+
+    def _enter(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+        if self._position is not None and self._position < len(args):
+            value = args[self._position]
+        elif self._name in kwargs:
+            value = kwargs[self._name]
+        else:
+            raise TypeError(f"a timestep-aware model needs its timesteps, in argument {self.timestep_arg!r}")
+        low, high = (bound.item() for bound in torch.as_tensor(value).aminmax())
+        # Written so that nan is refused too.
+        if not (low >= 0 and high < self.train_timesteps):
+            raise ValueError(f"timesteps must be 0 to {self.train_timesteps - 1}, not {low} to {high}")
+        first, last = (sum(start <= t for start in self.starts) - 1 for t in (low, high))
+        if first != last:
+            raise ValueError(
+                f"timesteps {low} and {high} of one batch are in different intervals,"
+                f" {self.intervals[first]} and {self.intervals[last]}: run them in separate batches"
+            )
+        self.state.interval, self.state.timestep = first, low
+        if self._position is None:
+            return {key: value for key, value in kwargs.items() if key != self._name}
+        return kwargs
+
+    def arguments(self) -> dict[str, object]:
+        """The constructor's arguments by name, without the module, ready for JSON."""
+        return {
+            **super().arguments(),
+            "timesteps": self.timesteps,
+            "k": self.k,
+            "boundaries": self.boundaries,
+            "timestep_arg": self.timestep_arg,
+            "train_timesteps": self.train_timesteps,
+        }
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """The same module built of new layers around the same memory."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    memo |= {id(b): b.detach() for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
+    if isinstance(filters, str):
+        if filters not in FILTERS:
+            raise ValueError(
+                f"quant_filters must be a list of names such as [{filters!r}], or {', '.join(FILTERS)}"
+            )
+        return FILTERS[filters](module)
+    filters = list(filters)
+    if not all(isinstance(pattern, str) for pattern in filters):
+        raise TypeError("quant_filters must be a list of texts")
+    return filters
+
+
+def _params(quantizer: UniformSymmetricQuantizer | None) -> dict[str, object] | None:
+    return None if quantizer is None else dict(vars(quantizer))
+
+
+def _counting(value: object) -> object:
+    """A tensor that counts its changes; what was made in inference mode does not, so a copy of that."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _locate(module: nn.Module, arg: int | str) -> tuple[int | None, str | None]:
+    """Position and name of an argument of the module's `forward`; no position for a name it has not."""
+    names = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if isinstance(arg, str):
+        return (names.index(arg), arg) if arg in names else (None, arg)
+    if isinstance(arg, bool) or not hasattr(arg, "__index__") or arg < 0:
+        raise TypeError(f"timestep_arg must be a position or a name, not {arg!r}")
+    return arg, names[arg] if arg < len(names) else None
