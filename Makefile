@@ -1,4 +1,6 @@
 # study      run every notebook at its default parameters; results in reports/runs/<notebook>/
+#            PROFILE=full: the long runs instead, into reports/<notebook>/; hours, but resumable
+# sweep      one run for each point of a grid: GRID=notebooks/sweeps/pruning.yaml
 # test       lint, unit and parity tests, notebooks compared with their committed outputs
 # test-slow  the tests that take minutes
 # lab        JupyterLab
@@ -19,14 +21,29 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 # The notebooks' kernel, `python3`, is .venv's, whatever the user has registered under that name.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: study test test-slow lab goldens
+# PROFILE=full: the runs in reports/, all but the training of the base model.
+ifeq ($(PROFILE),full)
+STUDIES := $(filter-out notebooks/00_%,$(NOTEBOOKS))
+OUT := reports
+PARAMETERS = -f notebooks/profiles/$$study.yaml
+else
+STUDIES := $(NOTEBOOKS)
+OUT := reports/runs
+PARAMETERS = -p out $(OUT)/$$study
+endif
+
+.PHONY: study sweep test test-slow lab goldens
 
 study: $(READY)
-	set -e; for nb in $(NOTEBOOKS); do \
+	set -e; for nb in $(STUDIES); do \
 	    study=$$(basename $$nb .ipynb); \
-	    mkdir -p reports/runs/$$study; \
-	    $(PY) -m papermill $$nb reports/runs/$$study/$$study.ipynb -p out reports/runs/$$study; \
+	    mkdir -p $(OUT)/$$study; \
+	    $(PY) -m papermill $$nb $(OUT)/$$study/$$study.ipynb $(PARAMETERS); \
 	done
+
+sweep: $(READY)
+	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[sweep]'
+	$(PY) -m snakemake --snakefile notebooks/sweeps/Snakefile --configfile $(GRID) --cores all --rerun-incomplete
 
 test: $(READY)
 	$(PY) -m ruff check

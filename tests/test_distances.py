@@ -104,10 +104,11 @@ def test_a_folder_of_images_becomes_a_batch(tmp_path):
     middle = torch.from_numpy(pixels[:, 2:10]).permute(2, 0, 1) / 255
     assert torch.allclose(images[1], middle, atol=1e-6)
     assert load_images(tmp_path, 4).shape == (2, 3, 4, 4)
+    assert torch.equal(load_images(tmp_path / "b.png", 8), images[1:])
     (tmp_path / "c.png").write_bytes(b"<html>")
     with pytest.raises(UserError, match=r"c\.png cannot be read as an image"):
         load_images(tmp_path, 8)
-    with pytest.raises(UserError, match="no folder with PNG"):
+    with pytest.raises(UserError, match="no image and no folder"):
         load_images(tmp_path / "nowhere", 8)
 
 

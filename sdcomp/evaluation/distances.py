@@ -62,26 +62,29 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     return (mean + covariance_x.trace() + covariance_y.trace() - 2 * cross).item()
 
 
-def load_images(folder: str | Path, side: int) -> Tensor:
-    """The PNG, JPEG and WebP images of a folder, by name, as `(N, 3, side, side)` in [0, 1].
+def load_images(path: str | Path, side: int) -> Tensor:
+    """An image file, or the PNG, JPEG and WebP images of a folder by name: `(N, 3, side, side)` in [0, 1].
 
     The shorter side is resized to `side`, the middle kept. Raises UserError for a folder without images
     and for a file that is not one.
     """
-    place = find(folder)
-    files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    place = find(path)
+    files = [place]
+    if not place.is_file():
+        files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
-        raise UserError(f"reference={str(folder)!r} is no folder with PNG, JPEG or WebP images")
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
-        scale = side / min(pixels.shape[1:])
-        size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
-        pixels = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        images.append(pixels[:, top : top + side, left : left + side])
-    return torch.stack(images)
+        raise UserError(f"{str(path)!r} is no image and no folder with PNG, JPEG or WebP images")
+    return torch.stack([_load_image(file, side) for file in files])
+
+
+def _load_image(file: Path, side: int) -> Tensor:
+    try:
+        with Image.open(file) as opened:
+            pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
+    scale = side / min(pixels.shape[1:])
+    size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
+    pixels = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return pixels[:, top : top + side, left : left + side]

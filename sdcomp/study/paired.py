@@ -27,13 +27,17 @@ if TYPE_CHECKING:
     from sdcomp.study.run import Run
 
 
+FEWEST = 32
+"""Images below which a distance between sets says nothing."""
+
+
 class PairedStudy:
     """Measures variants of a model's UNet against the UNet itself and records what is found.
 
-    Of each variant are recorded: the scores of its images (`scores`), the Kernel Inception Distance (x 1000)
-    and, with more images than features, the Frechet distance to `reference`; PSNR and SSIM to the
-    baseline's images; the noise predictions' mean squared error along the baseline's path, for the first
-    `noise_images` prompts. Scores and KID also as paired differences to the baseline.
+    Of each variant are recorded: the scores of its images (`scores`); from 32 images on the Kernel Inception
+    Distance (x 1000) and, with more images than features, the Frechet distance to `reference`; PSNR and
+    SSIM to the baseline's images; the noise predictions' mean squared error along the baseline's path, for
+    the first `noise_images` prompts. Scores and KID also as paired differences to the baseline.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class PairedStudy:
         self.settings = {**settings, "progress": run.progress}
         self.clip = clip or (Clip.of(sd) if sd.clip is not None else None)
         self.reference = None
-        if reference is not None and self.clip is not None and len(prompts) > 2:
+        if reference is not None and self.clip is not None and len(prompts) >= FEWEST:
             self.reference = self.clip.embed_images(reference)
         self.images = cached_images(sd, prompts.texts, **self.settings)
         self.trace = None

@@ -17,6 +17,7 @@ import torch
 from sdcomp.errors import UserError
 from sdcomp.files import find
 from sdcomp.model import SAMPLERS
+from sdcomp.quantization import PRESETS
 
 
 class ParameterError(UserError):
@@ -49,12 +50,14 @@ def _device_there(value: str) -> bool:
     return True
 
 
+AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %")
+
 RULES: dict[str, Rule] = {
     "model": Rule(
         lambda value: find(value).exists(),
         "an existing model folder, such as data/tiny (looked for from here and from the repository)",
     ),
-    "amount": Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %"),
+    "amount": AMOUNT,
     "seed": _between(0, 2**31 - 1),
     "n_images": _between(1, 100_000),
     "steps": _between(1, 500),
@@ -64,6 +67,28 @@ RULES: dict[str, Rule] = {
     "device": Rule(
         _device_there, "a device that this machine and this PyTorch have, such as cpu or cuda, or auto"
     ),
+    "methods": _one_of(*PRESETS),
+    "sweep_methods": _one_of(*PRESETS),
+    "weight_bits": _between(2, 8),
+    "act_bits": _between(2, 8),
+    "sweep_bits": _between(2, 8),
+    "k": _between(1, 1000),
+    "sweep_k": _between(1, 1000),
+    "weight_scale_policy": _one_of("max", "mse"),
+    "act_scale_policy": _one_of("max", "mse", ""),
+    "act_update_policy": _one_of("maximum", "momentum", ""),
+    "n_calibration": _between(1, 100_000),
+    "calibration_steps": _between(1, 1000),
+    "calibration_sampler": _one_of(*SAMPLERS),
+    "strength": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "noise_images": _between(0, 100_000),
+    "recover_steps": _between(0, 10_000_000),
+    "mode": _one_of("mask", "remove"),
+    "scope": _one_of("layer", "global"),
+    "criterion": _one_of("l1", "l2", ""),
+    "recovered_steps": _between(1, 10_000_000),
+    "timing_repeats": _between(1, 10_000),
+    **dict.fromkeys(("mask_amounts", "remove_amounts", "recovered_amounts", "sensitivity_amounts"), AMOUNT),
     "train_images": Rule(lambda value: value >= 256 and value % 4 == 0, "a multiple of 4, at least 256"),
     "vae_steps": _between(1, 10_000_000),
     "clip_steps": _between(1, 10_000_000),

@@ -43,13 +43,19 @@ def image_grid(
     return figure
 
 
-def error_band(axis: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]], label: str = "") -> None:
+def error_band(
+    axis: Axes,
+    x: Sequence[float],
+    rows: Sequence[dict[str, Any]],
+    label: str = "",
+    color: Any = None,
+) -> None:
     """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars."""
     order = sorted(range(len(x)), key=lambda i: x[i])
     xs, values, lows, highs = zip(
         *((x[i], rows[i]["value"], rows[i]["ci_low"], rows[i]["ci_high"]) for i in order), strict=True
     )
-    (line,) = axis.plot(xs, values, "o-", markersize=4, label=label)
+    (line,) = axis.plot(xs, values, "o-", markersize=4, label=label, color=color)
     if len(xs) > 2:
         axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
     else:

@@ -1,0 +1,217 @@
+"""Where the time, the arithmetic and the memory of a network go."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdcomp.evaluation.timing import interleaved_times
+
+if TYPE_CHECKING:
+    from sdcomp.model import StableDiffusion
+
+
+def macs(module: nn.Module, *args: object) -> int:
+    """Multiply-accumulates of convolutions and matrix products in one call, as PyTorch counts them.
+
+    For a module in floating point; arguments on the meta device make it cost no time.
+    """
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(*args)
+    return counter.get_total_flops() // 2
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers in memory, shared ones once."""
+    tensors = {t.data_ptr(): t for t in [*module.parameters(), *module.buffers()]}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes by which memory in use rises at most during a call.
+
+    Of the process on Linux (resident set), of the device on CUDA; elsewhere it cannot be told: None.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1])
+
+
+def component_times(
+    variants: Mapping[str, StableDiffusion], prompts: list[str], repeats: int = 5, **settings: Any
+) -> pd.DataFrame:
+    """Seconds of `generate(prompts, **settings)` in text encoder, UNet and decoder, and in all.
+
+    A row for each variant and repeat; columns `variant`, `text encoder`, `UNet`, `decoder`, `total`. Every
+    round runs all variants, so that drift meets all alike; the first round is thrown away.
+    """
+    rows = []
+    for turn in range(repeats + 1):
+        for name, sd in variants.items():
+            parts = {"text encoder": sd.text_encoder, "UNet": sd.unet, "decoder": sd.decoder}
+            clocks = {part: _Clock(module) for part, module in parts.items()}
+            begin = time.perf_counter()
+            sd.generate(prompts, **settings)
+            total = time.perf_counter() - begin
+            seconds = {part: clock.stop() for part, clock in clocks.items()}
+            if turn > 0:
+                rows.append({"variant": name, **seconds, "total": total})
+    return pd.DataFrame(rows)
+
+
+class _Clock:
+    """Adds up the seconds that a module's calls take, until it is stopped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.seconds, self._begin = 0.0, 0.0
+        self._hooks = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave),
+        )
+
+    def _enter(self, *_: object) -> None:
+        _wait()
+        self._begin = time.perf_counter()
+
+    def _leave(self, *_: object) -> None:
+        _wait()
+        self.seconds += time.perf_counter() - self._begin
+
+    def stop(self) -> float:
+        for hook in self._hooks:
+            hook.remove()
+        return self.seconds
+
+
+def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.DataFrame:
+    """The layers of one call: a row each for every convolution, linear layer, norm and attention.
+
+    Columns: `name`, `kind`, `block` (the first two parts of the name), `seconds` (median over repeats),
+    `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). An
+    attention's row is its products of queries, keys and values: its time less that of its linear layers.
+    The row `rest` is what no layer accounts for: activations, additions, concatenations.
+    """
+    attentions = {
+        name: sub
+        for name, sub in module.named_modules()
+        if type(sub).__name__ in ("CrossAttention", "Attention")
+    }
+    layers = {name: sub for name, sub in module.named_modules() if _kind(sub)} | attentions
+    costs: dict[str, tuple[int, int]] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, inputs, out, name=name: costs.__setitem__(name, _cost(layer, inputs, out))
+        )
+        for name, layer in layers.items()
+    ]
+    runs: dict[str, list[float]] = defaultdict(list)
+    with torch.inference_mode():
+        module(*args)
+        for hook in hooks:
+            hook.remove()
+        for _ in range(repeats):
+            clocks = {name: _Clock(layer) for name, layer in layers.items()}
+            _wait()
+            begin = time.perf_counter()
+            module(*args)
+            _wait()
+            runs[""].append(time.perf_counter() - begin)
+            for name, clock in clocks.items():
+                runs[name].append(clock.stop())
+    seconds = {name: sorted(values)[len(values) // 2] for name, values in runs.items()}
+    for name in attentions:
+        seconds[name] -= sum(s for other, s in seconds.items() if other.startswith(f"{name}."))
+    rows = [
+        {
+            "name": name,
+            "kind": _kind(layer) or "attention",
+            "block": ".".join(name.split(".")[:2]),
+            "seconds": seconds[name],
+            "flops": costs[name][0],
+            "bytes": costs[name][1],
+        }
+        for name, layer in layers.items()
+        if name in costs
+    ]
+    rest = seconds[""] - sum(row["seconds"] for row in rows)
+    rows.append({"name": "", "kind": "rest", "block": "", "seconds": rest, "flops": 0, "bytes": 0})
+    return pd.DataFrame(rows)
+
+
+def _kind(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.Conv2d):
+        return f"convolution {layer.kernel_size[0]}x{layer.kernel_size[1]}"
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        return "norm"
+    return None
+
+
+def _cost(layer: nn.Module, inputs: tuple, out: Tensor) -> tuple[int, int]:
+    """Floating-point operations and bytes moved at least."""
+    x = inputs[0]
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        moved = x.nbytes + out.nbytes + layer.weight.nbytes
+        return 2 * out.numel() * layer.weight[0].numel(), moved
+    if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+        return 8 * x.numel(), x.nbytes + out.nbytes
+    context = x if len(inputs) < 2 or inputs[1] is None else inputs[1]
+    batch, tokens, dim = x.shape[0], x.shape[1], layer.to_q.out_features
+    moved = x.element_size() * batch * dim * 2 * (tokens + context.shape[1])
+    return 4 * batch * tokens * context.shape[1] * dim, moved
+
+
+def machine_peaks(repeats: int = 5, n: int = 2048) -> dict[str, float]:
+    """What this machine's CPU reaches: products in GFLOP/s (GOP/s for int8), memory in GB/s.
+
+    "fp32" and "bf16": square matrix products of size `n`; "int8": the same through oneDNN, where
+    PyTorch has it; "memory": a copy of 64 n^2 bytes, reads and writes added.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    source, target = torch.ones(16 * n * n), torch.empty(16 * n * n)
+    calls: dict[str, Callable[[], Any]] = {
+        "fp32": lambda: a @ b,
+        "bf16": lambda: a16 @ b16,
+        "memory": lambda: target.copy_(source),
+    }
+    if hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        integers = (10 * a).clamp(-127, 127).to(torch.int8)
+        packed = torch.ops.onednn.qlinear_prepack((10 * b).clamp(-127, 127).to(torch.int8), None)
+        ones, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int32)
+        calls["int8"] = lambda: torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    work = {"fp32": 2 * n**3, "bf16": 2 * n**3, "int8": 2 * n**3, "memory": 2 * source.nbytes}
+    times = interleaved_times(calls, repeats)
+    return {name: work[name] / values.min() / 1e9 for name, values in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,59 @@
+"""Profiling: counts against arithmetic done by hand, times that add up."""
+
+import pytest
+import torch
+from torch import nn
+
+from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, peak_memory, weight_bytes
+from sdcomp.model.unet import CrossAttention
+
+
+def test_macs_of_known_layers():
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    assert macs(conv, torch.randn(2, 3, 5, 5)) == 2 * 8 * 25 * 27
+    attention = CrossAttention(16, 12, 2)
+    x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 12)
+    projections = 2 * (9 * 16 * 16 + 2 * 5 * 12 * 16 + 9 * 16 * 16)
+    assert macs(attention, x, context) == projections + 2 * 2 * 9 * 5 * 16
+
+
+def test_weight_bytes_count_shared_weights_once():
+    layer = nn.Linear(4, 4)
+    assert weight_bytes(layer) == 4 * 20
+    twice = nn.Sequential(layer, nn.Linear(4, 4, bias=False))
+    twice[1].weight = layer.weight
+    assert weight_bytes(twice) == 4 * 20
+    assert weight_bytes(layer.half()) == 2 * 20
+
+
+def test_peak_memory_sees_what_a_call_needs():
+    found = peak_memory(lambda: torch.ones(2**24).sum())
+    if found is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert 60e6 < found < 150e6
+    assert peak_memory(lambda: None) < 10e6
+
+
+def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
+    size = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
+    table = layer_profile(small.unet, *size)
+    assert set(table.kind) == {"convolution 3x3", "convolution 1x1", "linear", "norm", "attention", "rest"}
+    products = table[table.kind.isin(["convolution 3x3", "convolution 1x1", "linear", "attention"])]
+    assert products.flops.sum() == 2 * macs(small.unet, *size)
+    assert len(table) == len(set(table.name)) and (table[table.kind != "rest"].bytes > 0).all()
+    first = table[table.name == "input_blocks.0.0"].iloc[0]
+    assert first.block == "input_blocks.0"
+    assert first.bytes == 4 * (2 * 4 * 256 + 2 * 16 * 256 + 16 * 4 * 9)
+    assert table.seconds.sum() > 0 and not any(m._forward_hooks for m in small.unet.modules())
+
+
+def test_components_add_up_to_less_than_the_whole(small):
+    table = component_times({"a": small, "b": small}, ["a star"], repeats=2, steps=2, batch_size=1)
+    assert list(table.variant) == ["a", "b", "a", "b"]
+    parts = table[["text encoder", "UNet", "decoder"]]
+    assert (parts > 0).all(axis=None) and (parts.sum(axis=1) < table.total).all()
+
+
+def test_a_machine_has_peaks():
+    peaks = machine_peaks(repeats=1, n=128)
+    assert {"fp32", "bf16", "memory"} <= peaks.keys() and min(peaks.values()) > 0.1

@@ -1,0 +1,34 @@
+"""Interleaved measurement: who is called when, and what a drifting machine does to ratios."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sdcomp.evaluation import interleaved_times, median, timing
+
+
+def test_rounds_alternate_and_the_first_are_thrown_away(monkeypatch):
+    clock = iter(np.arange(100) ** 2.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    calls = []
+    found = interleaved_times({k: (lambda k=k: calls.append(k)) for k in "abc"}, repeats=2, warmup=1)
+    assert "".join(calls) == "abccbaabc"
+    # The i-th call lasts from (2 i)^2 to (2 i + 1)^2, that is 4 i + 1.
+    assert {name: list(times) for name, times in found.items()} == {
+        "a": [21, 25],
+        "b": [17, 29],
+        "c": [13, 33],
+    }
+    with pytest.raises(ValueError, match="at least 1"):
+        interleaved_times({}, repeats=0)
+
+
+def test_a_ratio_does_not_see_the_machine_slow_down():
+    rng = np.random.default_rng(0)
+    drift = np.linspace(1, 3, 21)
+    dense, pruned = drift * rng.normal(1, 0.01, 21), drift * rng.normal(0.8, 0.01, 21)
+    ratio = median(pruned, dense)
+    assert ratio.low < 0.8 < ratio.high and ratio.high - ratio.low < 0.03 and ratio.n == 21
+    alone = median(dense)
+    assert alone.value == pytest.approx(np.median(dense)) and alone.high - alone.low > 0.3
