@@ -10,12 +10,16 @@ from sdcomp.model import (
     load,
     load_from_standard_weights,
 )
+from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
 
 __all__ = [
     "SD15",
     "TINY",
+    "Calibrator",
     "ModelError",
+    "QuantModel",
     "StableDiffusion",
+    "TimeStepCalibratedQuantModel",
     "as_diffusers_unet",
     "from_diffusers_unet",
     "load",

@@ -482,3 +482,16 @@ def test_presets_are_overridden_and_unknown_ones_refused(small):
         build("msee", small.unet)
     with pytest.raises(TypeError, match="quant_filter"):
         build("mse", small.unet, quant_filter=[])
+
+
+def test_the_text_of_a_model_differs_wherever_its_results_do(small):
+    # Caches of images tell models apart by their tensors and this text.
+    texts = set()
+    for bits in (8, 4):
+        model = calibrated(QuantModel(small.unet, act_quant_params={"n_bits": bits}))
+        for weights in (True, False):
+            for activations in (True, False):
+                texts.add(repr(model.set_use_quant(weights=weights, activations=activations)))
+    # With activations off, their bits make no difference.
+    assert len(texts) == 6
+    assert "weights: 8 bits, activations: full precision" in " ".join(texts)

@@ -154,6 +154,17 @@ class QuantModel(nn.Module):
             finally:
                 state.forget()
 
+    def extra_repr(self) -> str:
+        """Bits and switches, so that the text of two models differs wherever their results do."""
+        sides = (
+            ("weights", self.weight_quantizer, self.state.weights),
+            ("activations", self.act_quantizer, self.state.activations),
+        )
+        return ", ".join(
+            f"{side}: {f'{quantizer.n_bits} bits' if quantizer and on else 'full precision'}"
+            for side, quantizer, on in sides
+        )
+
     def describe(self) -> pd.DataFrame:
         """A table of all convolutions and linear layers, quantized or not.
 
