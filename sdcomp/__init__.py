@@ -1,5 +1,6 @@
 """Measure how far a latent diffusion model can be quantized and pruned, and what is really gained."""
 
+from sdcomp.compressed import load, save
 from sdcomp.model import (
     SD15,
     TINY,
@@ -7,7 +8,6 @@ from sdcomp.model import (
     StableDiffusion,
     as_diffusers_unet,
     from_diffusers_unet,
-    load,
     load_from_standard_weights,
 )
 from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
@@ -24,4 +24,5 @@ __all__ = [
     "from_diffusers_unet",
     "load",
     "load_from_standard_weights",
+    "save",
 ]

@@ -21,13 +21,17 @@ from sdcomp.model.text import save_tokenizer
 _DECODER = ("decoder.", "post_quant_conv.")
 
 
-def read_folder(folder: Path) -> Source:
+# Beside these, the UNet is quantized (`sdcomp.compressed`).
+_QUANTIZED = ("int8.json", "quantization.json", "compression.json")
+
+
+def read_folder(folder: Path, needs_unet: bool = True) -> Source:
     """The parts of a folder. Raises ModelError for a file that is missing or wrong."""
     origin, removed = folder / "config.json", folder / "unet_channels.json"
     config = read_json(origin, ModelConfig.from_dict, "is not a model configuration")
     channels = read_json(removed, dict, "is no record of a UNet's channels") if removed.exists() else {}
     names = [
-        "unet",
+        *(["unet"] if needs_unet else []),
         "vae",
         "clip" if config.vision else "text_encoder",
         *(["reader"] if config.reader else []),
@@ -55,6 +59,9 @@ def write_folder(
     for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
         write_tensors(state, folder / f"{name}.safetensors", dtype)
     save_tokenizer(tokenizer, folder)
+    # What an earlier model left in the folder is not this one's.
+    for name in _QUANTIZED:
+        (folder / name).unlink(missing_ok=True)
     if channels:
         write_text(folder / "unet_channels.json", json.dumps(channels) + "\n")
     else:

@@ -34,6 +34,7 @@ def load(
     tokenizer: str | Path | CLIPTokenizer | None = None,
     config: ModelConfig = SD15,
     variant: str | None = None,
+    unet: nn.Module | None = None,
 ) -> StableDiffusion:
     """Load a model: a folder of ours or of diffusers, a `.safetensors` or `.ckpt` file, or a hub name.
 
@@ -42,15 +43,19 @@ def load(
     `dtype`; None leaves them as the UNet's are stored. Those that need no conversion are mapped from the
     file, not copied. `tokenizer` (a folder or a `CLIPTokenizer`) replaces the model's own; a single file
     takes the one beside it, else `data/clip_tokenizer`. `config` gives the sizes of a single file, whose
-    tensors must fit them. `variant` chooses among a diffusers folder's weights, e.g. "fp16".
+    tensors must fit them. `variant` chooses among a diffusers folder's weights, e.g. "fp16". `unet` takes
+    the place of the files' own, which a folder of ours then need not have.
 
     Raises ModelError, a ValueError, in one sentence when something is missing, damaged, refused or of
     another architecture; TypeError for a `dtype` that is none.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type such as torch.float16, not {dtype!r}")
-    source = _open(path, config, variant)
+    source = _open(path, config, variant, needs_unet=unet is None)
     modules = _build(source.config, source.origin, source.channels)
+    if unet is not None:
+        source.parts.pop("unet", None)
+        modules["unet"] = unet
     if not isinstance(tokenizer, CLIPTokenizer):
         tokenizer = _tokenizer(source.tokenizer if tokenizer is None else find(tokenizer), source.config)
     elif len(tokenizer) != (size := source.config.text["vocab_size"]):
@@ -87,7 +92,7 @@ def load_from_standard_weights(
     return {name: states[part] for name, part in names.items()}
 
 
-def _open(path: str | Path, config: ModelConfig, variant: str | None) -> Source:
+def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet: bool = True) -> Source:
     """The model at a path or of a name, in whatever format."""
     found = find(path)
     if not found.exists():
@@ -97,7 +102,7 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None) -> Source:
     if (found / "model_index.json").is_file():
         return read_diffusers(found, variant)
     if (found / "config.json").is_file():
-        return read_folder(found)
+        return read_folder(found, needs_unet)
     raise ModelError(f"{found} is not a model folder: it has no config.json and no model_index.json")
 
 
@@ -163,7 +168,8 @@ def save(
 
     `format` is one of
 
-    - "sdcomp", the default: our folder, with all parts and what was removed from the UNet;
+    - "sdcomp", the default: our folder, with all parts and what was removed from the UNet; a model whose
+      UNet is None is saved without;
     - "original", the default for a path ending in `.safetensors`: one file in the layout of SD 1.x's
       checkpoints, without tokenizer, image encoder and reader;
     - "diffusers": a folder for `StableDiffusionPipeline.from_pretrained`, without the latter two.
@@ -184,7 +190,10 @@ def save(
     config = dataclasses.replace(
         sd.config, vision=sd.config.vision if sd.clip is not None else None, reader=sd.reader is not None
     )
-    states = {name: getattr(sd, name).state_dict() for name in ("unet", "encoder", "decoder")}
+    if sd.unet is None and format != "sdcomp":
+        raise ModelError(f"the {format} format needs a UNet, and this model has none")
+    names = ("encoder", "decoder") if sd.unet is None else ("unet", "encoder", "decoder")
+    states = {name: getattr(sd, name).state_dict() for name in names}
     if format == "sdcomp" and sd.clip is not None:
         if sd.text_encoder is not sd.clip.text_model:
             raise ModelError(
@@ -196,7 +205,7 @@ def save(
         states["text_encoder"] = sd.text_encoder.state_dict()
     if format == "sdcomp" and sd.reader is not None:
         states["reader"] = sd.reader.state_dict()
-    channels = channel_map(sd.unet)
+    channels = {} if sd.unet is None else channel_map(sd.unet)
     if channels and format != "sdcomp":
         raise ModelError(
             f"the UNet has lost channels, which the {format} format cannot say; save it as a folder"

@@ -1,0 +1,80 @@
+"""Compressed models as folders that `sdcomp.load` opens and `generate` runs, with nothing else at hand.
+
+Such a folder is a model folder in which the UNet is quantized: beside its weights stand the scales
+(`quantization.json`), or in their place the integers (`int8.json`). `compression.json` says where it comes
+from. What pruning removed is in `unet_channels.json`, as in any model folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdcomp import model
+from sdcomp.files import find, write_text
+from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
+from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.quantization import QuantModel, int8, load_quant_model, storage
+
+RECORD = "compression.json"
+
+
+def save(sd: StableDiffusion, folder: str | Path, record: dict[str, Any] | None = None) -> Path:
+    """Write a model whose UNet may be pruned, quantized or int8; returns the folder.
+
+    `record` is whatever should be known of it later, ready for JSON: where it comes from, the evaluation
+    that it passed. Raises UserError for a folder that cannot be written, ModelError for a quantized UNet
+    that is not ours.
+    """
+    folder = Path(folder).expanduser()
+    unet = sd.unet
+    if isinstance(unet, int8.Int8Model):
+        model.save(sd.replace(unet=None), folder)
+        (folder / "unet.safetensors").unlink(missing_ok=True)
+    elif isinstance(unet, QuantModel):
+        model.save(sd.replace(unet=_plain(unet)), folder)
+    else:
+        model.save(sd, folder)
+    about = {
+        "unet": type(unet).__name__,
+        "weights": weights_digest(unet),
+        "sdcomp": importlib.metadata.version("sdcomp"),
+        "torch": torch.__version__,
+        "record": record or {},
+    }
+    write_text(folder / RECORD, json.dumps(about, indent=2) + "\n")
+    # Last, so that a killed save is not taken for a whole one.
+    if isinstance(unet, int8.Int8Model | QuantModel):
+        unet.save(folder)
+    return folder
+
+
+def load(path: str | Path, **options: Any) -> StableDiffusion:
+    """Load any model: see `sdcomp.model.load`, whose arguments and errors these are.
+
+    A folder that `sdcomp.save` wrote gives the quantized or int8 UNet that it was written with; `dtype`
+    is then of the other parts.
+    """
+    folder = find(path)
+    if (folder / int8.CONFIG).is_file():
+        return model.load(path, unet=int8.load_int8(folder), **options)
+    sd = model.load(path, **options)
+    if (folder / storage.CONFIG).is_file():
+        sd = sd.replace(unet=load_quant_model(folder, sd.unet))
+    return sd
+
+
+def _plain(quantized: QuantModel) -> UNet:
+    """The full-precision UNet inside a quantized one; weights are shared."""
+    inside = quantized.module
+    if not isinstance(inside, UNet):
+        raise ModelError(f"only our UNet can be saved as a model, not a quantized {type(inside).__name__}")
+    with torch.device("meta"):
+        unet = apply_channel_map(UNet(inside.config), channel_map(inside))
+    state = inside.state_dict()
+    unet.load_state_dict({name: state[name] for name in unet.state_dict()}, assign=True)
+    return unet

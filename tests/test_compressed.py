@@ -1,0 +1,77 @@
+"""Compressed models as folders: what is saved is what is loaded, bit for bit, also in a new process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sdcomp
+from sdcomp.pruning import prune_structured, prune_unstructured
+from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
+from sdcomp.quantization.int8 import Int8Model
+
+SETTINGS = {"steps": 3, "batch_size": 1, "seed": 5}
+PROMPTS = ["a small red star on a navy background"]
+
+
+@pytest.fixture(scope="module")
+def loaded(small, tmp_path_factory):
+    """The small model, its weights laid out as loading does."""
+    return sdcomp.load(small.save(tmp_path_factory.mktemp("small")))
+
+
+def compressed(sd, how):
+    unet = prune_structured(sd.unet, 0.3, mode="remove") if "removed" in how else sd.unet
+    unet = prune_unstructured(unet, 0.2) if "zeroed" in how else unet
+    if "quantized" in how or "int8" in how:
+        unet = TimeStepCalibratedQuantModel(unet, timesteps=4, k=2, quant_filters=["time_embed"])
+        Calibrator(sd, unet, act_scale_policy="mse").calibrate(PROMPTS, steps=4, batch_size=1)
+    return sd.replace(unet=unet.to_int8() if "int8" in how else unet)
+
+
+@pytest.mark.parametrize(
+    "how", ["zeroed", "removed", "quantized", "removed quantized", "int8", "removed int8"]
+)
+def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, how):
+    sd = compressed(loaded, how)
+    folder = sdcomp.save(sd, tmp_path / "model", {"prompt accuracy": 0.9})
+    moved = folder.rename(tmp_path / "elsewhere")
+    again = sdcomp.load(moved)
+    assert type(again.unet) is type(sd.unet)
+    assert torch.equal(again.generate(PROMPTS, **SETTINGS), sd.generate(PROMPTS, **SETTINGS))
+    assert not torch.equal(again.generate(PROMPTS, **SETTINGS), loaded.generate(PROMPTS, **SETTINGS))
+    about = json.loads((moved / "compression.json").read_text())
+    assert about["record"] == {"prompt accuracy": 0.9} and about["unet"] == type(sd.unet).__name__
+
+
+def test_int8_takes_about_a_quarter_and_needs_no_other_weights(loaded, tmp_path):
+    whole = sdcomp.save(loaded, tmp_path / "whole")
+    less = sdcomp.save(compressed(loaded, "int8"), tmp_path / "int8")
+    assert not (less / "unet.safetensors").exists()
+    sizes = (less / "int8.safetensors").stat().st_size / (whole / "unet.safetensors").stat().st_size
+    assert sizes < 0.45  # of a model this small, names and scales are a good part
+
+
+def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path):
+    sdcomp.save(compressed(loaded, "int8"), tmp_path)
+    assert isinstance(sdcomp.load(tmp_path).unet, Int8Model)
+    sdcomp.save(loaded, tmp_path)
+    assert type(sdcomp.load(tmp_path).unet) is type(loaded.unet)
+    loaded.save(tmp_path)
+    assert not (tmp_path / "compression.json").exists()
+
+
+@pytest.mark.slow
+def test_a_new_process_draws_the_same_image(loaded, tmp_path):
+    sd = compressed(loaded, "removed int8")
+    sdcomp.save(sd, tmp_path / "model")
+    script = (
+        "import sys, torch, sdcomp; torch.set_num_threads(int(sys.argv[2]));"
+        f"images = sdcomp.load(sys.argv[1]).generate({PROMPTS!r}, **{SETTINGS!r});"
+        "torch.save(images, sys.argv[1] + '/images.pt')"
+    )
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), threads], check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "model" / "images.pt"), sd.generate(PROMPTS, **SETTINGS))
