@@ -19,14 +19,16 @@ def noise_mse(
     *,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Mean squared error of guided noise predictions at each step and image, `(S, N)`.
 
     `trace` is of `sd.generate(prompts, ...)`: `unet` is asked for its prediction at the very latents that
     the full UNet met on its way, so that what is measured is one step's error, not where it led.
+    `batch_size` is by default the model's own.
     """
+    batch_size = batch_size or sd.batch_size
     scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     variant = sd.replace(unet=unet)
     errors = []

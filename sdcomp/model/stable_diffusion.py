@@ -73,6 +73,11 @@ class StableDiffusion:
         """The type of the VAE decoder's weights."""
         return next(self.decoder.parameters()).dtype
 
+    @property
+    def batch_size(self) -> int:
+        """Images of the model's own size that `generate` takes at a time by default."""
+        return _rows(16, self._pixels(None))
+
     def to(self, *args: torch.device | torch.dtype | str) -> StableDiffusion:
         """Move every part, as `nn.Module.to`, and end offloading; returns the model itself."""
         self.offloaded_to = None

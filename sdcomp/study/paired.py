@@ -111,7 +111,7 @@ class PairedStudy:
             self.trace,
             guidance_scale=self.settings.get("guidance_scale"),
             negative_prompt=self.settings.get("negative_prompt", ""),
-            batch_size=self.settings.get("batch_size", 16),
+            batch_size=self.settings.get("batch_size"),
             progress=self.run.progress,
         )
         groups = self.prompts.groups[: errors.shape[1]]

@@ -1,0 +1,87 @@
+"""The paired protocol records what comparing a variant with its baseline should give."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sdcomp.evaluation import Prompts, cache
+from sdcomp.model.text import build_clip
+from sdcomp.study import PairedStudy
+
+
+class Record:
+    """Takes the place of a `Run`."""
+
+    progress = False
+
+    def __init__(self):
+        self.rows = {}
+
+    def record(self, method, metric, estimate, *, unit="", baseline="", **parameters):
+        key = method, metric, *parameters.values()
+        assert key not in self.rows
+        self.rows[key] = SimpleNamespace(estimate=estimate, unit=unit, baseline=baseline)
+
+
+class Louder(nn.Module):
+    def __init__(self, unet, factor):
+        super().__init__()
+        self.unet, self.factor = unet, nn.Parameter(torch.tensor(factor))
+
+    def forward(self, latents, timesteps, context):
+        return self.factor * self.unet(latents, timesteps, context)
+
+
+@pytest.fixture(scope="module")
+def seeing(small, randomize):
+    clip = randomize(build_clip(small.config), 9)
+    return small.replace(clip=clip, text_encoder=clip.text_model)
+
+
+@pytest.fixture
+def study(seeing, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path)
+    for function in (cache.cached_images, cache.cached_trace):
+        monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
+    prompts = Prompts([f"star number {i}" for i in range(32)])
+    reference = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    options = {"baseline": "as it is", "reference": reference, "noise_images": 2}
+    return PairedStudy(Record(), seeing, prompts, **options, steps=2, batch_size=8, guidance_scale=1.0)
+
+
+def test_a_variant_that_is_the_baseline_differs_in_nothing(study, seeing):
+    images = study.measure("same", seeing.unet, amount=0.0)
+    assert torch.equal(images, study.images)
+    rows = study.run.rows
+    for metric in ("CLIP score", "KID"):
+        change = rows["same", f"{metric} difference", 0.0]
+        assert (change.estimate.value, change.estimate.low, change.estimate.high) == (0, 0, 0)
+        assert change.baseline == "as it is"
+        assert rows["same", metric, 0.0].estimate == rows["as it is", metric].estimate
+    assert rows["same", "SSIM", 0.0].estimate.value == pytest.approx(1)
+    assert rows["same", "PSNR", 0.0].estimate.value > 100
+    assert rows["same", "noise MSE", 0.0].estimate.value < 1e-9
+
+
+def test_a_variant_with_another_prediction_is_told_apart(study, seeing):
+    study.measure("louder", Louder(seeing.unet, 1.1), amount=0.1)
+    rows = study.run.rows
+    assert rows["louder", "PSNR", 0.1].estimate.value < 60 and rows["louder", "PSNR", 0.1].estimate.n == 32
+    assert rows["louder", "SSIM", 0.1].estimate.value < 0.999
+    # Each step's error is that of the prediction made a tenth larger.
+    power = study.trace.noise_predictions.square().mean((1, 2, 3, 4))
+    for timestep, expected in zip(study.trace.timesteps.tolist(), 0.01 * power, strict=True):
+        found = rows["louder", "noise MSE at timestep", timestep, 0.1].estimate
+        assert found.value == pytest.approx(expected.item(), rel=1e-3) and found.n == 2
+    # 32 images cannot span 128 features, so there is no Frechet distance.
+    assert not any("Frechet" in metric for _, metric, *_ in rows)
+
+
+def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch):
+    monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
+    reference = torch.rand(40, 3, 64, 64)
+    few = Prompts(["a star"] * 4)
+    study = PairedStudy(Record(), seeing, few, baseline="b", reference=reference, steps=1, batch_size=4)
+    assert sorted(study.scores) == ["CLIP score"] and study.trace is None
