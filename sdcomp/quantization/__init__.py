@@ -2,6 +2,7 @@
 
 from sdcomp.quantization.calibration import CalibrationError, Calibrator
 from sdcomp.quantization.filters import FILTERS, published_filters
+from sdcomp.quantization.int8 import Int8Model, load_int8
 from sdcomp.quantization.layers import NotCalibratedError, QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.presets import PRESETS, Preset, build
@@ -13,6 +14,7 @@ __all__ = [
     "PRESETS",
     "CalibrationError",
     "Calibrator",
+    "Int8Model",
     "NotCalibratedError",
     "Preset",
     "QuantConv2d",
@@ -24,6 +26,7 @@ __all__ = [
     "UniformSymmetricQuantizer",
     "build",
     "fake_quantize",
+    "load_int8",
     "load_quant_model",
     "published_filters",
 ]

@@ -1,0 +1,153 @@
+"""Our UNet's blocks with less to do between the integer kernels.
+
+Each computes what its floating-point class computes, in fewer passes over memory: an input that several
+layers read is quantized once and multiplied by their weights put together; sums go into their first operand,
+inside the kernel where it offers that; the wide middle of a feed-forward is made in pieces that stay in
+cache. Layers that are not quantized, or not in a way that allows it, take the usual way.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdcomp.model.unet import (
+    CrossAttention,
+    FeedForward,
+    ResBlock,
+    SpatialTransformer,
+    TransformerBlock,
+    Upsample,
+)
+from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear
+
+_ROWS = 256
+"""Tokens of a feed-forward at a time: at SD 1.5's widths their middle stays in a core's cache."""
+_LARGE = 2**17
+"""Values of an image from which on it is normalized and quantized on its own."""
+
+
+def specialize(module: nn.Module) -> None:
+    """Turn the blocks of a module whose layers are integer ones, not packed yet, into those below."""
+    for block in module.modules():
+        if isinstance(block, TransformerBlock):
+            # Only here it is known what the attention's keys and values are computed from.
+            for attention, names in (
+                (block.attn1, ("to_q", "to_k", "to_v")),
+                (block.attn2, ("to_k", "to_v")),
+            ):
+                layers = [getattr(attention, name) for name in names]
+                if all(isinstance(layer, Int8Linear) and layer.bias is None for layer in layers):
+                    attention.fused = len(layers) if Int8Linear.fuse(layers) else 0
+    for block in module.modules():
+        block.__class__ = _BLOCKS.get(type(block), type(block))
+
+
+def _add(layer: nn.Module, x: Tensor, onto: Tensor | None) -> Tensor:
+    """`onto += layer(x)`, in place; the layer's output in the type of `onto`."""
+    if isinstance(layer, Int8Layer):
+        return layer(x, onto, onto.dtype)
+    return onto.add_(layer(x.to(onto.dtype)))
+
+
+def _float32(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, dtype=torch.float32) if isinstance(layer, Int8Layer) else layer(x).float()
+
+
+class Int8ResBlock(ResBlock):
+    """`ResBlock`, activations and sums in place."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self._convolve(self.in_layers, x).add_(self.emb_layers(emb)[:, :, None, None])
+        if isinstance(self.skip_connection, nn.Identity):
+            return self._convolve(self.out_layers, h).add_(x)
+        return self._convolve(self.out_layers, h, self.skip_connection(x))
+
+    @staticmethod
+    def _convolve(layers: nn.Sequential, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The convolution of what the norm and the activation before it give."""
+        norm, conv = layers[0], layers[-1]
+        if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
+            h = F.silu(norm(x), inplace=True)
+            return conv(h) if onto is None else _add(conv, h, onto)
+        # Image by image, as the norm takes them anyway, so that only the integers leave the cache.
+        images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))
+        integers = torch.cat([conv.quantize(F.silu(image, inplace=True)) for image in images])
+        return conv.multiply([integers], x.dtype, onto)
+
+
+class Int8CrossAttention(CrossAttention):
+    """`CrossAttention`, with `fused` of its layers as one; `onto` takes up the sum, in place."""
+
+    fused = 0
+
+    def forward(self, x: Tensor, context: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        if self.fused == 3:
+            q, k, v = _float32(self.to_q, x).chunk(3, dim=-1)
+        elif self.fused == 2:
+            q, (k, v) = _float32(self.to_q, x), _float32(self.to_k, context).chunk(2, dim=-1)
+        else:
+            q, k, v = _float32(self.to_q, x), _float32(self.to_k, context), _float32(self.to_v, context)
+        # In float32: few CPUs multiply bfloat16 faster.
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if onto is None:
+            return self.to_out(out.to(x.dtype))
+        return _add(self.to_out[0], out, onto)
+
+
+class Int8FeedForward(FeedForward):
+    """`FeedForward`, some tokens at a time; `onto` takes up the sum, in place."""
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        wide, narrow = self.net[0].proj, self.net[2]
+        if not (isinstance(wide, Int8Linear) and isinstance(narrow, Int8Linear)):
+            out = super().forward(x)
+            return out if onto is None else onto.add_(out)
+        onto = torch.zeros_like(x) if onto is None else onto
+        pieces = (t.flatten(0, -2).split(_ROWS) for t in (wide.quantize(x), onto))
+        for rows, out in zip(*pieces, strict=True):
+            value, gate = wide.multiply([rows], torch.float32).chunk(2, dim=-1)
+            narrow(F.gelu(gate).mul_(value), out, x.dtype)
+        return onto
+
+
+class Int8TransformerBlock(TransformerBlock):
+    """`TransformerBlock`; its input is overwritten with its output."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.attn1(self.norm1(x), None, x)
+        x = self.attn2(self.norm2(x), context, x)
+        return self.ff(self.norm3(x), x)
+
+
+class Int8SpatialTransformer(SpatialTransformer):
+    """`SpatialTransformer`: channels-last pixels are tokens as they lie in memory."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).contiguous()
+        for block in self.transformer_blocks:
+            block(tokens.flatten(1, 2), context)
+        return self.proj_out(tokens.permute(0, 3, 1, 2)).add_(x)
+
+
+class Int8Upsample(Upsample):
+    """`Upsample`: repeats the integers, a quarter of which are to be found."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.conv, Int8Conv2d):
+            return super().forward(x)
+        integers = F.interpolate(self.conv.quantize(x), scale_factor=2, mode="nearest")
+        return self.conv.multiply([integers], x.dtype)
+
+
+_BLOCKS: dict[type, type] = {
+    ResBlock: Int8ResBlock,
+    CrossAttention: Int8CrossAttention,
+    FeedForward: Int8FeedForward,
+    TransformerBlock: Int8TransformerBlock,
+    SpatialTransformer: Int8SpatialTransformer,
+    Upsample: Int8Upsample,
+}

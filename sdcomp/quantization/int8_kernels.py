@@ -1,0 +1,122 @@
+"""Integer convolutions and linear layers: the oneDNN operators that ship inside PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ZERO = 128
+"""What stands for 0 in a quantized input: the kernels that are fast take unsigned bytes."""
+
+
+def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
+    """The integers of `fake_quantize` plus `ZERO`, uint8, in the memory format of `x`."""
+    # Rounded around 0, since PyTorch adds another zero point before it rounds.
+    quantized = torch.quantize_per_tensor(x.float(), scale, 0, torch.qint8)
+    # The same bytes, not the copy that `int_repr` makes.
+    integers = torch.empty(0, dtype=torch.int8)
+    integers.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
+    # Flipping the sign bit adds 128.
+    return integers.clamp_(-levels, levels).view(torch.uint8).bitwise_xor_(ZERO)
+
+
+class Packed:
+    """A weight as oneDNN lays it out, which never changes, so that copies can share it."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Packed:
+        return self
+
+
+class PackedLinear(Packed):
+    """An int8 weight `(out, in)` with its scales `(out,)`, as oneDNN lays it out."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
+        self._weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+
+    def weight(self) -> Tensor:
+        """The integers as they were given."""
+        return self._weight.to_dense().t().contiguous()
+
+    def __call__(
+        self,
+        x: Tensor,
+        x_scale: float,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """Uint8 `(..., in)` -> `dtype` `(..., out)`; added in place onto `onto`, of that type and shape."""
+        sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
+        if onto is None:
+            return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            *sides, onto, bias, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], ""
+        )
+
+
+class PackedConv2d(Packed):
+    """An int8 weight `(out, in / groups, kh, kw)` with its scales `(out,)`, as oneDNN lays it out."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, *geometry: list[int] | int) -> None:
+        self.scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
+        self._geometry = geometry  # stride, padding, dilation, groups
+        self._weight = torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, ZERO, *geometry, None)
+
+    def weight(self) -> Tensor:
+        """The integers as they were given."""
+        return self._weight.to_dense()
+
+    def __call__(
+        self, x: Tensor, x_scale: float, bias: Tensor | None, dtype: torch.dtype, onto: Tensor | None = None
+    ) -> Tensor:
+        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last; added in place onto `onto`."""
+        sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
+        if onto is None:
+            return torch.ops.onednn.qconv2d_pointwise(
+                *sides, bias, *self._geometry, 1.0, 0, dtype, "none", [], ""
+            )
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            *sides, onto, bias, *self._geometry, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, None, [], None
+        )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the integer kernels cannot be used here, None where they can: they are tried on a small case."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.5, 2.0, 1.0, 0.25])
+    weight = torch.randint(-127, 128, (4, 8, 3, 3), generator=generator, dtype=torch.int8)
+    bias, x = torch.ones(4), torch.randn(2, 8, 5, 5, generator=generator)
+    # The largest of both: CPUs without VNNI add products in pairs, in 16 bits, which these overflow.
+    weight[0], x[0] = 127, 99
+    narrow, exact = weight[:, :, 0, 0], weight.float() * scale.view(-1, 1, 1, 1)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            # PyTorch announces that `quantize_per_tensor` will go some day; it says so once.
+            warnings.simplefilter("ignore", UserWarning)
+            q = quantize(x, 0.02, 127)
+            x = (q.float() - ZERO) * 0.02
+            tokens = x.permute(0, 2, 3, 1)
+            conv, linear = PackedConv2d(weight, scale, [2, 2], [1, 1], [1, 1], 1), PackedLinear(narrow, scale)
+            cases = [
+                (conv, q, F.conv2d(x, exact, stride=2, padding=1)),
+                (linear, q.permute(0, 2, 3, 1), F.linear(tokens, exact[:, :, 0, 0])),
+            ]
+            for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+                for packed, integers, product in cases:
+                    got = packed(integers, 0.02, bias, dtype)
+                    packed(integers, 0.02, None, dtype, onto=got)
+                    wanted = 2 * product + 1
+                    if got.dtype != dtype or (got - wanted).abs().max() > tolerance * wanted.abs().max():
+                        return f"PyTorch {torch.__version__}'s integer operators give wrong results here"
+            if not (torch.equal(conv.weight(), weight) and torch.equal(linear.weight(), narrow)):
+                return f"PyTorch {torch.__version__} does not give packed weights back"
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        return f"PyTorch {torch.__version__} has no oneDNN integer operators for this machine ({line})"
+    return None

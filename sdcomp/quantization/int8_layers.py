@@ -1,0 +1,185 @@
+"""Convolutions and linear layers that hold and multiply 8-bit integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdcomp.quantization import int8_kernels as kernels
+from sdcomp.quantization.layers import NotCalibratedError
+from sdcomp.quantization.quantizer import fake_quantize
+
+
+@dataclass(eq=False)
+class Int8State:
+    """What the integer layers of one model share: the timestep's interval, the largest activation."""
+
+    levels: int
+    interval: int = 0
+    timestep: float = 0.0
+
+
+class Int8Layer(nn.Module):
+    """What `Int8Conv2d` and `Int8Linear` have in common.
+
+    Made of a layer (for its geometry) and of tensors: `weight` int8 in the layer's shape, `weight_scale`,
+    `act_scale` (shapes as in `QuantLayer`) and `bias` float32 or None. `pack` hands the weight to oneDNN,
+    which lays it out anew; until then, and where that is not wanted, calls dequantize it. The state dict
+    has the plain tensors in either case. Nothing but devices changes with `to`.
+    """
+
+    def __init__(
+        self, layer: nn.Module, name: str, tensors: dict[str, Tensor], split: int | None, state: Int8State
+    ) -> None:
+        super().__init__()
+        self.name, self.split, self.state = name, split, state
+        for kind in ("weight", "weight_scale", "act_scale", "bias"):
+            self.register_buffer(kind, tensors.get(kind))
+        self.shape = tuple(self.weight.shape)
+        self._act_scales = self.act_scale.view(len(self.act_scale), -1).tolist()
+        self._packed: list = []
+        self._rows: slice | None = None  # of a packed weight that several layers share
+
+    def _sizes(self) -> list[int]:
+        """Input channels of the parts."""
+        return [self.shape[1]] if self.split is None else [self.split, self.shape[1] - self.split]
+
+    def _scales(self) -> list[Tensor]:
+        """The weight scales of the parts, `(out,)` each."""
+        scales = [self.weight_scale] if self.split is None else self.weight_scale
+        return [scale.expand(self.shape[0]).contiguous() for scale in scales]
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> object:
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Lay the weight out for the integer kernels, if it is not yet, and let go of the plain one."""
+        if self._packed:
+            return
+        parts = self.weight.split(self._sizes(), dim=1)
+        self._packed = [self._pack(w, s) for w, s in zip(parts, self._scales(), strict=True)]
+        self.weight = None
+
+    def integer_weight(self) -> Tensor:
+        """The weight's integers, int8, in the original shape."""
+        if not self._packed:
+            return self.weight
+        weight = torch.cat([part.weight() for part in self._packed], dim=1)
+        return weight if self._rows is None else weight[self._rows]
+
+    def input_scales(self) -> list[float]:
+        """The scales of the input in the current interval, one, or two with a split."""
+        scales = self._act_scales[self.state.interval]
+        if min(scales) <= 0:
+            where = f" in interval {self.state.interval}" if len(self._act_scales) > 1 else ""
+            raise NotCalibratedError(
+                f"layer {self.name} has no scale for its input{where}: calibrate the model with prompts that"
+                " make this layer run"
+            )
+        return scales
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The output in `dtype`, by default that of `x`; or `onto` with it added, which packed layers do."""
+        scales, levels = self.input_scales(), self.state.levels
+        parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
+        if not self._packed:
+            fakes = [fake_quantize(part, s, levels) for part, s in zip(parts, scales, strict=True)]
+            weights = self.weight.split(self._sizes(), dim=1)
+            broadcast = (-1, *[1] * (self.weight.dim() - 1))
+            exact = [w * s.view(broadcast) for w, s in zip(weights, self._scales(), strict=True)]
+            x, weight = torch.cat(fakes, self._channels), torch.cat(exact, 1).to(x.dtype)
+            return self._float(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        integers = [self._prepare(part, s, levels) for part, s in zip(parts, scales, strict=True)]
+        return self.multiply(integers, dtype or x.dtype, onto)
+
+    def multiply(self, parts: list[Tensor], dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+        """The output in `dtype` for an input that is quantized already."""
+        bias = self.bias
+        for x, scale, packed in zip(parts, self.input_scales(), self._packed, strict=True):
+            onto, bias = packed(x, scale, bias, dtype, onto), None
+        return onto
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """An unsplit input as the kernels take it."""
+        return self._prepare(x, self.input_scales()[0], self.state.levels)
+
+    def _prepare(self, x: Tensor, scale: float, levels: int) -> Tensor:
+        return kernels.quantize(x, scale, levels)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
+        if not self._packed:
+            for name, tensor in self._buffers.items():
+                if tensor is not None:
+                    self._buffers[name] = tensor.to(fn(tensor).device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.integer_weight()
+
+    def extra_repr(self) -> str:
+        split = "" if self.split is None else f", split={self.split}"
+        return f"{self.shape}{split}, {'int8 kernels' if self._packed else 'dequantized in each call'}"
+
+
+class Int8Linear(Int8Layer):
+    """`nn.Linear` on int8 weights and inputs; the result has the input's type."""
+
+    _channels = -1
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedLinear:
+        return kernels.PackedLinear(weight, scale)
+
+    def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def fuse(layers: list[Int8Linear]) -> bool:
+        """Pack layers that read the same input, which have no bias, as one; the first then computes all.
+
+        The outputs follow each other in the last dimension. False, and nothing done, where they differ in
+        their input's scales.
+        """
+        first = layers[0]
+        if not all(torch.equal(layer.act_scale, first.act_scale) for layer in layers):
+            return False
+        scale = torch.cat([layer._scales()[0] for layer in layers])
+        packed, start = kernels.PackedLinear(torch.cat([layer.weight for layer in layers]), scale), 0
+        for layer in layers:
+            layer._packed, layer._rows, layer.weight = [packed], slice(start, start + layer.shape[0]), None
+            start += layer.shape[0]
+        return True
+
+
+class Int8Conv2d(Int8Layer):
+    """`nn.Conv2d` on int8 weights and inputs; the result has the input's type, channels last."""
+
+    _channels = 1
+
+    def __init__(self, layer: nn.Conv2d, *args: object) -> None:
+        super().__init__(layer, *args)
+        self._mode, self._pads = layer.padding_mode, layer._reversed_padding_repeated_twice
+        self._stride, self._dilation, self._groups = layer.stride, layer.dilation, layer.groups
+        # Zeros on all sides alike are the kernels' own business.
+        self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
+        self._padding = layer.padding if self._inside else (0, 0)
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedConv2d:
+        geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
+        return kernels.PackedConv2d(weight, scale, *geometry)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self._inside:
+            return x
+        return F.pad(x, self._pads, mode="constant" if self._mode == "zeros" else self._mode)
+
+    def _prepare(self, x: Tensor, scale: float, levels: int) -> Tensor:
+        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), scale, levels)
+
+    def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        geometry = (self._stride, self._padding, self._dilation, self._groups)
+        return F.conv2d(self._pad(x), weight, bias, *geometry)

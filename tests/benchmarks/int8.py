@@ -1,0 +1,254 @@
+"""One UNet step in integers: this package beside PyTorch, diffusers, torchao and OpenVINO.
+
+    python tests/benchmarks/int8.py --model tiny --out int8.csv
+    python tests/benchmarks/int8.py --model sd15 --out int8.csv     # random weights, batch 2, 64x64 latents
+
+Every variant has a process of its own, so that peak memory is its own, and is timed in turn with the
+float32 UNet in another process, so that drift cancels in the ratio. Peak memory is that of the whole
+process, making the variant included; sdcomp's integer models are loaded from the files that they were saved
+to. Peers need the `peers` extra; one that is not there, or fails, is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from sdcomp.evaluation.timing import median
+from sdcomp.model import SD15, TINY
+from sdcomp.model.diffusers_config import unet_settings
+from sdcomp.model.unet import UNet
+from sdcomp.quantization import QuantModel
+from sdcomp.quantization.int8 import load_int8
+
+MODELS = {"tiny": (TINY, 16), "sd15": (SD15, 2)}  # configuration, rows
+
+
+def inputs(model: str) -> tuple[Tensor, Tensor, Tensor]:
+    config, rows = MODELS[model]
+    side = config.image_size // config.vae.downsampling
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(rows, config.unet.in_channels, side, side, generator=generator)
+    length = config.text["max_position_embeddings"]
+    context = torch.randn(rows, length, config.unet.context_dim, generator=generator)
+    return latents, torch.full((rows,), 500), context
+
+
+def build(model: str) -> UNet:
+    torch.manual_seed(0)
+    return UNet(MODELS[model][0].unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def save_int8(model: str, folder: str) -> None:
+    """A model quantized to 8 bits, calibrated on the largest magnitudes of one call, as files."""
+    q = QuantModel(build(model)).set_use_quant(False, False)
+
+    def widest(layer: nn.Module, args: tuple[Tensor]) -> None:
+        scale = args[0].abs().max() / q.act_quantizer.levels
+        layer.set_act_scales(scale[None], torch.zeros(1))
+
+    for layer in q.quantized_layers():
+        layer.register_forward_pre_hook(widest)
+    q(*inputs(model))
+    for layer in q.quantized_layers():
+        layer._forward_pre_hooks.clear()
+    q.is_calibrated.fill_(True)
+    for dtype in (torch.float32, torch.bfloat16):
+        q.to_int8(dtype).save(Path(folder) / str(dtype))
+
+
+Step = Callable[[], object]
+
+
+def fp32(model: str, folder: str) -> Step:
+    unet, call = build(model), inputs(model)
+    return lambda: unet(*call)
+
+
+def bf16(model: str, folder: str) -> Step:
+    unet, (latents, timesteps, context) = build(model).bfloat16(), inputs(model)
+    call = latents.bfloat16(), timesteps, context.bfloat16()
+    return lambda: unet(*call)
+
+
+def int8(model: str, folder: str, dtype: torch.dtype = torch.float32) -> Step:
+    unet, call = load_int8(Path(folder) / str(dtype)), inputs(model)
+    return lambda: unet(*call)
+
+
+def int8_bf16(model: str, folder: str) -> Step:
+    return int8(model, folder, torch.bfloat16)
+
+
+def compiled(model: str, folder: str) -> Step:
+    unet, call = torch.compile(build(model)), inputs(model)
+    return lambda: unet(*call)
+
+
+def diffusers_eager(model: str, folder: str) -> Step:
+    from diffusers import UNet2DConditionModel
+
+    config = MODELS[model][0]
+    side = config.image_size // config.vae.downsampling
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**unet_settings(config.unet, side)).eval().requires_grad_(False)
+    call = inputs(model)
+    return lambda: unet(*call)
+
+
+def torchao_int8(model: str, folder: str) -> Step:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    unet, call = build(model), inputs(model)
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
+    return lambda: unet(*call)
+
+
+def openvino(model: str, precision: str) -> Step:
+    import openvino
+
+    call = inputs(model)
+    graph = openvino.convert_model(build(model), example_input=call)
+    arrays = [part.numpy() for part in call]
+    if precision == "int8":
+        import nncf
+
+        graph = nncf.quantize(
+            graph, nncf.Dataset([arrays]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER
+        )
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    ready = openvino.compile_model(graph, "CPU", {**hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    return lambda: ready(arrays)
+
+
+VARIANTS: dict[str, Callable[[str, str], Step]] = {
+    "sdcomp fp32": fp32,
+    "sdcomp bf16": bf16,
+    "sdcomp int8": int8,
+    "sdcomp int8, bf16 between": int8_bf16,
+    "sdcomp fp32, torch.compile": compiled,
+    "diffusers fp32": diffusers_eager,
+    "torchao int8, linears only": torchao_int8,
+    "openvino fp32": lambda model, folder: openvino(model, "fp32"),
+    "openvino bf16": lambda model, folder: openvino(model, "bf16"),
+    "openvino int8": lambda model, folder: openvino(model, "int8"),
+}
+REFERENCE = "sdcomp fp32"
+
+
+def serve(name: str, model: str, folder: str, threads: int, pipe: Connection) -> None:
+    """A variant's process: a step each time it is asked, its time and the peak memory so far as answer."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            step = VARIANTS[name](model, folder)
+            step()
+            pipe.send(None)
+            while pipe.recv():
+                begin = time.perf_counter()
+                step()
+                seconds = time.perf_counter() - begin
+                pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    except ImportError as error:
+        pipe.send(f"{error.name} is not installed")
+    except Exception as error:  # a peer's failure is a line of the table, whatever it is
+        pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+
+
+class Worker:
+    """A variant in a process; `failed` says why there is none."""
+
+    def __init__(self, name: str, *args: object) -> None:
+        self.pipe, there = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve, args=(name, *args, there), daemon=True)
+        self.process.start()
+        there.close()
+        self.failed: str | None = self._answer()
+
+    def step(self) -> tuple[float, int]:
+        self.pipe.send(True)
+        return self._answer()
+
+    def _answer(self) -> object:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return "its process was killed; is there enough memory?"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def measure(name: str, reference: Worker, repeats: int, *args: object) -> dict[str, object]:
+    """One line of the table: seconds and gibibytes of a variant, and its speed against the reference's."""
+    worker = reference if name == REFERENCE else Worker(name, *args)
+    if worker.failed:
+        return {"variant": name, "note": worker.failed}
+    own, baseline, peak = [], [], 0
+    for _ in range(repeats):
+        seconds, peak = worker.step()
+        own.append(seconds)
+        baseline.append(seconds if worker is reference else reference.step()[0])
+    if worker is not reference:
+        worker.stop()
+    time_, ratio = median(np.array(own)), median(np.array(baseline), np.array(own))
+    return {
+        "variant": name,
+        "seconds": time_.value,
+        "seconds_low": time_.low,
+        "seconds_high": time_.high,
+        "speedup": ratio.value,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
+        "peak_gib": peak / 2**30,
+        "n": repeats,
+        "note": "",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="tiny")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", help="folder for the integer models' files, which a next run then uses")
+    parser.add_argument("--out", help="CSV file for the table")
+    args = parser.parse_args()
+    multiprocessing.set_start_method("spawn")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or temporary
+        wanted = any("sdcomp int8" in name for name in args.variants)
+        if wanted and not (Path(folder) / str(torch.bfloat16) / "int8.json").exists():
+            process = multiprocessing.Process(target=save_int8, args=(args.model, folder))
+            process.start()
+            process.join()
+        settings = (args.model, folder, args.threads)
+        reference = Worker(REFERENCE, *settings)
+        rows = []
+        for name in args.variants:
+            rows.append(measure(name, reference, args.repeats, *settings))
+            print(rows[-1], flush=True)
+        reference.stop()
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format="%.3f"))
+    if args.out:
+        table.to_csv(args.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

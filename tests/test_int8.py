@@ -1,0 +1,439 @@
+"""Integer execution against its simulation, against exact arithmetic, and its files."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from sdcomp.errors import UserError
+from sdcomp.model import SD15
+from sdcomp.model.unet import UNet
+from sdcomp.pruning import prune_structured
+from sdcomp.quantization import (
+    NotCalibratedError,
+    QuantizationFileError,
+    QuantModel,
+    TimeStepCalibratedQuantModel,
+    int8,
+    int8_kernels,
+)
+from sdcomp.quantization.int8 import load_int8
+from sdcomp.quantization.int8_layers import Int8Layer
+
+pytestmark = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
+
+
+def calibrate(q: QuantModel, *calls: tuple, margin: float = 1.0) -> QuantModel:
+    """Give each layer the largest magnitude of its inputs over the calls as range, times `margin`."""
+    q.set_use_quant(False, False)
+
+    def widen(layer, args):
+        x, row = args[0], q.state.interval
+        parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
+        scales = layer.act_scale.clone()
+        found = torch.tensor([margin * part.abs().max().item() / q.act_quantizer.levels for part in parts])
+        scales[row] = torch.maximum(scales[row], found.view_as(scales[row]))
+        layer.set_act_scales(scales, torch.zeros_like(scales))
+
+    handles = [layer.register_forward_pre_hook(widen) for layer in q.quantized_layers()]
+    for call in calls:
+        q(*call)
+    for handle in handles:
+        handle.remove()
+    q.is_calibrated.fill_(True)
+    return q.set_use_quant()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    return (10 * torch.log10(b.square().mean() / (a - b).square().mean())).item()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+LAYERS = {
+    "3x3": (nn.Conv2d(12, 20, 3, padding=1), (2, 12, 9, 7)),
+    "strided": (nn.Conv2d(12, 20, 3, stride=2, padding=1), (2, 12, 8, 8)),
+    "1x1": (nn.Conv2d(33, 20, 1, bias=False), (3, 33, 5, 5)),
+    "dilated": (nn.Conv2d(8, 8, 3, dilation=2, padding=(2, 0)), (1, 8, 9, 9)),
+    "grouped": (nn.Conv2d(12, 24, 3, groups=3), (2, 12, 6, 6)),
+    "depthwise": (nn.Conv2d(12, 12, 3, groups=12, padding=1), (2, 12, 6, 6)),
+    "same": (nn.Conv2d(4, 6, 4, padding="same"), (2, 4, 6, 6)),
+    "circular": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 6, 6)),
+    "linear": (nn.Linear(40, 24), (2, 9, 40)),
+    "linear rows": (nn.Linear(7, 5, bias=False), (3, 7)),
+    "linear wide": (nn.Linear(1280, 330), (4, 1280)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (8, 3), (2, 2)])
+def test_a_layer_is_its_simulation(randomize, name, bits):
+    layer, shape = LAYERS[name]
+    layer = randomize(copy.deepcopy(layer), 0)
+    with torch.no_grad():
+        layer.weight[1] = 0  # as pruning leaves it
+    q = QuantModel(layer, weight_quant_params={"n_bits": bits[0]}, act_quant_params={"n_bits": bits[1]})
+    x = random(*shape)
+    calibrate(q, (x,), margin=0.6)  # so that values are clipped at both ends
+    got = q.to_int8()(x)
+    assert got.dtype == torch.float32
+    assert relative(got, q(x)) < 1e-5
+
+    # Exact: integers by this test's own rounding, summed in float64, which holds them exactly.
+    quantized, levels = q.quantized_layers()[0], 2 ** (bits[1] - 1) - 1
+    scale = quantized.act_scale.item()
+    ints = (x / scale).round().clamp(-levels, levels).double()
+    exact = copy.deepcopy(layer).double()
+    shape = (-1, *[1] * (layer.weight.dim() - 1))
+    with torch.no_grad():
+        exact.weight.copy_(quantized.integer_weight().double() * quantized.weight_scale.double().view(shape))
+        assert relative(got.double(), exact(ints * scale)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["per tensor", "mse"])
+def test_other_weight_scales(randomize, kind):
+    params = {"n_bits": 8, "channel_wise": False} if kind == "per tensor" else {"scale_method": "mse"}
+    x = random(2, 12, 6, 6)
+    layer = randomize(nn.Conv2d(12, 20, 3), 0)
+    q = calibrate(QuantModel(layer, weight_quant_params=params), (x,))
+    assert relative(q.to_int8()(x), q(x)) < 1e-5
+
+
+def test_inputs_are_clipped_alike_at_both_ends(randomize):
+    # Two's complement has one more negative integer, which symmetric quantization does not use.
+    q = calibrate(QuantModel(randomize(nn.Linear(3, 2, bias=False), 0)), (torch.ones(1, 3),))
+    m = q.to_int8()
+    assert torch.equal(m(torch.full((1, 3), 99.0)), -m(torch.full((1, 3), -99.0)))
+    assert relative(m(torch.full((1, 3), -99.0)), m(-torch.ones(1, 3))) == 0
+
+
+def test_memory_formats_and_strides_do_not_matter(randomize):
+    q = calibrate(QuantModel(randomize(nn.Conv2d(6, 8, 3), 0)), (random(2, 6, 8, 8),))
+    m, x = q.to_int8(), random(2, 6, 8, 8)
+    wanted = m(x)
+    assert torch.equal(m(x.contiguous(memory_format=torch.channels_last)), wanted)
+    assert torch.equal(m(torch.cat([x, x], 1)[:, :6]), wanted)
+    assert torch.equal(m(x.transpose(2, 3).contiguous().transpose(2, 3)), wanted)
+    assert wanted.is_contiguous(memory_format=torch.channels_last)
+
+
+class Shortcut(nn.Module):
+    """What a skip concatenation feeds, on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.skip = nn.Conv2d(10, 8, 3, padding=1), nn.Conv2d(10, 8, 1)
+
+    def shortcut_splits(self) -> dict[str, int]:
+        return {"conv": 6, "skip": 6}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.conv(x), self.skip(x)])
+
+
+def test_split_shortcuts_are_two_integer_convolutions(randomize):
+    x = random(2, 10, 6, 6)
+    x[:, 6:] *= 30
+    q = calibrate(QuantModel(randomize(Shortcut(), 0), split_shortcuts=True), (x,))
+    m = q.to_int8()
+    assert relative(m(x), q(x)) < 1e-5
+    assert torch.equal(m.conv.integer_weight(), q.module.conv.integer_weight())
+
+
+def small_call(sd, seed: int = 0, timestep: int = 500, batch: int = 3) -> tuple:
+    return random(batch, 4, 16, 16, seed=seed), timestep, random(batch, 24, 32, seed=seed + 100)
+
+
+def build(unet: nn.Module, kind: str) -> QuantModel:
+    if kind == "plain":
+        return QuantModel(unet)
+    if kind == "filters":
+        # Leaves out parts of blocks, so that each way through them is taken.
+        names = ["time_embed", "input_blocks.0", "out", "*.to_v", "*.proj_in", "*.conv", "*.op", "*.net.0"]
+        return QuantModel(unet, quant_filters=[*names, "middle_block.0.in_layers", "*.skip_connection"])
+    if kind == "intervals":
+        return TimeStepCalibratedQuantModel(unet, k=2)
+    if kind == "split":
+        return QuantModel(unet, split_shortcuts=True)
+    return QuantModel(prune_structured(unet, 0.3, mode="remove"))
+
+
+KINDS = ["plain", "filters", "intervals", "split", "removed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unet_is_as_close_to_the_exact_simulation_as_the_simulation(small, kind):
+    # Rounding flips cascade: two runs of the simulation on other kernels are some 28 dB apart. What both
+    # approximate is the simulation in float64.
+    q = build(small.unet, kind)
+    calls = [small_call(small, seed, t) for seed in range(3) for t in (100, 900)]
+    calibrate(q, *calls)
+    m, exact = q.to_int8(), copy.deepcopy(q).double()
+    pairs = []
+    for x, t, context in calls:
+        wanted = exact(x.double(), t, context.double())
+        pairs.append((m(x, t, context) - wanted, q(x, t, context) - wanted, wanted))
+    ours, simulated, signal = (torch.stack(column) for column in zip(*pairs, strict=True))
+    assert decibels(signal + ours, signal) > decibels(signal + simulated, signal) - 1
+    assert decibels(signal + ours, signal) > 15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_a_unet_is_its_simulation(small, kind):
+    q = build(small.unet, kind)
+    call = small_call(small)
+    calibrate(q, call, small_call(small, 1, 100))
+    m = q.to_int8()
+    found = {layer.name: layer for layer in m.modules() if isinstance(layer, Int8Layer)}
+    errors = {}
+
+    def compare(layer, args, out):
+        single = found[layer.name]
+        assert torch.equal(single.integer_weight(), layer.integer_weight())
+        y = single(args[0])
+        errors[layer.name] = relative(y if single._rows is None else y[..., single._rows], out)
+
+    m(*call)  # so that both are in the call's interval
+    for layer in q.quantized_layers():
+        layer.register_forward_hook(compare)
+    q(*call)
+    assert errors.keys() == found.keys()
+    assert max(errors.values()) < 1e-5
+
+
+def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
+    calls = [small_call(small), small_call(small, 1)]
+    for kind in KINDS:
+        q = calibrate(build(small.unet, kind), *calls)
+        m = q.to_int8()
+        with monkeypatch.context() as patch:
+            patch.setattr(int8, "specialize", lambda module: None)
+            plain = q.to_int8()
+        assert type(plain.middle_block[0]) is not type(m.middle_block[0])
+        for call in calls:
+            inputs = [copy.deepcopy(part) for part in call]
+            # Not a rounding flip in between: the same operations, in other places.
+            assert decibels(m(*call), plain(*call)) > 80, kind
+            assert all(a is b or torch.equal(a, b) for a, b in zip(inputs, call, strict=True))
+
+
+def test_large_images_take_the_same_way(small, monkeypatch):
+    call = small_call(small)
+    m = calibrate(QuantModel(small.unet), call).to_int8()
+    wanted = m(*call)
+    monkeypatch.setattr("sdcomp.quantization.int8_blocks._LARGE", 1)
+    monkeypatch.setattr("sdcomp.quantization.int8_blocks._ROWS", 7)
+    assert decibels(m(*call), wanted) > 80
+
+
+def test_each_interval_has_its_scales_and_its_errors(small):
+    q = TimeStepCalibratedQuantModel(small.unet, k=2)
+    x, _, context = small_call(small)
+    calibrate(q, (0.1 * x, 100, context), (x, 900, context))
+    m = q.to_int8()
+    assert m.intervals == q.intervals
+    for t in (100, torch.tensor([900, 900, 999]), torch.tensor(600.0)):
+        assert decibels(m(x, t, context), q(x, t, context)) > 15
+    assert decibels(m(x, 100, context), m(x, 900, context)) < 15
+    for wrong, message in (
+        (1000, "0 to 999"),
+        (-1, "0 to 999"),
+        (torch.tensor([1, 900, 2]), "different interv"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            m(x, wrong, context)
+    with pytest.raises(TypeError, match="needs its timesteps"):
+        m(x)
+
+
+def test_a_block_gets_its_timestep_beside_its_arguments(randomize):
+    q = TimeStepCalibratedQuantModel(randomize(nn.Linear(6, 5), 0), k=2, timestep_arg="t")
+    x = random(3, 6)
+    q.set_use_quant()
+    for layer in q.quantized_layers():
+        layer.set_act_scales(torch.tensor([0.01, 0.1]), torch.zeros(2))
+    q.is_calibrated.fill_(True)
+    m = q.to_int8()
+    for t in (3, 997):
+        assert relative(m(x, t=t), q(x, t=t)) < 1e-5
+    assert relative(m(x, t=3), m(x, t=997)) > 0.1
+
+
+def test_the_plain_model_stays_as_it_was_and_only_integers_are_kept(small):
+    call = small_call(small)
+    q = calibrate(QuantModel(small.unet, quant_filters=["out"]), call)
+    before, wanted = copy.deepcopy(q.state_dict()), q(*call)
+    m = q.to_int8()
+    assert torch.equal(q(*call), wanted)
+    assert all(torch.equal(t, before[name]) for name, t in q.state_dict().items())
+    state = m.module.state_dict()
+    for layer in q.quantized_layers():
+        assert state[f"{layer.name}.weight"].dtype is torch.int8
+    held = {name for name, p in m.module.named_parameters() if p.dim() > 1}
+    assert held == {"out.2.weight"}
+    assert type(m.out[2]) is nn.Conv2d
+
+
+def test_it_is_called_like_the_module(small):
+    x, t, context = small_call(small)
+    m = calibrate(QuantModel(small.unet), (x, t, context)).to_int8()
+    wanted = m(x, t, context)
+    assert torch.equal(m(latents=x, timesteps=t, context=context), wanted)
+    assert not wanted.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(m(x.clone(), t, context), wanted)
+    assert torch.equal(copy.deepcopy(m)(x, t, context), wanted)
+    assert m.config == small.config.unet
+    images = small.replace(unet=m).generate(["a small red star"], steps=2)
+    assert images.shape == (1, 3, 64, 64)
+
+
+def test_bfloat16_in_between(small):
+    x, t, context = small_call(small)
+    q = calibrate(QuantModel(small.unet, quant_filters=["out"]), (x, t, context))
+    m = q.to_int8(torch.bfloat16)
+    got = m(x, t, context)
+    assert got.dtype is torch.float32 and m.out[2].weight.dtype is torch.bfloat16
+    assert m(x.bfloat16(), t, context).dtype is torch.bfloat16
+    # Its error is of the size of quantization's own, not of another kind.
+    assert decibels(got, q(x, t, context)) > 12
+    # A timestep is not rounded: bfloat16 has no 999.
+    assert torch.equal(m(x, torch.tensor(999.0), context), m(x, 999, context))
+
+
+def test_the_text_says_what_is_integer(small):
+    call = small_call(small)
+    texts = set()
+    for bits in (4, 8):
+        q = calibrate(QuantModel(small.unet, weight_quant_params={"n_bits": bits}), call)
+        texts |= {repr(q.to_int8()), repr(q.to_int8(torch.bfloat16)), repr(q.to_int8(fallback=True))}
+    q = calibrate(TimeStepCalibratedQuantModel(small.unet, k=2), call, small_call(small, 0, 10))
+    texts.add(repr(q.to_int8()))
+    assert len(texts) == 7
+    assert "[(0, 499), (500, 999)]" in repr(q.to_int8())
+
+
+def test_diffusers_unet(diffusers, randomize):
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=12, attention_head_dim=4,
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    unet = randomize(unet, 0).eval()
+    call = (random(2, 4, 16, 16), 500, random(2, 7, 12, seed=1))
+    q = calibrate(TimeStepCalibratedQuantModel(unet, k=2, split_shortcuts=True), call, (call[0], 10, call[2]))
+    for dtype, least in ((torch.float32, 15), (torch.bfloat16, 12)):
+        got = q.to_int8(dtype)(*call).sample
+        assert got.dtype is torch.float32
+        assert decibels(got, q(*call).sample) > least
+
+
+def test_the_fallback_dequantizes_and_says_so(small, monkeypatch):
+    call = small_call(small)
+    q = calibrate(QuantModel(small.unet, split_shortcuts=True), call)
+    monkeypatch.setattr(int8_kernels, "missing", lambda: "PyTorch 1 has no integer operators")
+    with pytest.raises(UserError, match=r"no integer operators; to_int8\(fallback=True\)"):
+        q.to_int8()
+    m = q.to_int8(fallback=True)
+    assert decibels(m(*call), q(*call)) > 100
+    assert "dequantized in each call" in repr(m)
+    assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
+
+
+def test_what_cannot_be_converted(small):
+    q = QuantModel(small.unet)
+    with pytest.raises(NotCalibratedError, match="calibrate the model before"):
+        q.to_int8()
+    for side in ("weight", "act"):
+        with pytest.raises(UserError, match="needs weights and activations quantized"):
+            QuantModel(small.unet, **{f"{side}_quant_params": None}).to_int8()
+    calibrate(q, small_call(small))
+    for dtype in (torch.float16, torch.int8, "float32"):
+        with pytest.raises(ValueError, match="dtype must be"):
+            q.to_int8(dtype)
+    with pytest.raises(UserError, match="CPU only"):
+        q.to_int8()(torch.empty(1, 4, 16, 16, device="meta"), 5, torch.empty(1, 24, 32, device="meta"))
+
+
+def test_a_layer_that_did_not_run_while_calibrating_is_named():
+    q = QuantModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    q.is_calibrated.fill_(True)
+    q.quantized_layers()[0].set_act_scales(torch.ones(1), torch.zeros(1))
+    with pytest.raises(NotCalibratedError, match="layer 1 has no scale"):
+        q.to_int8()(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_hold_the_model_in_a_quarter(small, tmp_path, kind):
+    call = small_call(small)
+    q = calibrate(build(small.unet, kind), call, small_call(small, 1, 100))
+    m = q.to_int8()
+    assert m.save(tmp_path / "m") == tmp_path / "m"
+    for module in (None, q.module, copy.deepcopy(q.module).to("meta")):
+        loaded = load_int8(tmp_path / "m", None if module is None else unquantized(module))
+        assert torch.equal(loaded(*call), m(*call))
+        assert repr(loaded) == repr(m)
+    if kind in ("plain", "removed"):
+        full = sum(p.nbytes for p in q.module.parameters())
+        assert (tmp_path / "m" / "int8.safetensors").stat().st_size < 0.45 * full  # scales weigh here
+
+
+def unquantized(module: nn.Module) -> nn.Module:
+    """A module of the same architecture, with other weights."""
+    plain = copy.deepcopy(module)
+    for layer in plain.modules():
+        if type(layer).__name__ in ("QuantConv2d", "QuantLinear"):
+            layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+            for name in ("weight_scale", "act_scale", "act_clipped"):
+                layer.__delattr__(name)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.zero_()
+    return plain
+
+
+def test_files_of_another_model_or_damaged_are_refused(small, tmp_path):
+    q = calibrate(QuantModel(small.unet), small_call(small))
+    folder = q.to_int8(torch.bfloat16).save(tmp_path / "m")
+    assert load_int8(folder).dtype is torch.bfloat16
+    with pytest.raises(QuantizationFileError, match="another module"):
+        load_int8(folder, nn.Linear(3, 3))
+    with pytest.raises(QuantizationFileError, match="another module"):
+        load_int8(folder, prune_structured(small.unet, 0.3, mode="remove"))
+    text = (folder / "int8.json").read_text()
+    for damaged in ("", "[]", "{}", text.replace("bfloat16", "bfloat17"), text.replace("act_bits", "bits")):
+        (folder / "int8.json").write_text(damaged)
+        with pytest.raises(QuantizationFileError, match=r"int8\.json"):
+            load_int8(folder)
+    (folder / "int8.json").write_text(text)
+    tensors = (folder / "int8.safetensors").read_bytes()
+    (folder / "int8.safetensors").write_bytes(tensors[: len(tensors) // 2])
+    with pytest.raises(QuantizationFileError, match=r"int8\.safetensors is damaged"):
+        load_int8(folder)
+    (folder / "int8.safetensors").unlink()
+    with pytest.raises(QuantizationFileError, match="has no int8.safetensors"):
+        load_int8(folder)
+    assert json.loads(text)["unet"]["model_channels"] == 16
+
+
+@pytest.mark.slow
+def test_stable_diffusion_15_is_as_close_to_its_simulation_as_that_to_itself():
+    torch.manual_seed(0)
+    unet = UNet(SD15.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    call = (random(2, 4, 32, 32), 500, random(2, 77, 768, seed=1))
+    q = calibrate(TimeStepCalibratedQuantModel(unet, k=2), call, (call[0], 100, call[2]))
+    simulated, integer = q(*call), q.to_int8()(*call)
+    # The same simulation, its convolutions by the kernels for the other memory format.
+    again = q.to(memory_format=torch.contiguous_format)(*call)
+    assert not torch.equal(again, simulated)
+    assert decibels(integer, simulated) > decibels(again, simulated) - 1
