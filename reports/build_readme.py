@@ -66,31 +66,40 @@ def base_model_table() -> str:
     return "\n".join(lines)
 
 
-def pruning_table() -> str:
-    """Quality against the share of weights set to zero."""
-    rows = _rows("02_pruning")
+def results_table() -> str:
+    """What each way of compressing the base model's UNet does to its images, at chosen points."""
+    quantized, pruned = _rows("01_quantization"), _rows("02_pruning")
     columns = (
-        "weights zeroed per layer",
-        "UNet zero-valued",
+        "UNet",
         "prompt accuracy (%)",
         "difference, paired",
-        "CLIP score",
-        "PSNR to unpruned (dB)",
+        "CLIP score, difference",
+        "PSNR (dB)",
         "images",
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    accuracy, clip = _find(rows, "unpruned", "prompt accuracy"), _find(rows, "unpruned", "CLIP score")
-    lines.append(f"| 0 % | 0.0 % | {_show(accuracy)} | | {_show(clip)} | | {accuracy['n']} |")
-    for row in rows:
-        if row["metric"] != "zero-valued share":
-            continue
-        amount = row["parameters"]["amount"]
-        accuracy, difference, clip, psnr = (
-            _find(rows, "l1_unstructured", metric, amount=amount)
-            for metric in ("prompt accuracy", "prompt accuracy difference", "CLIP score", "PSNR to unpruned")
-        )
-        cells = [f"{100 * amount:g} %", f"{_show(row)} %", *map(_show, (accuracy, difference, clip, psnr))]
-        lines.append(f"| {' | '.join(cells)} | {accuracy['n']} |")
+
+    def add(label: str, rows: list[dict], method: str, **which: object) -> None:
+        accuracy = _find(rows, method, "prompt accuracy", **which)
+        others = ["", "", ""]
+        if which:
+            metrics = ("prompt accuracy difference", "CLIP score difference", "PSNR")
+            others = [_show(_find(rows, method, metric, **which)) for metric in metrics]
+        lines.append(f"| {label} | {_show(accuracy)} | {' | '.join(others)} | {accuracy['n']} |")
+
+    add("as it is", quantized, "full precision")
+    for bits in (8, 6):
+        add(f"weights {bits} bits", quantized, "weights_only", weight_bits=bits, act_bits=32)
+        which = {"weight_bits": bits, "act_bits": bits}
+        add(f"weights and activations {bits} bits, `max`", quantized, "max", **which)
+        key = {"k": 10, **which}
+        add("the same, `mse` in 10 timestep intervals", quantized, "timestep_mse", **key)
+    for amount in (0.3, 0.5):
+        add(f"{amount:.0%} of weights zeroed", pruned, "unstructured", amount=amount)
+    for amount in (0.05, 0.1):
+        add(f"{amount:.0%} of channels zeroed", pruned, "masked channels", amount=amount)
+    for method, label in (("removed", "taken out"), ("removed, recovered", "taken out, recovered")):
+        add(f"25% of channels and heads {label}", pruned, method, amount=0.25)
     return "\n".join(lines)
 
 
@@ -104,7 +113,7 @@ def file_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"base model": base_model_table, "pruning": pruning_table, "files": file_table}
+TABLES = {"base model": base_model_table, "results": results_table, "files": file_table}
 PAGES = (ROOT / "README.md", ROOT / "data" / "README.md")
 
 

@@ -509,6 +509,20 @@ def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
         plain.decoder._forward_pre_hooks.clear()
 
 
+def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single, plain):
+    sd = load(single, config=plain.config)
+    weight = sd.unet.input_blocks[1][0].in_layers[2].weight
+    assert weight.is_contiguous()
+    sd.generate(PROMPTS, steps=1, batch_size=1)
+    convolutions = [
+        m.weight for part in (sd.unet, sd.decoder) for m in part.modules() if isinstance(m, nn.Conv2d)
+    ]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    assert sd.unet.input_blocks[1][0].in_layers[2].weight is weight and not weight.is_contiguous()
+    sd.unet(torch.randn(1, 4, 16, 16), 5, torch.randn(1, 24, 32)).sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("n", "size", "rows"),
     [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],

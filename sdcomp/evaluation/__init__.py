@@ -10,7 +10,6 @@ from sdcomp.evaluation.profile import (
     layer_profile,
     machine_peaks,
     macs,
-    peak_memory,
     weight_bytes,
 )
 from sdcomp.evaluation.prompts import Prompts, load_prompts
@@ -39,7 +38,6 @@ __all__ = [
     "median",
     "noise_mse",
     "paired_difference",
-    "peak_memory",
     "psnr",
     "scores",
     "ssim",

@@ -184,10 +184,8 @@ def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: to
     filled = {}
     for name, wanted in module.state_dict().items():
         tensor = part.state.pop(name)
-        # Convolutions run faster with channels last, on CPUs and on GPUs.
-        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
         kind = dtype if wanted.is_floating_point() else wanted.dtype
-        filled[name] = tensor.to(device=device, dtype=kind, memory_format=layout)
+        filled[name] = tensor.to(device=device, dtype=kind)
     module.load_state_dict(filled, assign=True)
     for owner in module.modules():
         if getattr(owner, "position_ids", None) is not None:  # CLIP's, in no state dict and so still meta
