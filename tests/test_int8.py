@@ -171,21 +171,24 @@ def build(unet: nn.Module, kind: str) -> QuantModel:
 KINDS = ["plain", "filters", "intervals", "split", "removed"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_unet_is_as_close_to_the_exact_simulation_as_the_simulation(small, kind):
+def test_unets_are_as_close_to_the_exact_simulation_as_the_simulation(small):
     # Rounding flips cascade: two runs of the simulation on other kernels are some 28 dB apart. What all
-    # approximate is the simulation in float64; on which kernels it runs is a matter of the memory format.
-    q = build(small.unet, kind)
-    calls = [small_call(small, seed, t) for seed in range(3) for t in (100, 900)]
-    calibrate(q, *calls)
-    m, exact = q.to_int8(), copy.deepcopy(q).double()
+    # approximate is the simulation in float64. One network's distance is a matter of luck, by some dB in
+    # either direction and for any kernels, so the mean over all kinds and both memory formats is compared.
     formats = (torch.contiguous_format, torch.channels_last)
-    runs = [m, *(copy.deepcopy(q).to(memory_format=f) for f in formats)]
-    signal = torch.stack([exact(x.double(), t, context.double()) for x, t, context in calls])
-    ours, *simulated = (decibels(torch.stack([run(*call) for call in calls]), signal) for run in runs)
-    # On a network this small they differ among themselves by several dB.
-    assert ours > min(simulated) - 6
-    assert ours > 15
+    ours, simulated = [], []
+    for kind in KINDS:
+        q = build(small.unet, kind)
+        calls = [small_call(small, seed, t) for seed in range(3) for t in (100, 900)]
+        calibrate(q, *calls)
+        exact = copy.deepcopy(q).double()
+        wanted = torch.stack([exact(x.double(), t, context.double()) for x, t, context in calls])
+        for memory_format in formats:
+            run = copy.deepcopy(q).to(memory_format=memory_format)
+            simulated.append(decibels(torch.stack([run(*call) for call in calls]), wanted))
+        ours.append(decibels(torch.stack([q.to_int8()(*call) for call in calls]), wanted))
+    assert sum(ours) / len(ours) > sum(simulated) / len(simulated) - 1
+    assert min(ours) > 15
 
 
 @pytest.mark.parametrize("kind", KINDS)
