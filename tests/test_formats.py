@@ -511,16 +511,17 @@ def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
 
 def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single, plain):
     sd = load(single, config=plain.config)
-    weight = sd.unet.input_blocks[1][0].in_layers[2].weight
+    weight = sd.decoder.decoder.conv_in.weight
+    mapped = sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr()
     assert weight.is_contiguous()
     sd.generate(PROMPTS, steps=1, batch_size=1)
-    convolutions = [
-        m.weight for part in (sd.unet, sd.decoder) for m in part.modules() if isinstance(m, nn.Conv2d)
-    ]
+    convolutions = [m.weight for m in sd.decoder.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
-    assert sd.unet.input_blocks[1][0].in_layers[2].weight is weight and not weight.is_contiguous()
-    sd.unet(torch.randn(1, 4, 16, 16), 5, torch.randn(1, 24, 32)).sum().backward()
-    assert weight.grad.abs().sum() > 0
+    assert sd.decoder.decoder.conv_in.weight is weight and not weight.is_contiguous()
+    assert sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr() == mapped  # as fast as it is, on a CPU
+    for part, arguments in ((sd.unet, (5, torch.randn(1, 24, 32))), (sd.decoder, ())):
+        part(torch.randn(1, 4, 16, 16), *arguments).sum().backward()
+        assert all(p.grad is not None for p in part.parameters())
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def inputs(model: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def build(model: str) -> UNet:
     torch.manual_seed(0)
-    return UNet(MODELS[model][0].unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return UNet(MODELS[model][0].unet).eval().requires_grad_(False)
 
 
 def save_int8(model: str, folder: str) -> None:

@@ -144,8 +144,6 @@ def measure_removal(method: str, small: bool, amount: float, repeats: int) -> di
         smaller = prune_structured(whole, amount)
     else:
         smaller = prune_structured(whole, amount, "remove")
-    for unet in (whole, smaller):
-        unet.to(memory_format=torch.channels_last)
     args = example(small)
     times: dict[str, list[float]] = {"whole": [], "smaller": []}
     for repeat in range(repeats + 1):

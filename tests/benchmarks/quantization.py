@@ -40,7 +40,7 @@ def stable_diffusion_15() -> StableDiffusion:
         "text_encoder": build_text_encoder(SD15),
     }
     for part in parts.values():
-        part.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        part.eval().requires_grad_(False)
     return StableDiffusion(SD15, tokenizer=load_tokenizer(ROOT / "data" / "clip_tokenizer", SD15), **parts)
 
 
