@@ -168,6 +168,7 @@ def measure_steps(folder: Path, dtype: str, small: bool, repeats: int) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="the base model's sizes instead of SD 1.5's")
+    parser.add_argument("--parts", nargs="+", choices=("load", "step"), default=["load", "step"])
     parser.add_argument("--repeats", type=int, default=5, help="loads and steps timed, after one to warm up")
     parser.add_argument("--folder", help="where the weights are written (kept, and used again, if given)")
     parser.add_argument("--out", help="CSV file for the table")
@@ -177,7 +178,7 @@ def main() -> None:
         if not (folder / "diffusers" / "model_index.json").exists():
             write(folder, options.small)
         rows: list[dict[str, object]] = []
-        for name, dtype in CASES:
+        for name, dtype in CASES if "load" in options.parts else ():
             seen: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
             for turn in range(options.repeats + 1):
                 for loader in LOADERS if turn % 2 else reversed(LOADERS):
@@ -193,7 +194,7 @@ def main() -> None:
                 }
                 rows.append({"case": name, "dtype": dtype, "loader": loader, **table.median(), **spread})
                 print(rows[-1], flush=True)
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16") if "step" in options.parts else ():
             rows += measure_steps(folder, dtype, options.small, options.repeats)
             print(rows[-2:], flush=True)
     table = pd.DataFrame(rows).assign(
