@@ -81,6 +81,13 @@ def test_one_value_and_none():
     assert str(Estimate(0.12345, 0.1, 0.2, 9)) == "0.123 [0.1, 0.2]"
 
 
+def test_the_interval_is_that_of_all_resamples_drawn_at_once():
+    values = torch.randn(137, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    means = values.numpy()[np.random.default_rng(5).integers(0, 137, (2000, 137))].mean(1)
+    found = bootstrap(values, seed=5)
+    assert [found.low, found.high] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), rel=1e-12)
+
+
 def test_images_of_one_scene_are_resampled_together():
     torch.manual_seed(0)
     scenes = torch.randn(40)

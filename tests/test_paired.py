@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sdcomp.evaluation import Prompts, cache
+from sdcomp.evaluation import Prompts, cache, clip_scores
 from sdcomp.model.text import build_clip
 from sdcomp.study import PairedStudy
 
@@ -77,6 +78,43 @@ def test_a_variant_with_another_prediction_is_told_apart(study, seeing):
         assert found.value == pytest.approx(expected.item(), rel=1e-3) and found.n == 2
     # 32 images cannot span 128 features, so there is no Frechet distance.
     assert not any("Frechet" in metric for _, metric, *_ in rows)
+
+
+def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
+    plain = study.measure("louder", Louder(seeing.unet, 1.1), bits=6)
+    twice = study.measure("twice", Louder(seeing.unet, 1.3), bits=6, k=2)
+    study.measure("louder", Louder(seeing.unet, 0.5), bits=4)
+    measured, study.run = study.run.rows, Record()
+    study.compare("twice", "louder", bits=6, k=2)
+    rows = {metric: row for (_, metric, *_), row in study.run.rows.items()}
+    assert set(study.run.rows) == {("twice", metric, 6, 2) for metric in rows}
+    assert set(rows) == {"CLIP score difference", "KID difference", "noise MSE difference"}
+    assert {row.baseline for row in rows.values()} == {"louder"}
+
+    # A paired bootstrap by hand: prompts drawn with replacement, each with the images of both.
+    one, other = (clip_scores(study.clip, x, study.prompts.texts).double().numpy() for x in (twice, plain))
+    rng = np.random.RandomState(1)
+    means = []
+    for _ in range(4000):
+        drawn = rng.choice(32, 32)
+        means.append(one[drawn].mean() - other[drawn].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    found = rows["CLIP score difference"].estimate
+    assert found.n == 32 and rows["CLIP score difference"].unit == "100 x cosine"
+    assert found.value == pytest.approx(one.mean() - other.mean(), rel=1e-6)
+    assert [found.low, found.high] == pytest.approx([low, high], abs=0.1 * (high - low))
+    # Differences to a third cancel, so what was recorded of each gives the rest.
+    for metric in ("KID", "noise MSE"):
+        values = [measured[key].estimate.value for key in (("twice", metric, 6, 2), ("louder", metric, 6))]
+        assert rows[f"{metric} difference"].estimate.value == pytest.approx(values[0] - values[1], rel=1e-6)
+    assert rows["noise MSE difference"].estimate.n == 2
+
+
+def test_only_what_was_measured_can_be_compared(study, seeing):
+    study.measure("louder", Louder(seeing.unet, 1.1), bits=6)
+    for method, to, bits in (("louder", "other", 6), ("other", "louder", 6), ("louder", "louder", 4)):
+        with pytest.raises(ValueError, match=f"measure '{'other' if bits == 6 else 'louder'}' with"):
+            study.compare(method, to, bits=bits)
 
 
 def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch):

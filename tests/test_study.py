@@ -1,9 +1,7 @@
 """Notebook parameters as papermill passes them, and the record that a run leaves."""
 
 import csv
-import errno
 import json
-import os
 import re
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from traitlets.config import Config
 from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.evaluation import Estimate
-from sdcomp.study import ParameterError, Run, read_parameters
+from sdcomp.study import ParameterError, Run, error_band, heat_map, label_ends, read_parameters, scatter
 from sdcomp.study import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -351,8 +349,28 @@ def test_results_can_be_looked_up_and_shown(run):
     assert run.results("nothing") == []
     table = run.table()
     assert table.columns.tolist() == ["psnr (dB)", "zeros"] and table.index.tolist() == [("l1", "amount 0.3")]
-    assert table.iloc[0].tolist() == ["31.25 [30.0, 32.5]", "0.25"]
+    assert table.iloc[0].tolist() == ["31.25 [30, 32.5]", "0.25"]
+    assert run.table("nothing").empty and run.table(direct=True).empty
     assert run.table("zeros").columns.tolist() == ["zeros"] and run.metrics == ["psnr", "zeros"]
+
+
+def test_intervals_have_the_digits_of_small_values_too(run):
+    run.record("l1", "noise MSE", Estimate(0.0123456, 0.00987654, 0.0234567, 8))
+    assert run.table().iloc[0].tolist() == ["0.01235 [0.009877, 0.02346]"]
+
+
+def test_comparisons_between_variants_have_their_own_table(run):
+    run.record("dense", "accuracy", Estimate(90, 80, 95, 8), unit="%")
+    for method, value in (("max", -20), ("mse", -5)):
+        change = Estimate(value, value - 1, value + 1, 8)
+        run.record(method, "accuracy difference", change, unit="%", baseline="dense", bits=6)
+    run.record("mse", "accuracy difference", Estimate(15, 14, 16, 8), unit="%", baseline="max", bits=6)
+    column = "accuracy difference (%)"
+    assert run.table("accuracy difference")[column].to_dict() == {
+        ("max", "bits 6"): "-20 [-21, -19]",
+        ("mse", "bits 6"): "-5 [-6, -4]",
+    }
+    assert run.table(direct=True)[column].to_dict() == {("mse less max", "bits 6"): "15 [14, 16]"}
 
 
 def test_a_cell_that_is_run_again_does_not_double_its_results(run):
@@ -390,6 +408,58 @@ def test_the_record_says_what_was_run_and_with_what(run):
     assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
 
 
+# Figures
+
+
+def rows(values, **parameters):
+    """Results as `Run.results` gives them, with intervals of one below and two above."""
+    return [
+        {
+            "value": v,
+            "ci_low": v - 1,
+            "ci_high": v + 2,
+            "parameters": {k: p[i] for k, p in parameters.items()},
+        }
+        for i, v in enumerate(values)
+    ]
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    axis = Figure(figsize=(4, 3), dpi=100).add_subplot()
+    for name, end in (("low", 1.0), ("middle", 1.01), ("high", 10.0)):
+        error_band(axis, [3, 1, 2], rows([end, 0.5, 0.7]), name)
+    axis.set(yscale="log")
+    label_ends(axis)
+    axis.figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert list(boxes) == ["low", "middle", "high"]
+    assert boxes["low"].y1 <= boxes["middle"].y0 and boxes["middle"].y1 <= boxes["high"].y0
+    # Beside the right end of its own line, where there is room.
+    end = axis.transData.transform((3, 10.0))
+    assert boxes["high"].y0 < end[1] < boxes["high"].y1 and boxes["high"].x0 > end[0]
+
+
+def test_a_scatter_has_the_intervals_of_both_where_there_are_any():
+    axis = Figure().add_subplot()
+    exact = [{"value": 5.0, "ci_low": "", "ci_high": ""}, {"value": 6.0, "ci_low": "", "ci_high": ""}]
+    scatter(axis, exact, rows([80.0, 90.0]), "removed")
+    (container,) = axis.containers
+    line, _, (across, upright) = container
+    assert line.get_xydata().tolist() == [[5, 80], [6, 90]]
+    assert [s.tolist() for s in upright.get_segments()] == [[[5, 79], [5, 82]], [[6, 89], [6, 92]]]
+    assert [s.tolist() for s in across.get_segments()] == [[[5, 80], [5, 80]], [[6, 90], [6, 90]]]
+
+
+def test_a_heat_map_keeps_the_order_and_shows_each_result_in_its_place():
+    found = rows([0.1, 0.2, 0.3, 0.4], block=["b", "a", "b", "a"], amount=[0.3, 0.3, 0.1, 0.1])
+    figure = heat_map(found, "amount", "block", "error")
+    axis, bar = figure.axes
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0.3", "0.1"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["b", "a"]
+    assert axis.collections[0].get_array().reshape(2, 2).tolist() == [[0.1, 0.3], [0.2, 0.4]]
+    assert bar.get_ylabel() == "error" and axis.get_xlabel() == "amount"
+
+
 def test_a_figure_is_a_png_in_the_folder(run):
     figure = Figure(figsize=(1, 1))
     figure.add_subplot().plot([0, 1])
@@ -415,28 +485,6 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path):
         assert message.startswith("out=") and str(out) in message and "\n" not in message
         assert "None" not in message
     assert (tmp_path / "file").read_text() == "x"
-
-
-def full_disk(path: Path) -> None:
-    """Let what is written beside `path` go to a device that is always full."""
-    path.with_name(path.name + ".partial").symlink_to("/dev/full")
-
-
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no device that is always full")
-def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(run):
-    run.record("dense", "zeros", 0.0)
-    run.save()
-    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
-    run.record("l1", "zeros", 0.3)
-    full_disk(run.folder / "metrics.csv")
-    with pytest.raises(UserError, match="is the disk full") as caught:
-        run.save()
-    assert os.strerror(errno.ENOSPC) in str(caught.value) and "\n" not in str(caught.value)
-    assert str(run.folder / "metrics.csv") in str(caught.value)
-    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
-    # There is space again.
-    run.save()
-    assert len((run.folder / "metrics.csv").read_text().splitlines()) == 3
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence_and_nothing_is_left(tmp_path):

@@ -46,8 +46,9 @@ def bootstrap(
     members = np.unique(labels, return_inverse=True)[1]
     sums, counts = np.bincount(members, data), np.bincount(members)
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, counts.size, (RESAMPLES, counts.size))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
+    # A hundred resamples at a time: the memory is theirs, and not that of all.
+    draws = (rng.integers(0, counts.size, (100, counts.size)) for _ in range(RESAMPLES // 100))
+    means = np.concatenate([sums[d].sum(1) / counts[d].sum(1) for d in draws])
     f = transform or (lambda x: x)
     low, high = np.sort(np.percentile(f(means), [2.5, 97.5])) if counts.size > 1 else (np.nan, np.nan)
     return Estimate(float(f(data.mean())), float(low), float(high), data.size)

@@ -59,6 +59,7 @@ class PairedStudy:
         self.reference = None
         if reference is not None and self.clip is not None and len(prompts) >= FEWEST:
             self.reference = self.clip.embed_images(reference)
+        self._measured: dict[tuple[str, frozenset], dict[str, Tensor]] = {}
         self.images = cached_images(sd, prompts.texts, **self.settings)
         self.trace = None
         if noise_images:
@@ -73,7 +74,8 @@ class PairedStudy:
         """Generate with `unet` in the model's place, record everything, return the images."""
         groups = self.prompts.groups
         images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **self.settings)
-        for metric, values in self._scores(images).items():
+        found = self._scores(images)
+        for metric, values in found.items():
             change = paired_difference(values, self.scores[metric], groups)
             self.run.record(method, metric, estimate(values, groups), unit=_unit(metric), **parameters)
             self.run.record(
@@ -84,8 +86,25 @@ class PairedStudy:
         self.run.record(method, "PSNR", psnr(images, self.images, groups), unit="dB", **to)
         self.run.record(method, "SSIM", estimate(ssim(images, self.images), groups), **to)
         if self.trace is not None:
-            self._record_noise(method, unet, **to)
+            found["noise MSE"] = self._record_noise(method, unet, **to)
+        self._measured[method, frozenset(parameters.items())] = found
         return images
+
+    def compare(self, method: str, to: str, **parameters: Any) -> None:
+        """Record the paired differences of one measured variant to another: scores, KID and noise MSE.
+
+        `parameters` are those that `method` was measured with; the variant of `to` is the one whose own are
+        among them. Raises ValueError where either was not measured.
+        """
+        asked = frozenset(parameters.items())
+        variant = self._measured.get((method, asked))
+        other = next((v for (name, own), v in self._measured.items() if name == to and own <= asked), None)
+        if variant is None or other is None:
+            raise ValueError(f"measure {to if variant else method!r} with {parameters} before comparing it")
+        for metric, values in variant.items():
+            change = paired_difference(values, other[metric], self.prompts.groups[: len(values)])
+            unit = _unit(metric)
+            self.run.record(method, f"{metric} difference", change, unit=unit, baseline=to, **parameters)
 
     def _scores(self, images: Tensor) -> dict[str, Tensor]:
         found = scores(self.sd, images, self.prompts, self.clip)
@@ -103,7 +122,7 @@ class PairedStudy:
             few = "; n < 10 d: biased" if n < 10 * d else ""
             self.run.record(method, "Frechet distance", distance, unit=f"n = {n}, d = {d}{few}", **parameters)
 
-    def _record_noise(self, method: str, unet: nn.Module, **to: Any) -> None:
+    def _record_noise(self, method: str, unet: nn.Module, **to: Any) -> Tensor:
         errors = noise_mse(
             self.sd,
             unet,
@@ -120,7 +139,8 @@ class PairedStudy:
             self.run.record(
                 method, "noise MSE at timestep", estimate(values, groups), timestep=timestep, **to
             )
+        return errors.mean(0)
 
 
 def _unit(metric: str) -> str:
-    return {"KID": "x 1000", **UNITS}[metric]
+    return {"KID": "x 1000", "noise MSE": "", **UNITS}[metric]

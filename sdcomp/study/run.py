@@ -12,6 +12,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -50,8 +51,8 @@ class Run:
         self.folder = place(self.parameters["out"] or ROOT / "reports" / "runs" / study / self.id)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink(missing_ok=True)
+            with TemporaryFile(dir=self.folder) as file:
+                file.write(b"is there space?")
         except OSError as error:
             raise UserError(f"out={str(self.folder)!r} cannot be written to ({error.strerror})") from None
         self.facts: dict[str, Any] = {}
@@ -98,19 +99,24 @@ class Run:
         """The names of everything recorded so far."""
         return sorted({row["metric"] for row in self._rows.values()})
 
-    def table(self, *metrics: str) -> pd.DataFrame:
-        """Results so far: a row for each variant, a column for each metric (default: all), with intervals."""
+    def table(self, *metrics: str, direct: bool = False) -> pd.DataFrame:
+        """Results so far: a row for each variant, a column for each metric (default: all), with intervals.
+
+        Comparisons of one variant with another, rather than with the study's baseline, are in the table
+        that `direct` asks for, and only there.
+        """
         cells: dict[tuple[str, str], dict[str, str]] = {}
+        variants = {row["method"] for row in self._rows.values() if row["baseline"]}
         for row in self._rows.values():
-            if metrics and row["metric"] not in metrics:
+            if (metrics and row["metric"] not in metrics) or (row["baseline"] in variants) != direct:
                 continue
-            interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+            interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
             variant = ", ".join(f"{k} {v}" for k, v in json.loads(row["parameters"]).items())
             column = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
-            cells.setdefault((row["method"], variant), {})[column] = f"{row['value']:.4g}{interval}"
-        table = pd.DataFrame.from_dict(cells, orient="index").fillna("")
-        table.index.names = ["method", "variant"]
-        return table
+            method = f"{row['method']} less {row['baseline']}" if direct else row["method"]
+            cells.setdefault((method, variant), {})[column] = f"{row['value']:.4g}{interval}"
+        index = pd.MultiIndex.from_tuples(list(cells), names=["method", "variant"])
+        return pd.DataFrame(list(cells.values()), index).fillna("")
 
     @property
     def device(self) -> str:
