@@ -1,6 +1,15 @@
-"""Rewrite the tables of README.md and data/README.md from reports and files: nobody retypes a number.
+"""Rewrite tables and numbers of README.md and data/README.md from reports and files: nobody retypes one.
 
 python reports/build_readme.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A number stands in its line, after one of
+
+    <!-- value: 02_pruning; unstructured; prompt accuracy difference; amount=0.3; .1f -->0.5<!-- end -->
+    <!-- interval: 02_pruning; unstructured; prompt accuracy difference; amount=0.3; .1f -->...<!-- end -->
+    <!-- value: benchmarks/loading; load_s; case=model.safetensors, dtype=float32, loader=sdcomp; .2f -->...
+
+which name its report, method, metric, parameters (or its file, column and row) and how it is written. The
+method of a direct comparison is "mse less max".
 """
 
 from __future__ import annotations
@@ -9,32 +18,67 @@ import csv
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def _read(name: str) -> list[dict]:
+    with open(ROOT / "reports" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@cache
 def _rows(study: str) -> list[dict]:
-    with open(ROOT / "reports" / study / "metrics.csv", newline="", encoding="utf-8") as file:
-        return [{**row, "parameters": json.loads(row["parameters"])} for row in csv.DictReader(file)]
+    rows = [{**row, "parameters": json.loads(row["parameters"])} for row in _read(f"{study}/metrics")]
+    variants = {row["method"] for row in rows if row["baseline"]}
+    for row in rows:
+        if row["baseline"] in variants:
+            row["method"] += f" less {row['baseline']}"
+    return rows
 
 
 def _find(rows: list[dict], method: str, metric: str, **parameters: object) -> dict:
-    (row,) = (
-        r
-        for r in rows
-        if r["method"] == method
-        and r["metric"] == metric
-        and all(r["parameters"].get(k) == v for k, v in parameters.items())
+    return _only(
+        [
+            r
+            for r in rows
+            if r["method"] == method
+            and r["metric"] == metric
+            and all(r["parameters"].get(k) == v for k, v in parameters.items())
+        ],
+        f"{method}; {metric}; {parameters}",
     )
-    return row
+
+
+def _only(rows: list[dict], about: str) -> dict:
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} rows fit {about!r}: name one by its parameters")
+    return rows[0]
 
 
 def _show(row: dict, digits: int = 1) -> str:
-    text = f"{float(row['value']):.{digits}f}"
-    if row["ci_low"]:
-        text += f" [{float(row['ci_low']):.{digits}f}, {float(row['ci_high']):.{digits}f}]"
-    return text
+    return _format(row, f".{digits}f", interval=bool(row["ci_low"]))
+
+
+def _format(row: dict, form: str, interval: bool) -> str:
+    value, *ends = (format(float(row[name]), form) for name in ("value", "ci_low", "ci_high") if row[name])
+    return f"{value} [{', '.join(ends)}]" if interval else value
+
+
+def number(kind: str, about: str) -> str:
+    """A number (`kind` "value", or "interval" with its 95 % interval) by what its mark says it is about.
+
+    Raises ValueError where not exactly one row fits.
+    """
+    where, *names, which, form = about.split("; ")
+    pairs = dict(pair.split("=", 1) for pair in which.split(", ") if pair)
+    if len(names) == 2:
+        parameters = {name: json.loads(value) for name, value in pairs.items()}
+        return _format(_find(_rows(where), *names, **parameters), form, kind == "interval")
+    row = _only([row for row in _read(where) if pairs.items() <= row.items()], about)
+    return format(float(row[names[0]]), form)
 
 
 def base_model_table() -> str:
@@ -113,12 +157,111 @@ def file_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"base model": base_model_table, "results": results_table, "files": file_table}
-PAGES = (ROOT / "README.md", ROOT / "data" / "README.md")
+def claims_table() -> str:
+    """What was published, and whether it holds here."""
+    record = json.loads((ROOT / "reports" / "05_claims" / "run.json").read_text(encoding="utf-8"))
+    lines = ["| published, on Stable Diffusion 1.5 | on the base model |", "|---|---|"]
+    return "\n".join(lines + [f"| {claim} | {verdict} |" for claim, verdict in record["verdicts"].items()])
+
+
+def _benchmark(name: str, columns: dict[str, tuple[str, str]], of: str = "") -> str:
+    """Rows of a benchmark's file, those with a value in `of`: heading -> (column or "low..high", format)."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in _read(f"benchmarks/{name}"):
+        if not of or row[of]:
+            cells = [_cell(row, column, form) for column, form in columns.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict, column: str, form: str) -> str:
+    values = [row[name] for name in column.split("..")]
+    return " to ".join(format(float(value), form) if value and form else value for value in values)
+
+
+def loading_table() -> str:
+    """Loading Stable Diffusion 1.5 here and in diffusers."""
+    columns = {
+        "file": ("case", ""), "as": ("dtype", ""), "with": ("loader", ""), "loaded in (s)": ("load_s", ".2f"),
+        "range (s)": ("load_low..load_high", ".2f"), "and read through (s)": ("read_s", ".2f"),
+        "peak anonymous memory (GB)": ("peak_GB", ".2f"), "loads": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("loading", columns, of="load_s")
+
+
+def steps_table() -> str:
+    """A guided step of Stable Diffusion 1.5's UNet here and in diffusers."""
+    columns = {
+        "type": ("dtype", ""), "with": ("loader", ""), "step (s)": ("step_s", ".2f"),
+        "95 % interval": ("step_low..step_high", ".2f"), "largest difference": ("max_difference", ".1e"),
+        "steps": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("steps", columns)
+
+
+def quantization_table(model: str) -> str:
+    """Cost of simulated quantization."""
+    columns = {
+        "": ("kind", ""), "method": ("method", ""), "quantizes": ("quantizes", ""),
+        "seconds": ("seconds", ".2f"), "relative": ("ratio", ".2f"),
+        "95 % interval": ("ratio_low..ratio_high", ".2f"), "n": ("repeats", ""),
+    }  # fmt: skip
+    return _benchmark(f"quantization_{model}", columns)
+
+
+def pruning_table() -> str:
+    """Cost of pruning."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "seconds": ("seconds", ".1f"),
+        "memory beyond the UNet's (MiB)": ("extra_peak_MiB", ".0f"), "nonzero": ("nonzero", ""),
+    }  # fmt: skip
+    return _benchmark("pruning_sd15", columns, of="seconds")
+
+
+def removal_table() -> str:
+    """Gain of removal."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "MACs saved": ("macs_saved", ".1%"),
+        "time saved": ("time_saved", ".1%"), "time saved / MACs saved": ("time_saved_per_macs_saved", ".2f"),
+        "parameters": ("parameters", ""), "fails with": ("failed", ""),
+    }  # fmt: skip
+    return _benchmark("pruning_sd15", columns, of="macs_saved")
+
+
+def int8_table(model: str) -> str:
+    """One UNet step in integers, here and elsewhere."""
+    columns = {
+        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
+        "95 % interval": ("speedup_low..speedup_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
+        "n": ("n", ".0f"), "note": ("note", ""),
+    }  # fmt: skip
+    return _benchmark(f"int8_{model}", columns)
+
+
+TABLES = {
+    "loading": loading_table,
+    "steps": steps_table,
+    "quantization, base": lambda: quantization_table("base"),
+    "quantization, SD 1.5": lambda: quantization_table("sd15"),
+    "pruning": pruning_table,
+    "removal": removal_table,
+    "int8, base": lambda: int8_table("base"),
+    "int8, SD 1.5": lambda: int8_table("sd15"),
+    "base model": base_model_table,
+    "results": results_table,
+    "claims": claims_table,
+    "files": file_table,
+}
+PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "data", "reports/benchmarks"))
 
 
 def build(text: str) -> str:
-    """A page with each table between its two marks made anew. Raises KeyError for an unknown table."""
+    """A page with all between two marks made anew. Raises KeyError for an unknown table."""
+    text = re.sub(
+        r"(<!-- (value|interval): (.*?) -->).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{number(m[2], m[3])}{m[4]}",
+        text,
+    )
     return re.sub(
         r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)",
         lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.util
 import json
 import re
@@ -27,6 +28,122 @@ def test_tables_are_those_of_the_reports():
     for path in builder.PAGES:
         text = path.read_text(encoding="utf-8")
         assert builder.build(text) == text, f"run reports/build_readme.py: {path.name} is out of date"
+
+
+# A number in the README is a result if it is a decimal or has a unit.
+NUMBER = re.compile(
+    r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+|(?= ?(?:%|x\b|×|points?\b|dB\b|[kMG]i?B\b|m?s\b|"
+    r"seconds?\b|minutes?\b|hours?\b|times\b|images\b|prompts\b)))"
+)
+MARK = (
+    "<!-- interval: 02_pruning; unstructured; prompt accuracy difference; amount=0.3; .1f -->"
+    "0.0 [0.0, 0.0]<!-- end -->"
+)
+MARKED = r"<!-- (?:value|interval): (.*?) -->(.*?)<!-- end -->"
+NO_RESULTS = {
+    "95 % interval": "what a bracket is",
+    "Stable Diffusion 1.5": "a name",
+    "Python 3.11": "a version",
+    "1.7 GB": "what the first run installs",
+}
+
+
+def typed_results(page: str) -> list[str]:
+    """The results in prose that no mark makes; an amount of pruning that a mark beside it names is none."""
+    for made in (r"```.*?```", r"<!-- table: .*?<!-- end -->"):
+        page = re.sub(made, "", page, flags=re.DOTALL)
+    found = []
+    for paragraph in page.splitlines():
+        shares = re.findall(r"amount=(0\.\d+)", paragraph)
+        known = [*NO_RESULTS, *(f"{100 * float(share):g}{space}%" for share in shares for space in ("", " "))]
+        prose = re.sub(rf"{MARKED}|`[^`]*`|\]\([^)]*\)", " ", paragraph)
+        for words in known:
+            prose = prose.replace(words, " ")
+        found += NUMBER.findall(prose)
+    return found
+
+
+def test_no_result_in_the_readme_is_typed_by_hand():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert typed_results(readme) == [], "write them as reports/build_readme.py says"
+    assert [words for words in NO_RESULTS if words not in readme] == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "typed"),
+    [
+        ("At 6 bits it loses 2.6 points ([-5.4, 0.0]).", ["2.6", "-5.4", "0.0"]),
+        ("It is 3 x faster and 19% smaller, in 12 minutes, on 1,024 images.", ["3", "19", "12", "1,024"]),
+        ("On 2 cores, 64x64 images in 20 steps with Stable Diffusion 1.5; see `x == 0.5`.", []),
+        (f"Zeroing 30 % costs {MARK} points.", []),
+        (f"Zeroing 30 % costs {MARK} points, 40 % more.", ["40"]),
+    ],
+)
+def test_a_typed_result_is_noticed(sentence, typed):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert typed_results(f"{readme}\n{sentence}\n") == typed
+
+
+INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")
+
+
+def test_each_interval_in_the_readme_is_a_row_of_a_report():
+    """Found in the files themselves, whatever the builder does."""
+    rows = []
+    for path in sorted(ROOT.glob("reports/*/metrics.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows += [row for row in csv.DictReader(file) if row["ci_low"]]
+    intervals = INTERVAL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    written = {
+        tuple(f"{float(row[name]):.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+        for row in rows
+        for digits in range(4)
+    }
+    assert len(intervals) > 30 and [numbers for numbers in intervals if numbers not in written] == []
+
+
+def test_a_changed_digit_in_the_readme_is_noticed():
+    builder = _load(ROOT / "reports" / "build_readme.py")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = f"{readme}\nZeroing 30 % costs {MARK} points.\n"
+    built = builder.build(page)
+    assert builder.build(built) == built
+    made = re.compile(rf"{MARKED}|<!-- table: results -->.*?<!-- end -->", flags=re.DOTALL)
+    comments = {i for match in re.finditer("<!--.*?-->", built) for i in range(*match.span())}
+    places = {i for match in made.finditer(built) for i in range(*match.span()) if built[i].isdigit()}
+    generated = sorted(places - comments)
+    assert len(generated) > 200
+    for i in generated[:: len(generated) // 20]:
+        changed = built[:i] + str((int(built[i]) + 1) % 10) + built[i + 1 :]
+        assert builder.build(changed) == built != changed
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "02_pruning; unstructured; prompt accuracy difference; amount=0.31; .1f",
+        "02_pruning; unstructured; prompt accuracy difference; ; .1f",
+        "02_pruning; no such method; prompt accuracy; amount=0.3; .1f",
+    ],
+)
+def test_a_mark_that_names_no_row_or_several_is_an_error(mark):
+    builder = _load(ROOT / "reports" / "build_readme.py")
+    with pytest.raises(ValueError, match="rows fit"):
+        builder.build(f"<!-- value: {mark} -->1<!-- end -->")
+
+
+def test_direct_comparisons_have_names_of_their_own(tmp_path):
+    """A variant's difference to the model is not taken for its difference to another variant."""
+    builder = _load(ROOT / "reports" / "build_readme.py")
+    builder.ROOT = tmp_path
+    folder = tmp_path / "reports" / "01_quantization"
+    folder.mkdir(parents=True)
+    rows = ("max,fp,-3", "mse,fp,-1", "mse,max,2")
+    lines = [f"{m},{{}},change,{value},,,{b}" for m, b, value in (row.split(",") for row in rows)]
+    header = "method,parameters,metric,value,ci_low,ci_high,baseline"
+    (folder / "metrics.csv").write_text("\n".join([header, *lines]), encoding="utf-8")
+    assert builder.number("value", "01_quantization; mse; change; ; .0f") == "-1"
+    assert builder.number("value", "01_quantization; mse less max; change; ; .0f") == "2"
 
 
 def test_prompt_sets_are_what_their_script_makes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def cached_images(
     """`sd.generate(prompts, **settings)`, from `folder` where the very same images were made before.
 
     The same are: weights, configuration, prompts, settings, device, thread count, PyTorch and the source
-    of what makes images. A damaged file is made anew. Raises UserError when the folder cannot be written to.
+    of what makes images. A file that is damaged is made anew. Raises UserError when the folder cannot be
+    written to: before anything is generated, unless the disk fills up only then.
     """
     path = folder / f"{_key(sd, prompts, settings)}.safetensors"
     return _cached(path, lambda: {"images": sd.generate(prompts, progress=progress, **settings)})["images"]
@@ -53,20 +55,19 @@ def cached_trace(
 
 
 def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    if path.exists():
-        try:
-            return load_file(path)
-        except SafetensorError:
-            path.unlink()
-    made = make()
+    with suppress(SafetensorError, OSError):
+        return load_file(path)
     with replacing(path) as partial:
+        made = make()
         save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
     return made
 
 
 def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -> str:
     package = Path(sdcomp.__file__).parent
-    files = (file for part in ("model", "quantization", "pruning") for file in (package / part).glob("*.py"))
+    files = [file for part in ("model", "quantization", "pruning") for file in (package / part).glob("*.py")]
+    if not any(".int8" in type(module).__module__ for module in sd.unet.modules()):
+        files = [file for file in files if not file.name.startswith("int8")]
     source = b"".join(file.read_bytes() for file in sorted(files))
     facts = {
         "weights": weights_digest(sd.unet, sd.encoder, sd.decoder, sd.text_encoder),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ class ParameterError(UserError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What values of a parameter are good: `accepts(value)`, and the same in words."""
+    """What values of a parameter are good: `accepts(value)`, and the same in words.
+
+    A list may be empty where the rule says so, or where the notebook's own default is.
+    """
 
     accepts: Callable[[Any], bool]
     words: str
+    may_be_empty: bool = False
 
 
 def _one_of(*options: str) -> Rule:
@@ -51,6 +55,7 @@ def _device_there(value: str) -> bool:
 
 
 AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %")
+AMOUNTS = replace(AMOUNT, may_be_empty=True)
 
 RULES: dict[str, Rule] = {
     "model": Rule(
@@ -85,10 +90,17 @@ RULES: dict[str, Rule] = {
     "recover_steps": _between(0, 10_000_000),
     "mode": _one_of("mask", "remove"),
     "scope": _one_of("layer", "global"),
+    "score": _one_of("prompt accuracy", "CLIP score"),
     "criterion": _one_of("l1", "l2", ""),
     "recovered_steps": _between(1, 10_000_000),
     "timing_repeats": _between(1, 10_000),
-    **dict.fromkeys(("mask_amounts", "remove_amounts", "recovered_amounts", "sensitivity_amounts"), AMOUNT),
+    "method": _one_of(*PRESETS),
+    "backends": _one_of("fp32", "simulated", "int8"),
+    "weights_only_bits": _between(2, 8),
+    "tolerance": _between(0, 100),
+    "budgets": Rule(lambda value: 0 < value <= 1, "shares of the fp32 bytes, above 0 and at most 1"),
+    **dict.fromkeys(("mask_amounts", "remove_amounts", "recovered_amounts", "sensitivity_amounts"), AMOUNTS),
+    "weights_only_amounts": AMOUNTS,
     "train_images": Rule(lambda value: value >= 256 and value % 4 == 0, "a multiple of 4, at least 256"),
     "vae_steps": _between(1, 10_000_000),
     "clip_steps": _between(1, 10_000_000),
@@ -178,7 +190,6 @@ def _check(name: str, line: ast.AnnAssign, value: Any) -> Any:
     written = [ast.unparse(t) for t in _types(line.annotation)]
     types = [t.partition("[")[0] for t in written]
     may_hold_text = any(t in ("str", "list[str]") for t in written)
-    may_be_empty = isinstance(line.value, ast.List) and not line.value.elts
     if isinstance(value, int) and not isinstance(value, bool) and "float" in types:
         value = float(value) if "int" not in types else value
     if type(value).__name__ not in types:
@@ -189,7 +200,8 @@ def _check(name: str, line: ast.AnnAssign, value: Any) -> Any:
         raise ParameterError(f"{name} must be {wanted}, not {value!r}{hint}")
     rule = RULES.get(name)
     items = value if isinstance(value, list) else [value]
-    if not items and not may_be_empty:
+    default_is_empty = isinstance(line.value, ast.List) and not line.value.elts
+    if not items and not default_is_empty and not (rule and rule.may_be_empty):
         raise ParameterError(f"{name} must not be an empty list")
     for item in items:
         if isinstance(value, list) and (isinstance(item, bool) or not isinstance(item, int | float | str)):

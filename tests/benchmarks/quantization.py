@@ -110,34 +110,39 @@ def installed(package: str) -> bool:
 
 @torch.inference_mode()
 def forwards(sd: StableDiffusion, batch: int, repeats: int) -> list[dict[str, object]]:
-    """Seconds of one guided step."""
+    """Seconds of one guided step; each peer in turn with the plain model, then freed."""
     args = example(sd, batch)
-    plain, what = {"plain": sd.unet}, {"plain": ""}
     off = QuantModel(sd.unet).set_use_quant(False, False)
-    models = {
-        "sdcomp, switched off": (off, "nothing"),
-        "sdcomp QuantModel": (observed(QuantModel(sd.unet), args), "convolutions and linears"),
+    own = {
+        "plain": ("", sd.unet),
+        "sdcomp, switched off": ("nothing", off),
+        "sdcomp QuantModel": ("convolutions and linears", observed(QuantModel(sd.unet), args)),
         "sdcomp timestep-aware, split": (
-            observed(TimeStepCalibratedQuantModel(sd.unet, k=10, split_shortcuts=True), args),
             "convolutions and linears, halves of skips apart",
+            observed(TimeStepCalibratedQuantModel(sd.unet, k=10, split_shortcuts=True), args),
         ),
     }
-    plain |= {name: model for name, (model, _) in models.items()}
-    what |= {name: text for name, (_, text) in models.items()}
+    table = measured(own, args, repeats)
+    own.clear()
     for name, (package, text, build) in PEERS.items():
         if not installed(package):
             print(f"{name} is left out: {package} is not installed (pip install .[peers])")
             continue
         try:
             with torch.inference_mode(False), torch.no_grad():
-                plain[name] = build(copy.deepcopy(sd.unet), tuple(a.clone() for a in args))
-            plain[name](*args)
-            what[name] = text
+                peer = build(copy.deepcopy(sd.unet), tuple(a.clone() for a in args))
+            table += measured({"plain": ("", sd.unet), name: (text, peer)}, args, repeats)[1:]
+            del peer
         except Exception as error:
-            plain.pop(name, None)
             print(f"{name} fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    times = interleaved_times({name: lambda m=m: m(*args) for name, m in plain.items()}, repeats)
-    return rows("forward", times, "plain", what)
+    return table
+
+
+def measured(models: dict[str, tuple[str, nn.Module]], args: tuple, repeats: int) -> list[dict[str, object]]:
+    """Models called in turn; the first, "plain", is what the others are relative to."""
+    calls = {name: lambda m=model: m(*args) for name, (_, model) in models.items()}
+    what = {name: text for name, (text, _) in models.items()}
+    return rows("forward", interleaved_times(calls, repeats, warmup=1), "plain", what)
 
 
 def calibrations(sd: StableDiffusion, batch: int, steps: int, repeats: int) -> list[dict[str, object]]:
