@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
@@ -15,6 +20,8 @@ from sdcomp.errors import UserError
 _SOURCE = Path(__file__).resolve().parents[1]
 ROOT = _SOURCE if (_SOURCE / "pyproject.toml").exists() else Path.cwd()
 """The repository; the working directory where the package is installed without one."""
+
+_HERE = f"@{platform.node()}.partial"
 
 
 def find(path: str | Path) -> Path:
@@ -34,22 +41,37 @@ def place(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when all went well.
+    """A path to write to, in a folder of its own beside `path`, which takes its place when all went well.
 
-    A killed or failed write leaves the file that was there before. Raises UserError when the file cannot
-    be written, on a full disk for example.
+    A killed or failed write leaves the file that was there before, and processes that write the same file
+    at the same time do not meet. Raises UserError when the file cannot be written, on a full disk for
+    example.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        _remove_leftovers(path.parent)
+        # A folder, since safetensors writes to a temporary file beside the one that it is given.
+        name = {"prefix": f"{path.name}.", "suffix": f".{os.getpid()}{_HERE}"}
+        with TemporaryDirectory(**name, dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            yield partial
+            os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written ({reason}); is the disk full?") from None
-    finally:
-        if os.path.lexists(partial):
-            partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "is the disk full?" if full else "may you write there?"
+        raise UserError(f"{path} cannot be written ({reason}); {hint}") from None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder; of those on other machines nothing is known."""
+    for partial in folder.glob(f"*{glob.escape(_HERE)}"):
+        try:
+            os.kill(int(partial.name.removesuffix(_HERE).rpartition(".")[2]), 0)  # asks, and sends nothing
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except PermissionError:  # somebody else's, and alive
+            pass
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +68,7 @@ def fit(
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     start, losses, seconds = 0, [], 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=next(module.parameters()).device)
+        state = _read(checkpoint, next(module.parameters()).device)
         for key, value in recipe.items():
             if (there := state.get("recipe", {}).get(key)) != value:
                 raise UserError(
@@ -104,6 +106,21 @@ def fit(
                 "seconds": seconds + time.monotonic() - begun,
             }  # fmt: skip
             with replacing(checkpoint) as partial:
-                torch.save(state, partial)
+                _write(state, partial)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of PyTorch's writer, which goes on after a full disk's OSError
+            raise error.__context__ or error from None
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint; delete it to begin anew") from error
