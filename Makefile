@@ -1,10 +1,11 @@
-# study      run every notebook at its default parameters; results in reports/runs/<notebook>/
+# study      run every notebook at its default parameters into reports/runs/<notebook>/, with index.html
 #            PROFILE=full: the long runs instead, into reports/<notebook>/; hours, but resumable
 # sweep      one run for each point of a grid: GRID=notebooks/sweeps/pruning.yaml
 # test       lint, unit and parity tests, notebooks compared with their committed outputs
 # test-slow  the tests that take minutes
 # lab        JupyterLab
-# goldens    execute the notebooks in place, after a change that is meant to change their outputs
+# goldens    execute the notebooks in place, after a change that is meant to change their outputs, and show
+#            the difference
 #
 # Each sets up .venv first, when pyproject.toml or constraints.txt is newer than it.
 # PYTHON=...    makes .venv with another interpreter
@@ -37,9 +38,12 @@ endif
 study: $(READY)
 	set -e; for nb in $(STUDIES); do \
 	    study=$$(basename $$nb .ipynb); \
+	    run=$(OUT)/$$study/$$study; \
 	    mkdir -p $(OUT)/$$study; \
-	    $(PY) -m papermill $$nb $(OUT)/$$study/$$study.ipynb $(PARAMETERS); \
+	    $(PY) -m papermill $$nb $$run.partial.ipynb $(PARAMETERS); \
+	    mv $$run.partial.ipynb $$run.ipynb; \
 	done
+	$(PY) -m sdcomp.study.pages $(OUT)
 
 sweep: $(READY)
 	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[sweep]'

@@ -1,0 +1,114 @@
+"""Finished runs as web pages: each notebook, and an index with what it asks, answers and draws.
+
+python -m sdcomp.study.pages reports/runs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html import escape
+from pathlib import Path
+
+import nbformat
+from jinja2 import DictLoader
+from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
+from nbformat import NotebookNode
+
+from sdcomp.errors import UserError
+from sdcomp.files import write_text
+
+# nbconvert's page without the scripts that it loads from the network: notebooks here have neither formulas
+# nor diagrams, and the pages open offline.
+_PAGE = """{% extends "lab/index.html.j2" %}
+{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>main { max-width: 68rem; margin: auto; }</style>{% endblock %}
+{% block body_header %}{{ super() }}<p><a href="../index.html">All runs</a></p>{% endblock %}
+"""
+
+_INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+section {{ border-top: 1px solid #ccc; margin-top: 2rem; }}
+small {{ color: #555; }}
+figure {{ display: inline-block; margin: 0.5rem 1rem 0.5rem 0; vertical-align: top; }}
+figure img {{ height: 9rem; max-width: 18rem; object-fit: contain; display: block; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{sections}
+</body>
+</html>
+"""
+
+
+def drop_stderr(notebook: NotebookNode) -> None:
+    """Take what was written to stderr, progress bars mostly, out of a notebook's outputs."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def write_pages(folder: Path) -> Path:
+    """Write `<study>/<study>.html` for each `<study>/<study>.ipynb` below `folder`, and `index.html`.
+
+    The notebooks lose their stderr too. Returns the index. Raises UserError where no run is, and for a run
+    that is not whole.
+    """
+    notebooks = sorted(path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name)
+    if not notebooks:
+        raise UserError(f"there is no <study>/<study>.ipynb below {folder}; `make study` writes them")
+    sections = "\n".join(_write_page(path) for path in notebooks)
+    index = folder / "index.html"
+    write_text(index, _INDEX.format(title=f"Runs in {escape(folder.name)}", sections=sections))
+    return index
+
+
+def _write_page(path: Path) -> str:
+    """Write one run's page; returns its section of the index."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
+    except (OSError, nbformat.reader.NotJSONError, json.JSONDecodeError) as error:
+        raise UserError(f"the run in {path.parent} is not whole ({error}); run it again") from None
+    drop_stderr(notebook)
+    write_text(path, nbformat.writes(notebook) + "\n")
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"page": _PAGE})], template_file="page")
+    first = notebook.cells[0].source
+    heading = re.match(r"# (.*)", first)
+    title = heading[1].replace("`", "") if heading else path.stem
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    write_text(path.with_suffix(".html"), page)
+
+    study = path.stem
+    said = re.search(r"\*\*Question.*?(?=\*\*Run time|\Z)", first, flags=re.DOTALL)
+    figures = [
+        f'<figure><a href="{study}/{figure.name}"><img src="{study}/{figure.name}" alt="{figure.stem}">'
+        f"</a><figcaption><small>{figure.stem}</small></figcaption></figure>"
+        for figure in sorted(path.parent.glob("*.png"))
+    ]
+    files = [f'<a href="{study}/{name}">{name}</a>' for name in (path.name, "metrics.csv", "run.json")]
+    return "\n".join(
+        (
+            f'<section>\n<h2><a href="{study}/{study}.html">{escape(title)}</a></h2>',
+            markdown2html(said[0]) if said else "",
+            f"<p><small>{record['seconds']:.0f} s on {escape(record['device'])}, commit "
+            f"{escape(record['commit'][:7])}; {', '.join(files)}</small></p>",
+            *figures,
+            "</section>",
+        )
+    )
+
+
+if __name__ == "__main__":
+    print(write_pages(Path(sys.argv[1])))
