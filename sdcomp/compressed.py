@@ -2,7 +2,8 @@
 
 Such a folder is a model folder in which the UNet is quantized: beside its weights stand the scales
 (`quantization.json`), or in their place the integers (`int8.json`). `compression.json` says where it comes
-from. What pruning removed is in `unet_channels.json`, as in any model folder.
+from and how it is quantized. What pruning removed is in `unet_channels.json`, as in any model folder, or in
+`int8.json`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sdcomp import model
 from sdcomp.files import find, write_text
@@ -42,6 +44,7 @@ def save(sd: StableDiffusion, folder: str | Path, record: dict[str, Any] | None 
     about = {
         "unet": type(unet).__name__,
         "weights": weights_digest(unet),
+        "quantization": _quantization(unet),
         "sdcomp": importlib.metadata.version("sdcomp"),
         "torch": torch.__version__,
         "record": record or {},
@@ -66,6 +69,25 @@ def load(path: str | Path, **options: Any) -> StableDiffusion:
     if (folder / storage.CONFIG).is_file():
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
     return sd
+
+
+def _quantization(unet: nn.Module) -> dict[str, Any] | None:
+    """How a UNet is quantized, for those who read the record; None where it is not."""
+    if isinstance(unet, QuantModel):
+        bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
+        left_out = list(unet.left_out)
+    elif isinstance(unet, int8.Int8Model):
+        bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
+        plain = (nn.Conv2d, nn.Linear)
+        left_out = [name for name, layer in unet.module.named_modules() if isinstance(layer, plain)]
+    else:
+        return None
+    return {
+        "weight_bits": bits[0],
+        "act_bits": bits[1],
+        "intervals": unet.intervals,
+        "left_out": sorted(left_out),
+    }
 
 
 def _plain(quantized: QuantModel) -> UNet:

@@ -1,6 +1,7 @@
 """Compressed models as folders: what is saved is what is loaded, bit for bit, also in a new process."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -63,15 +64,31 @@ def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path):
     assert not (tmp_path / "compression.json").exists()
 
 
+@pytest.mark.parametrize("how", ["quantized", "removed int8"])
+def test_the_record_says_how_the_model_is_quantized(loaded, tmp_path, how):
+    folder = sdcomp.save(compressed(loaded, how), tmp_path / "model")
+    assert json.loads((folder / "compression.json").read_text())["quantization"] == {
+        "weight_bits": 8,
+        "act_bits": 8,
+        "intervals": [[0, 499], [500, 999]],
+        "left_out": ["time_embed.0", "time_embed.2"],
+    }
+    folder = sdcomp.save(loaded, tmp_path / "plain")
+    assert json.loads((folder / "compression.json").read_text())["quantization"] is None
+
+
 @pytest.mark.slow
-def test_a_new_process_draws_the_same_image(loaded, tmp_path):
-    sd = compressed(loaded, "removed int8")
-    sdcomp.save(sd, tmp_path / "model")
+@pytest.mark.parametrize("how", ["zeroed quantized", "removed int8"])
+def test_a_new_process_draws_the_same_image_from_a_copy_alone(loaded, tmp_path, how):
+    sd = compressed(loaded, how)
+    folder = sdcomp.save(sd, tmp_path / "model")
+    copy = shutil.copytree(folder, tmp_path / "far" / "away")
+    shutil.rmtree(folder)
     script = (
         "import sys, torch, sdcomp; torch.set_num_threads(int(sys.argv[2]));"
         f"images = sdcomp.load(sys.argv[1]).generate({PROMPTS!r}, **{SETTINGS!r});"
         "torch.save(images, sys.argv[1] + '/images.pt')"
     )
     threads = str(torch.get_num_threads())
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), threads], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "model" / "images.pt"), sd.generate(PROMPTS, **SETTINGS))
+    subprocess.run([sys.executable, "-c", script, str(copy), threads], check=True, cwd=copy.parent)
+    assert torch.equal(torch.load(copy / "images.pt"), sd.generate(PROMPTS, **SETTINGS))
