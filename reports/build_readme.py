@@ -196,57 +196,23 @@ def steps_table() -> str:
         "95 % interval": ("step_low..step_high", ".2f"), "largest difference": ("max_difference", ".1e"),
         "steps": ("n", ""),
     }  # fmt: skip
-    return _benchmark("steps", columns)
+    return _benchmark("loading", columns, of="step_s")
 
 
-def quantization_table(model: str) -> str:
+def quantization_table() -> str:
     """Cost of simulated quantization."""
     columns = {
         "": ("kind", ""), "method": ("method", ""), "quantizes": ("quantizes", ""),
         "seconds": ("seconds", ".2f"), "relative": ("ratio", ".2f"),
         "95 % interval": ("ratio_low..ratio_high", ".2f"), "n": ("repeats", ""),
     }  # fmt: skip
-    return _benchmark(f"quantization_{model}", columns)
-
-
-def pruning_table() -> str:
-    """Cost of pruning."""
-    columns = {
-        "method": ("method", ""), "amount": ("amount", ""), "seconds": ("seconds", ".1f"),
-        "memory beyond the UNet's (MiB)": ("extra_peak_MiB", ".0f"), "nonzero": ("nonzero", ""),
-    }  # fmt: skip
-    return _benchmark("pruning_sd15", columns, of="seconds")
-
-
-def removal_table() -> str:
-    """Gain of removal."""
-    columns = {
-        "method": ("method", ""), "amount": ("amount", ""), "MACs saved": ("macs_saved", ".1%"),
-        "time saved": ("time_saved", ".1%"), "time saved / MACs saved": ("time_saved_per_macs_saved", ".2f"),
-        "parameters": ("parameters", ""), "fails with": ("failed", ""),
-    }  # fmt: skip
-    return _benchmark("pruning_sd15", columns, of="macs_saved")
-
-
-def int8_table(model: str) -> str:
-    """One UNet step in integers, here and elsewhere."""
-    columns = {
-        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
-        "95 % interval": ("speedup_low..speedup_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
-        "n": ("n", ".0f"), "note": ("note", ""),
-    }  # fmt: skip
-    return _benchmark(f"int8_{model}", columns)
+    return _benchmark("quantization_sd15", columns)
 
 
 TABLES = {
     "loading": loading_table,
     "steps": steps_table,
-    "quantization, base": lambda: quantization_table("base"),
-    "quantization, SD 1.5": lambda: quantization_table("sd15"),
-    "pruning": pruning_table,
-    "removal": removal_table,
-    "int8, base": lambda: int8_table("base"),
-    "int8, SD 1.5": lambda: int8_table("sd15"),
+    "quantization": quantization_table,
     "base model": base_model_table,
     "results": results_table,
     "claims": claims_table,
