@@ -196,7 +196,7 @@ def steps_table() -> str:
         "95 % interval": ("step_low..step_high", ".2f"), "largest difference": ("max_difference", ".1e"),
         "steps": ("n", ""),
     }  # fmt: skip
-    return _benchmark("loading", columns, of="step_s")
+    return _benchmark("steps", columns)
 
 
 def quantization_table() -> str:

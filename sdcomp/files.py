@@ -54,7 +54,10 @@ def replacing(path: Path) -> Iterator[Path]:
         name = {"prefix": f"{path.name}.", "suffix": f".{os.getpid()}{_HERE}"}
         with TemporaryDirectory(**name, dir=path.parent) as folder:
             partial = Path(folder, path.name)
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)  # safetensors makes files that only their owner can read
             os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

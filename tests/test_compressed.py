@@ -45,6 +45,8 @@ def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, how):
     assert not torch.equal(again.generate(PROMPTS, **SETTINGS), loaded.generate(PROMPTS, **SETTINGS))
     about = json.loads((moved / "compression.json").read_text())
     assert about["record"] == {"prompt accuracy": 0.9} and about["unet"] == type(sd.unet).__name__
+    (tmp_path / "any").touch()  # safetensors alone makes files that no others can read
+    assert {file.stat().st_mode for file in moved.iterdir()} == {(tmp_path / "any").stat().st_mode}
 
 
 def test_int8_takes_about_a_quarter_and_needs_no_other_weights(loaded, tmp_path):
