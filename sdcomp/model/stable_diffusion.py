@@ -103,11 +103,12 @@ class StableDiffusion:
         the file, mapped, which takes no time and no memory; here they are laid out once. On a CPU the UNet
         gains nothing by it, since its attention wants the pixels last, and keeps its mapped weights.
         """
+        as_in_the_file = part is self.unet and self.device.type == "cpu"
+        layout = torch.contiguous_format if as_in_the_file else torch.channels_last
         four = (p for p in part.parameters() if p.dim() == 4)
-        gains = part is not self.unet or self.device.type != "cpu"
-        if gains and not all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
+        if not all(p.is_contiguous(memory_format=layout) for p in four):
             with torch.inference_mode(False):  # or they could not be trained any more
-                part.to(memory_format=torch.channels_last)
+                part.to(memory_format=layout)
         return nullcontext() if self.offloaded_to is None else lent(part, self.offloaded_to)
 
     def replace(self, **parts: object) -> StableDiffusion:
