@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdcomp.errors import UserError
 from sdcomp.evaluation import Prompts, cache, clip_scores
 from sdcomp.model.text import build_clip
 from sdcomp.study import PairedStudy
@@ -123,3 +124,10 @@ def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch)
     few = Prompts(["a star"] * 4)
     study = PairedStudy(Record(), seeing, few, baseline="b", reference=reference, steps=1, batch_size=4)
     assert sorted(study.scores) == ["CLIP score"] and study.trace is None
+
+
+def test_without_a_judge_there_is_no_study(seeing, monkeypatch):
+    drawn = "sdcomp.study.paired.cached_images"
+    monkeypatch.setattr(drawn, lambda *_, **__: pytest.fail("images were drawn"))
+    with pytest.raises(UserError, match="name a CLIP with -p clip_model"):
+        PairedStudy(Record(), seeing.replace(clip=None, reader=None), Prompts(["a star"] * 4), baseline="b")

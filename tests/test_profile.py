@@ -13,7 +13,8 @@ def test_macs_of_known_layers():
     attention = CrossAttention(16, 12, 2)
     x, context = torch.randn(2, 9, 16), torch.randn(2, 5, 12)
     projections = 2 * (9 * 16 * 16 + 2 * 5 * 12 * 16 + 9 * 16 * 16)
-    assert macs(attention, x, context) == projections
+    scores_and_values = 2 * 2 * 9 * 5 * 16
+    assert macs(attention, x, context) == projections + scores_and_values
 
 
 def test_weight_bytes_count_shared_weights_once():
@@ -29,7 +30,7 @@ def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     size = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
     table = layer_profile(small.unet, *size)
     assert set(table.kind) == {"convolution 3x3", "convolution 1x1", "linear", "norm", "attention", "rest"}
-    products = table[table.kind.isin(["convolution 3x3", "convolution 1x1", "linear"])]
+    products = table[~table.kind.isin(["norm", "rest"])]
     assert products.flops.sum() == 2 * macs(small.unet, *size)
     assert len(table) == len(set(table.name)) and (table[table.kind != "rest"].bytes > 0).all()
     first = table[table.name == "input_blocks.0.0"].iloc[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from sdcomp.evaluation.timing import interleaved_times
 
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 
 def macs(module: nn.Module, *args: object) -> int:
-    """Multiply-accumulates of the convolutions and linear layers in one call, as PyTorch counts them.
+    """Multiply-accumulates of convolutions, linear layers and attention's products in one call.
 
-    Attention's products are left out: PyTorch does not count them on CPUs. For a module in floating point.
+    As PyTorch counts them, whose formula for attention also serves for the kernel on CPUs, which it leaves
+    out. For a module in floating point.
     """
-    attention = [op for op in flop_registry if "attention" in str(op)]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        for op in attention:
-            counter.flop_registry.pop(op, None)
+        counter.flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
         module(*args)
     return counter.get_total_flops() // 2
 

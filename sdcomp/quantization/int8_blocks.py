@@ -1,9 +1,9 @@
 """Our UNet's blocks with less to do between the integer kernels.
 
 Each computes what its floating-point class computes, in fewer passes over memory: an input that several
-layers read is quantized once and multiplied by their weights put together; sums go into their first operand,
-inside the kernel where it offers that; the wide middle of a feed-forward is made in pieces that stay in
-cache. Layers that are not quantized, or not in a way that allows it, take the usual way.
+layers read is quantized once; sums go into their first operand, and GELU into the product before it, where
+the kernel offers that; the wide middle of a feed-forward is made in pieces that stay in cache. Layers that
+are not quantized, or not in a way that allows it, take the usual way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.model.unet import (
+    GEGLU,
     CrossAttention,
     FeedForward,
     ResBlock,
@@ -20,27 +21,19 @@ from sdcomp.model.unet import (
     TransformerBlock,
     Upsample,
 )
-from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear
+from sdcomp.quantization.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 
-_ROWS = 256
-"""Tokens of a feed-forward at a time: at SD 1.5's widths their middle stays in a core's cache."""
+_ROWS = 1024
+"""Tokens of a feed-forward at a time: at SD 1.5's widths their middle stays in the cache."""
 _LARGE = 2**17
-"""Values of an image from which on it is normalized and quantized on its own."""
+"""Values of an image from which on it takes norms and transformer blocks on its own."""
 
 
 def specialize(module: nn.Module) -> None:
-    """Turn the blocks of a module whose layers are integer ones, not packed yet, into those below."""
-    for block in module.modules():
-        if isinstance(block, TransformerBlock):
-            # Only here it is known what the attention's keys and values are computed from.
-            for attention, names in (
-                (block.attn1, ("to_q", "to_k", "to_v")),
-                (block.attn2, ("to_k", "to_v")),
-            ):
-                layers = [getattr(attention, name) for name in names]
-                if all(isinstance(layer, Int8Linear) and layer.bias is None for layer in layers):
-                    attention.fused = len(layers) if Int8Linear.fuse(layers) else 0
-    for block in module.modules():
+    """Turn the blocks of a module whose layers are integer ones into those below."""
+    for block in list(module.modules()):
+        if isinstance(block, GEGLU) and type(block.proj) is Int8Linear and block.proj.split is None:
+            block.proj.__class__ = Int8GatedLinear
         block.__class__ = _BLOCKS.get(type(block), type(block))
 
 
@@ -51,8 +44,16 @@ def _add(layer: nn.Module, x: Tensor, onto: Tensor | None) -> Tensor:
     return onto.add_(layer(x.to(onto.dtype)))
 
 
-def _float32(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x, dtype=torch.float32) if isinstance(layer, Int8Layer) else layer(x).float()
+def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
+    """What layers without a split make of one input, which is quantized once if they scale it alike.
+
+    In float32, as attention wants it: few CPUs multiply bfloat16 faster.
+    """
+    integers = [layer for layer in layers if isinstance(layer, Int8Linear)]
+    if len(integers) < len(layers) or len({layer.input_scales()[0] for layer in integers}) > 1:
+        return [layer(x, dtype=torch.float32) if layer in integers else layer(x).float() for layer in layers]
+    quantized = layers[0].quantize(x)
+    return [layer.multiply([quantized], torch.float32) for layer in layers]
 
 
 class Int8ResBlock(ResBlock):
@@ -78,21 +79,15 @@ class Int8ResBlock(ResBlock):
 
 
 class Int8CrossAttention(CrossAttention):
-    """`CrossAttention`, with `fused` of its layers as one; `onto` takes up the sum, in place."""
-
-    fused = 0
+    """`CrossAttention`; `onto` takes up the sum, in place."""
 
     def forward(self, x: Tensor, context: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        if self.fused == 3:
-            q, k, v = _float32(self.to_q, x).chunk(3, dim=-1)
-        elif self.fused == 2:
-            q, (k, v) = _float32(self.to_q, x), _float32(self.to_k, context).chunk(2, dim=-1)
+        if context is None:
+            q, k, v = _products([self.to_q, self.to_k, self.to_v], x)
         else:
-            q, k, v = _float32(self.to_q, x), _float32(self.to_k, context), _float32(self.to_v, context)
-        # In float32: few CPUs multiply bfloat16 faster.
+            (q,), (k, v) = _products([self.to_q], x), _products([self.to_k, self.to_v], context)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous()).transpose(1, 2).flatten(2)
         if onto is None:
             return self.to_out(out.to(x.dtype))
         return _add(self.to_out[0], out, onto)
@@ -103,14 +98,13 @@ class Int8FeedForward(FeedForward):
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         wide, narrow = self.net[0].proj, self.net[2]
-        if not (isinstance(wide, Int8Linear) and isinstance(narrow, Int8Linear)):
+        if not (isinstance(wide, Int8GatedLinear) and isinstance(narrow, Int8Linear)):
             out = super().forward(x)
             return out if onto is None else onto.add_(out)
         onto = torch.zeros_like(x) if onto is None else onto
         pieces = (t.flatten(0, -2).split(_ROWS) for t in (wide.quantize(x), onto))
         for rows, out in zip(*pieces, strict=True):
-            value, gate = wide.multiply([rows], torch.float32).chunk(2, dim=-1)
-            narrow(F.gelu(gate).mul_(value), out, x.dtype)
+            narrow(wide.gated(rows), out, x.dtype)
         return onto
 
 
@@ -128,8 +122,11 @@ class Int8SpatialTransformer(SpatialTransformer):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).contiguous()
-        for block in self.transformer_blocks:
-            block(tokens.flatten(1, 2), context)
+        # Image by image where they are large, so that what is between the kernels is still in the cache.
+        rows = 1 if tokens[0].numel() >= _LARGE else len(tokens)
+        for image, text in zip(tokens.flatten(1, 2).split(rows), context.split(rows), strict=True):
+            for block in self.transformer_blocks:
+                block(image, text)
         return self.proj_out(tokens.permute(0, 3, 1, 2)).add_(x)
 
 

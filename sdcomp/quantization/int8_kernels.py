@@ -49,11 +49,15 @@ class PackedLinear(Packed):
         bias: Tensor | None,
         dtype: torch.dtype,
         onto: Tensor | None = None,
+        then: str = "none",
     ) -> Tensor:
-        """Uint8 `(..., in)` -> `dtype` `(..., out)`; added in place onto `onto`, of that type and shape."""
+        """Uint8 `(..., in)` -> `dtype` `(..., out)`; added in place onto `onto`, of that type and shape.
+
+        `then="gelu"` (without `onto`) puts the outputs through the exact GELU.
+        """
         sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
         if onto is None:
-            return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, "none", [], "")
+            return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, then, [], "none")
         return torch.ops.onednn.qlinear_pointwise.binary(
             *sides, onto, bias, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], ""
         )
@@ -85,6 +89,31 @@ class PackedConv2d(Packed):
         )
 
 
+class PackedPixels(PackedLinear):
+    """A `PackedConv2d` of stride 1 as one product with the matrix of what each output pixel sees."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, padding: tuple[int, int]) -> None:
+        self._in, self._kernel, self._padding = weight.shape[1], weight.shape[2:], padding
+        super().__init__(weight.permute(0, 2, 3, 1).flatten(1), scale)
+
+    def weight(self) -> Tensor:
+        """The integers as they were given."""
+        return super().weight().unflatten(1, (*self._kernel, self._in)).permute(0, 3, 1, 2).contiguous()
+
+    def __call__(
+        self, x: Tensor, x_scale: float, bias: Tensor | None, dtype: torch.dtype, onto: Tensor | None = None
+    ) -> Tensor:
+        """As `PackedConv2d`."""
+        (kh, kw), (ph, pw) = self._kernel, self._padding
+        x = x.permute(0, 2, 3, 1)
+        if ph or pw:
+            x = F.pad(x, (0, 0, pw, pw, ph, ph), value=ZERO)
+        if kh > 1 or kw > 1:
+            x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+        onto = None if onto is None else onto.permute(0, 2, 3, 1)
+        return super().__call__(x, x_scale, bias, dtype, onto).permute(0, 3, 1, 2)
+
+
 @functools.cache
 def missing() -> str | None:
     """Why the integer kernels cannot be used here, None where they can: they are tried on a small case."""
@@ -103,17 +132,19 @@ def missing() -> str | None:
             x = (q.float() - ZERO) * 0.02
             tokens = x.permute(0, 2, 3, 1)
             conv, linear = PackedConv2d(weight, scale, [2, 2], [1, 1], [1, 1], 1), PackedLinear(narrow, scale)
-            cases = [
-                (conv, q, F.conv2d(x, exact, stride=2, padding=1)),
-                (linear, q.permute(0, 2, 3, 1), F.linear(tokens, exact[:, :, 0, 0])),
-            ]
+            wrong = f"PyTorch {torch.__version__}'s integer operators give wrong results here"
+            pixels, products = q.permute(0, 2, 3, 1), F.linear(tokens, exact[:, :, 0, 0])
+            cases = [(conv, q, F.conv2d(x, exact, stride=2, padding=1)), (linear, pixels, products)]
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 for packed, integers, product in cases:
                     got = packed(integers, 0.02, bias, dtype)
                     packed(integers, 0.02, None, dtype, onto=got)
                     wanted = 2 * product + 1
                     if got.dtype != dtype or (got - wanted).abs().max() > tolerance * wanted.abs().max():
-                        return f"PyTorch {torch.__version__}'s integer operators give wrong results here"
+                        return wrong
+            got, wanted = linear(pixels, 0.02, bias, torch.float32, then="gelu"), F.gelu(products + 1)
+            if (got - wanted).abs().max() > 1e-5 * wanted.abs().max():
+                return wrong
             if not (torch.equal(conv.weight(), weight) and torch.equal(linear.weight(), narrow)):
                 return f"PyTorch {torch.__version__} does not give packed weights back"
     except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:

@@ -13,6 +13,9 @@ from sdcomp.quantization import int8_kernels as kernels
 from sdcomp.quantization.layers import NotCalibratedError
 from sdcomp.quantization.quantizer import fake_quantize
 
+_WIDE = 1024
+"""Output channels from which on a convolution is one matrix product, which is faster on small maps."""
+
 
 @dataclass(eq=False)
 class Int8State:
@@ -42,7 +45,6 @@ class Int8Layer(nn.Module):
         self.shape = tuple(self.weight.shape)
         self._act_scales = self.act_scale.view(len(self.act_scale), -1).tolist()
         self._packed: list = []
-        self._rows: slice | None = None  # of a packed weight that several layers share
 
     def _sizes(self) -> list[int]:
         """Input channels of the parts."""
@@ -68,8 +70,7 @@ class Int8Layer(nn.Module):
         """The weight's integers, int8, in the original shape."""
         if not self._packed:
             return self.weight
-        weight = torch.cat([part.weight() for part in self._packed], dim=1)
-        return weight if self._rows is None else weight[self._rows]
+        return torch.cat([part.weight() for part in self._packed], dim=1)
 
     def input_scales(self) -> list[float]:
         """The scales of the input in the current interval, one, or two with a split."""
@@ -137,22 +138,31 @@ class Int8Linear(Int8Layer):
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    @staticmethod
-    def fuse(layers: list[Int8Linear]) -> bool:
-        """Pack layers that read the same input, which have no bias, as one; the first then computes all.
 
-        The outputs follow each other in the last dimension. False, and nothing done, where they differ in
-        their input's scales.
-        """
-        first = layers[0]
-        if not all(torch.equal(layer.act_scale, first.act_scale) for layer in layers):
-            return False
-        scale = torch.cat([layer._scales()[0] for layer in layers])
-        packed, start = kernels.PackedLinear(torch.cat([layer.weight for layer in layers]), scale), 0
-        for layer in layers:
-            layer._packed, layer._rows, layer.weight = [packed], slice(start, start + layer.shape[0]), None
-            start += layer.shape[0]
-        return True
+class Int8GatedLinear(Int8Linear):
+    """An `Int8Linear` the second half of whose outputs gates the first: packed as two, to multiply apart."""
+
+    def pack(self) -> None:
+        if not self._packed:
+            halves = zip(self.weight.chunk(2), self._scales()[0].chunk(2), strict=True)
+            self._packed, self.weight = [self._pack(w, s) for w, s in halves], None
+
+    def integer_weight(self) -> Tensor:
+        return torch.cat([half.weight() for half in self._packed]) if self._packed else self.weight
+
+    def multiply(self, parts: list[Tensor], dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+        out = torch.cat([half(*parts, *rest, dtype) for half, *rest in self._halves()], dim=-1)
+        return out if onto is None else onto.add_(out)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """`value * gelu(gate)` in float32 for an input that is quantized already."""
+        (value, *first), (gate, *second) = self._halves()
+        return gate(x, *second, torch.float32, then="gelu").mul_(value(x, *first, torch.float32))
+
+    def _halves(self) -> list[tuple]:
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        scale = self.input_scales()[0]
+        return [(half, scale, bias) for half, bias in zip(self._packed, biases, strict=True)]
 
 
 class Int8Conv2d(Int8Layer):
@@ -168,7 +178,10 @@ class Int8Conv2d(Int8Layer):
         self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
         self._padding = layer.padding if self._inside else (0, 0)
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedConv2d:
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Packed:
+        plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
+        if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
+            return kernels.PackedPixels(weight, scale, self._padding)
         geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
         return kernels.PackedConv2d(weight, scale, *geometry)
 

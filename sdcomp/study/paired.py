@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sdcomp.errors import UserError
 from sdcomp.evaluation import (
     UNITS,
     Clip,
@@ -52,10 +53,16 @@ class PairedStudy:
         noise_images: int = 0,
         **settings: Any,
     ) -> None:
-        """`baseline` names the model as it is; `settings` go to `generate`."""
+        """`baseline` names the model as it is; `settings` go to `generate`.
+
+        Raises UserError where nothing can judge the images: the model has neither a reader for these prompts
+        nor an image encoder, and no `clip` is given.
+        """
         self.run, self.sd, self.prompts, self.name = run, sd, prompts, baseline
         self.settings = {**settings, "progress": run.progress}
         self.clip = clip or (Clip.of(sd) if sd.clip is not None else None)
+        if self.clip is None and (sd.reader is None or prompts.scenes is None):
+            raise UserError("nothing here can judge this model's images: name a CLIP with -p clip_model")
         self.reference = None
         if reference is not None and self.clip is not None and len(prompts) >= FEWEST:
             self.reference = self.clip.embed_images(reference)

@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils.flop_counter import FlopCounterMode
 
+from sdcomp.evaluation.profile import macs
 from sdcomp.model import SD15, TINY
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
@@ -102,12 +102,6 @@ def measure_pruning(method: str, small: bool, amount: float) -> dict[str, object
     }  # fmt: skip
 
 
-def macs(unet: nn.Module, args: tuple[torch.Tensor, ...]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        unet(*args)
-    return counter.get_total_flops() // 2
-
-
 def torch_pruning_remove(unet: UNet, small: bool, amount: float) -> UNet:
     """The peer on the same blocks, at the same amount and with the same criterion.
 
@@ -152,7 +146,7 @@ def measure_removal(method: str, small: bool, amount: float, repeats: int) -> di
             unet(*args)
             if repeat:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
-    work = macs(smaller, args) / macs(whole, args)
+    work = macs(smaller, *args) / macs(whole, *args)
     step = {name: statistics.median(values) for name, values in times.items()}
     saved = 1 - step["smaller"] / step["whole"]
     return {
