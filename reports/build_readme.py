@@ -176,6 +176,8 @@ def _benchmark(name: str, columns: dict[str, tuple[str, str]], of: str = "") -> 
 
 def _cell(row: dict, column: str, form: str) -> str:
     values = [row[name] for name in column.split("..")]
+    if not any(values):
+        return ""
     return " to ".join(format(float(value), form) if value and form else value for value in values)
 
 
@@ -199,20 +201,77 @@ def steps_table() -> str:
     return _benchmark("steps", columns)
 
 
-def quantization_table() -> str:
+def quantization_table(model: str) -> str:
     """Cost of simulated quantization."""
     columns = {
         "": ("kind", ""), "method": ("method", ""), "quantizes": ("quantizes", ""),
         "seconds": ("seconds", ".2f"), "relative": ("ratio", ".2f"),
         "95 % interval": ("ratio_low..ratio_high", ".2f"), "n": ("repeats", ""),
     }  # fmt: skip
-    return _benchmark("quantization_sd15", columns)
+    return _benchmark(f"quantization_{model}", columns)
+
+
+def pruning_table() -> str:
+    """Cost of pruning."""
+    columns = {
+        "what is pruned": ("kind", ""), "with": ("method", ""), "seconds": ("seconds", ".1f"),
+        "peak memory beyond the UNet (MiB)": ("extra_peak_MiB", ".0f"), "not zero": ("nonzero", ",.0f"),
+        "note": ("failed", ""),
+    }  # fmt: skip
+    return _benchmark("pruning_sd15", columns)
+
+
+def removal_table() -> str:
+    """Gain of removal in time."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "parameters": ("parameters", ",.0f"),
+        "MACs saved": ("macs_saved", ".1%"), "time saved": ("time_saved", ".1%"),
+        "95 % interval": ("time_saved_low..time_saved_high", ".1%"),
+        "share of time / share of MACs": ("time_saved_per_macs_saved", ".2f"), "n": ("repeats", ".0f"),
+    }  # fmt: skip
+    return _benchmark("removal_sd15", columns)
+
+
+def removal_quality_table() -> str:
+    """Images after removal."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "MACs left": ("macs", ".0%"),
+        "parameters": ("parameters", ",.0f"), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to the whole": ("difference", ".1f"),
+        "95 % interval": ("difference_low..difference_high", ".1f"),
+        "less Torch-Pruning at": ("beside", ""), "advantage": ("advantage", ".1f"),
+        "its 95 % interval": ("advantage_low..advantage_high", ".1f"),
+    }  # fmt: skip
+    return _benchmark("removal_base", columns)
+
+
+def int8_table(model: str) -> str:
+    """One UNet step in integers, here and elsewhere."""
+    columns = {
+        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
+        "95 % interval": ("speedup_low..speedup_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
+        "n": ("n", ".0f"), "note": ("note", ""),
+    }  # fmt: skip
+    return _benchmark(f"int8_{model}", columns)
+
+
+def int8_where_table() -> str:
+    """What a step in integers spends its time in."""
+    columns = {"kind of operation": ("kind", ""), "seconds": ("seconds", ".2f"), "share": ("share", ".0%")}
+    return _benchmark("int8_sd15_where", columns)
 
 
 TABLES = {
+    "int8, where": int8_where_table,
+    "pruning": pruning_table,
+    "removal": removal_table,
+    "images after removal": removal_quality_table,
+    "int8, base": lambda: int8_table("base"),
+    "int8, SD 1.5": lambda: int8_table("sd15"),
     "loading": loading_table,
     "steps": steps_table,
-    "quantization": quantization_table,
+    "quantization, base": lambda: quantization_table("base"),
+    "quantization, SD 1.5": lambda: quantization_table("sd15"),
     "base model": base_model_table,
     "results": results_table,
     "claims": claims_table,

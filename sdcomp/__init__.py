@@ -1,7 +1,12 @@
 """Measure how far a latent diffusion model can be quantized and pruned, and what is really gained."""
 
-from sdcomp.compressed import load, save
-from sdcomp.model import (
+import warnings
+
+# Of another package's import, where ipywidgets are not installed: progress bars are text then, as ours are.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+from sdcomp.compressed import load, save  # noqa: E402
+from sdcomp.model import (  # noqa: E402
     SD15,
     TINY,
     ModelError,
@@ -10,7 +15,7 @@ from sdcomp.model import (
     from_diffusers_unet,
     load_from_standard_weights,
 )
-from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel  # noqa: E402
 
 __all__ = [
     "SD15",

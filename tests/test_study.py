@@ -30,6 +30,7 @@ model: str = "."  # model folder
 amount: "float or list" = 0.3  # share, or a list of shares
 quant_filters: list[str] = ["time_embed", "out"]  # layers left out
 guidance_sweep: list = []  # empty: no sweep
+remove_amounts: list = [0.25]  # further amounts
 structured: bool = False
 strictness: float = 0.5  # one that no rule is known for
 seed: int = 0
@@ -45,7 +46,7 @@ RECORD = "run = Run('02_pruning', globals())"
 
 DEFAULTS = {
     "model": ".", "amount": 0.3, "quant_filters": ["time_embed", "out"], "guidance_sweep": [],
-    "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim",
+    "remove_amounts": [0.25], "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim",
     "guidance_scale": 4.0, "device": "cpu", "out": "",
 }  # fmt: skip
 
@@ -157,6 +158,10 @@ def test_a_bad_value_is_refused_in_one_sentence_that_names_it(name, value, words
     message = str(caught.value)
     assert message.startswith(f"{name} must ") and "\n" not in message
     assert isinstance(caught.value, ValueError)
+
+
+def test_further_amounts_may_be_none_though_the_default_is_some():
+    assert read_parameters(notebook({"remove_amounts": []}))["remove_amounts"] == []
 
 
 @pytest.mark.parametrize("name", ["amuont", "Amount", "In"])

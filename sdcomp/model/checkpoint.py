@@ -204,10 +204,7 @@ def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | Non
         return tensor.detach().to("cpu", kind).contiguous()
 
     with replacing(file) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
         save_file({name: convert(t) for name, t in state.items()}, partial, metadata={"format": "pt"})
-        partial.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def one_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from sdcomp.quantization import int8_kernels
 from sdcomp.quantization.int8_blocks import specialize
 from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
 from sdcomp.quantization.layers import NotCalibratedError, QuantConv2d, QuantLinear
-from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel, _locate
+from sdcomp.quantization.model import QuantizedTwin, QuantModel, TimeStepCalibratedQuantModel, _locate
 from sdcomp.quantization.storage import QuantizationFileError
 
 CONFIG, TENSORS = "int8.json", "int8.safetensors"
@@ -37,7 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _TENSORS = ("weight", "weight_scale", "act_scale", "bias")
 
 
-class Int8Model(nn.Module):
+class Int8Model(QuantizedTwin):
     """A quantized model that computes in integers, called like the module; made by `QuantModel.to_int8`.
 
     Its quantized convolutions and linear layers hold int8 weights only, quantize their input and multiply
@@ -71,8 +71,6 @@ class Int8Model(nn.Module):
                     if isinstance(layer, Int8Layer):
                         layer.pack()
         self.eval()
-
-    intervals = QuantModel.intervals
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if self.timestep_arg is not None:
@@ -116,15 +114,6 @@ class Int8Model(nn.Module):
         how = "int8 kernels" if self.kernels else "weights dequantized in each call"
         intervals = "" if self.timestep_arg is None else f", intervals={self.intervals}"
         return f"{s['weight_bits']}-bit weights, {s['act_bits']}-bit inputs, {self.dtype}, {how}{intervals}"
-
-    def __getattr__(self, name: str) -> object:
-        # What the module tells about itself holds for its quantized twin.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
 
 
 def to_int8(model: QuantModel, dtype: torch.dtype = torch.float32, fallback: bool = False) -> Int8Model:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.quantization import int8_kernels as kernels
-from sdcomp.quantization.layers import NotCalibratedError
+from sdcomp.quantization.layers import calibrated
 from sdcomp.quantization.quantizer import fake_quantize
 
 _WIDE = 1024
@@ -74,14 +74,7 @@ class Int8Layer(nn.Module):
 
     def input_scales(self) -> list[float]:
         """The scales of the input in the current interval, one, or two with a split."""
-        scales = self._act_scales[self.state.interval]
-        if min(scales) <= 0:
-            where = f" in interval {self.state.interval}" if len(self._act_scales) > 1 else ""
-            raise NotCalibratedError(
-                f"layer {self.name} has no scale for its input{where}: calibrate the model with prompts that"
-                " make this layer run"
-            )
-        return scales
+        return calibrated(self._act_scales, self.state.interval, self.name)
 
     def forward(self, x: Tensor, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The output in `dtype`, by default that of `x`; or `onto` with it added, which packed layers do."""

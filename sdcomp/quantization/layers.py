@@ -57,6 +57,17 @@ class QuantState:
         self._last = None
 
 
+def calibrated(scales: list[list[float]], interval: int, layer: str) -> list[float]:
+    """Of a layer's input scales, those in an interval. Raises NotCalibratedError, which names the layer."""
+    if min(scales[interval]) <= 0:
+        where = f" in interval {interval}" if len(scales) > 1 else ""
+        raise NotCalibratedError(
+            f"layer {layer} has no scale for its input{where}: calibrate the model first, with prompts that"
+            " make this layer run, or switch the activations off"
+        )
+    return scales[interval]
+
+
 class QuantLayer(nn.Module):
     """What `QuantConv2d` and `QuantLinear` have in common.
 
@@ -145,14 +156,7 @@ class QuantLayer(nn.Module):
         """
         if self._act_scales is None:
             self._act_scales = self.act_scale.view(len(self.act_scale), -1).tolist()
-        scales = self._act_scales[self.state.interval]
-        if min(scales) <= 0:
-            where = f" in interval {self.state.interval}" if len(self.act_scale) > 1 else ""
-            raise NotCalibratedError(
-                f"layer {self.name} has no scale for its input{where}: calibrate the model first, with"
-                " prompts that make this layer run, or switch the activations off"
-            )
-        return scales
+        return calibrated(self._act_scales, self.state.interval, self.name)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the weight to compute with."""

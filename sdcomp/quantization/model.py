@@ -24,7 +24,26 @@ if TYPE_CHECKING:
     from sdcomp.quantization.int8 import Int8Model
 
 
-class QuantModel(nn.Module):
+class QuantizedTwin(nn.Module):
+    """A module that stands for `module`, and has `starts` and `train_timesteps`."""
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """The first and last training timestep of each interval, ascending."""
+        ends = [*self.starts[1:], self.train_timesteps]
+        return [(first, end - 1) for first, end in zip(self.starts, ends, strict=True)]
+
+    def __getattr__(self, name: str) -> object:
+        # What the module tells about itself (its config, its dtype) holds for its quantized twin.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+class QuantModel(QuantizedTwin):
     """A module with simulated n-bit weights and activations, called like the module itself.
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
@@ -108,12 +127,6 @@ class QuantModel(nn.Module):
     def calibrated(self) -> bool:
         """Whether the activations have their scales; True where there is nothing to calibrate."""
         return bool(self.is_calibrated)
-
-    @property
-    def intervals(self) -> list[tuple[int, int]]:
-        """The first and last training timestep of each interval, ascending."""
-        ends = [*self.starts[1:], self.train_timesteps]
-        return [(first, end - 1) for first, end in zip(self.starts, ends, strict=True)]
 
     @property
     def starts(self) -> list[int]:
@@ -201,15 +214,6 @@ class QuantModel(nn.Module):
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         self._starts = None
-
-    def __getattr__(self, name: str) -> object:
-        # What the module tells about itself (its config, its dtype) holds for its quantized twin.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
 
 
 class TimeStepCalibratedQuantModel(QuantModel):

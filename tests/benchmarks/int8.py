@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import resource
 import tempfile
 import time
@@ -220,6 +221,33 @@ def measure(name: str, reference: Worker, repeats: int, *args: object) -> dict[s
     }
 
 
+KINDS = {
+    "scaled_dot_product": "attention, float32",
+    "qconv": "convolutions, int8",
+    "qlinear": "linear layers and convolutions as products, int8",
+    "quantize|clamp|bitwise": "quantizing inputs",
+    "norm": "norms",
+    "gelu|silu|mul|add": "activations and sums",
+    "copy|cat|pad|fill|upsample": "copies",
+}
+
+
+def where(model: str, folder: str, threads: int, pipe: Connection) -> None:
+    """What operations a step of the integer model spends its time in: kind -> seconds, calls."""
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        step = int8(model, folder)
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+    found = {kind: [0.0, 0] for kind in [*KINDS.values(), "the rest, calls from Python included"]}
+    for event in profile.key_averages():
+        kind = next((kind for names, kind in KINDS.items() if re.search(names, event.key)), list(found)[-1])
+        found[kind][0] += event.self_cpu_time_total / 1e6
+        found[kind][1] += event.count
+    pipe.send(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="tiny")
@@ -228,6 +256,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep", help="folder for the integer models' files, which a next run then uses")
     parser.add_argument("--out", help="CSV file for the table")
+    parser.add_argument("--where", help="CSV file for where an int8 step's time goes; runs nothing else")
     args = parser.parse_args()
     multiprocessing.set_start_method("spawn")
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,6 +267,16 @@ def main() -> None:
             process.start()
             process.join()
         settings = (args.model, folder, args.threads)
+        if args.where:
+            receiver, sender = multiprocessing.Pipe(duplex=False)
+            process = multiprocessing.Process(target=where, args=(*settings, sender))
+            process.start()
+            table = pd.DataFrame(receiver.recv(), index=["seconds", "calls"]).T.rename_axis("kind")
+            process.join()
+            table["share"] = table.seconds / table.seconds.sum()
+            print(table)
+            table.to_csv(args.where)
+            return
         reference = Worker(REFERENCE, *settings)
         rows = []
         for name in args.variants:

@@ -14,18 +14,19 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 from sdcomp.evaluation.profile import macs
+from sdcomp.evaluation.timing import median
 from sdcomp.model import SD15, TINY
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
@@ -147,17 +148,18 @@ def measure_removal(method: str, small: bool, amount: float, repeats: int) -> di
             if repeat:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     work = macs(smaller, *args) / macs(whole, *args)
-    step = {name: statistics.median(values) for name, values in times.items()}
-    saved = 1 - step["smaller"] / step["whole"]
+    left = median(np.array(times["smaller"]), np.array(times["whole"]))
     return {
         "kind": "step",
-        "step_whole_s": step["whole"],
-        "step_smaller_s": step["smaller"],
-        "spread_s": max(max(v) - min(v) for v in times.values()),
+        "step_whole_s": median(np.array(times["whole"])).value,
+        "step_smaller_s": median(np.array(times["smaller"])).value,
         "parameters": count_zeros(smaller).total,
         "macs_saved": 1 - work,
-        "time_saved": saved,
-        "time_saved_per_macs_saved": saved / (1 - work) if work < 1 else float("nan"),
+        "time_saved": 1 - left.value,
+        "time_saved_low": 1 - left.high,
+        "time_saved_high": 1 - left.low,
+        "time_saved_per_macs_saved": (1 - left.value) / (1 - work) if work < 1 else None,
+        "repeats": repeats,
     }
 
 
