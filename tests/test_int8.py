@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
@@ -248,13 +249,38 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
             assert all(a is b or torch.equal(a, b) for a, b in zip(inputs, call, strict=True))
 
 
-def test_large_images_take_the_same_way(small, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_images_take_the_same_way(small, monkeypatch, kind, dtype):
     call = small_call(small)
-    m = calibrate(QuantModel(small.unet), call).to_int8()
+    m = calibrate(build(small.unet, kind), call).to_int8(dtype)
     wanted = m(*call)
     monkeypatch.setattr("sdcomp.quantization.int8_blocks._LARGE", 1)
     monkeypatch.setattr("sdcomp.quantization.int8_blocks._ROWS", 7)
     assert decibels(m(*call), wanted) > 80
+    # One text for all, as the plain UNet takes it.
+    x, t, context = call
+    assert torch.equal(m(x, t, context[:1]), m(x, t, context[:1].expand(3, -1, -1)))
+
+
+def test_blocks_by_themselves_leave_their_inputs_alone(small):
+    block, x, context = small.unet.middle_block[1].transformer_blocks[0], random(2, 9, 32), random(2, 5, 32)
+    q = calibrate(QuantModel(block), (x, context))
+    m, before = q.to_int8(), x.clone()
+    assert decibels(m(x, context), q(x, context)) > 30
+    assert torch.equal(x, before)
+    q = calibrate(QuantModel(block.ff), (x,))
+    crosswise = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert relative(q.to_int8()(crosswise), q(x)) < 1e-4
+
+
+def test_generating_leaves_the_model_as_it_is(small, tmp_path):
+    call = small_call(small)
+    m = calibrate(QuantModel(small.unet, quant_filters=["input_blocks.0"]), call).to_int8()
+    wanted = m(*call)
+    small.replace(unet=m).generate(["a small red star"], steps=1)
+    assert torch.equal(m(*call), wanted)
+    assert torch.equal(load_int8(m.save(tmp_path))(*call), wanted)
 
 
 def test_each_interval_has_its_scales_and_its_errors(small):
@@ -432,7 +458,8 @@ def test_files_of_another_model_or_damaged_are_refused(small, tmp_path):
     with pytest.raises(QuantizationFileError, match="another module"):
         load_int8(folder, prune_structured(small.unet, 0.3, mode="remove"))
     text = (folder / "int8.json").read_text()
-    for damaged in ("", "[]", "{}", text.replace("bfloat16", "bfloat17"), text.replace("act_bits", "bits")):
+    other = [("bfloat16", "bfloat17"), ("act_bits", "bits"), (": 8", ': "8"')]
+    for damaged in ("", "[]", "{}", *(text.replace(*change) for change in other)):
         (folder / "int8.json").write_text(damaged)
         with pytest.raises(QuantizationFileError, match=r"int8\.json"):
             load_int8(folder)
@@ -441,6 +468,21 @@ def test_files_of_another_model_or_damaged_are_refused(small, tmp_path):
     (folder / "int8.safetensors").write_bytes(tensors[: len(tensors) // 2])
     with pytest.raises(QuantizationFileError, match=r"int8\.safetensors is damaged"):
         load_int8(folder)
+    for name, wrong in {
+        "middle_block.0.in_layers.2.weight": None,
+        "middle_block.0.in_layers.2.act_scale": torch.ones(2),
+        "middle_block.0.in_layers.2.weight_scale": torch.ones(3),
+        "middle_block.0.in_layers.2.bias": torch.ones(1),
+        "middle_block.0.out_layers.3.weight": torch.ones(32, 32, 3, 3),
+        "middle_block.0.out_layers.3.weight_scale": torch.full((32,), float("nan")),
+    }.items():
+        state = load(tensors)
+        assert name in state
+        state[name] = wrong
+        given = {key: tensor for key, tensor in state.items() if tensor is not None}
+        save_file(given, folder / "int8.safetensors")
+        with pytest.raises(QuantizationFileError, match=f"another module: {name.rpartition('.')[0]} differ"):
+            load_int8(folder)
     (folder / "int8.safetensors").unlink()
     with pytest.raises(QuantizationFileError, match="has no int8.safetensors"):
         load_int8(folder)

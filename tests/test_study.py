@@ -46,8 +46,8 @@ RECORD = "run = Run('02_pruning', globals())"
 
 DEFAULTS = {
     "model": ".", "amount": 0.3, "quant_filters": ["time_embed", "out"], "guidance_sweep": [],
-    "remove_amounts": [0.25], "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20, "sampler": "ddim",
-    "guidance_scale": 4.0, "device": "cpu", "out": "",
+    "remove_amounts": [0.25], "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20,
+    "sampler": "ddim", "guidance_scale": 4.0, "device": "cpu", "out": "",
 }  # fmt: skip
 
 

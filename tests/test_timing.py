@@ -32,3 +32,19 @@ def test_a_ratio_does_not_see_the_machine_slow_down():
     assert ratio.low < 0.8 < ratio.high and ratio.high - ratio.low < 0.03 and ratio.n == 21
     alone = median(dense)
     assert alone.value == pytest.approx(np.median(dense)) and alone.high - alone.low > 0.3
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "high"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15)]
+)
+def test_the_interval_of_a_median_is_that_of_the_tables(n, low, high):
+    # As in tables of the sign test's critical values.
+    found = median(np.random.default_rng(n).permutation(n) + 1.0)
+    assert (found.low, found.value, found.high, found.n) == (low, (n + 1) / 2, high, n)
+
+
+def test_the_interval_of_a_median_covers_it_in_95_of_100_experiments():
+    draws = np.random.default_rng(0).exponential(size=(4000, 7))
+    found = [median(row) for row in draws]
+    covered = np.mean([e.low <= np.log(2) <= e.high for e in found])
+    assert 0.975 < covered < 0.993  # 1 - 2 / 2**7

@@ -35,6 +35,15 @@ _KINDS: dict[type, type[Int8Layer]] = {
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 _TENSORS = ("weight", "weight_scale", "act_scale", "bias")
+_SETTINGS: dict[str, Callable[[object], bool]] = {
+    "weight_bits": lambda x: x in range(2, 9),
+    "act_bits": lambda x: x in range(2, 9),
+    "starts": lambda x: isinstance(x, list) and x[:1] == [0] and all(isinstance(i, int) for i in x),
+    "train_timesteps": lambda x: isinstance(x, int),
+    "timestep_arg": lambda x: x is None or isinstance(x, int | str),
+    "splits": lambda x: isinstance(x, dict) and all(isinstance(i, int) for i in x.values()),
+}
+"""What a file's settings must be."""
 
 
 class Int8Model(QuantizedTwin):
@@ -84,7 +93,10 @@ class Int8Model(QuantizedTwin):
 
         def enter(x: Tensor) -> Tensor:
             # Timesteps, which have no second dimension, keep their type: bfloat16 has no 999.
-            return x.to(self.dtype) if x.is_floating_point() and x.dim() > 1 else x
+            x = x.to(self.dtype) if x.is_floating_point() and x.dim() > 1 else x
+            # The kernels' outputs are channels last, so everything is.
+            last = self.kernels and x.dim() == 4
+            return x.contiguous(memory_format=torch.channels_last) if last else x
 
         with torch.no_grad():
             out = self.module(*map(_on(enter), args), **{k: _on(enter)(v) for k, v in kwargs.items()})
@@ -182,9 +194,10 @@ def load_int8(
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         dtype = getattr(torch, settings["dtype"])
-        known = {"weight_bits", "act_bits", "starts", "train_timesteps", "timestep_arg", "splits"}
-        if dtype not in _DTYPES or not known <= settings.keys():
-            raise ValueError("settings are missing or unknown")
+        known = {name: settings[name] for name in _SETTINGS}
+        wrong = [name for name, fits in _SETTINGS.items() if not fits(known[name])]
+        if dtype not in _DTYPES or wrong:
+            raise ValueError(f"{', '.join(wrong) or 'dtype'} is not what it can be")
         config, channels = settings.pop("unet", None), settings.pop("channels", {})
         if module is None and config is not None:
             module = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
@@ -204,23 +217,40 @@ def load_int8(
     settings["kernels"] = not fallback and int8_kernels.missing() is None
     names = {name.removesuffix(".weight_scale") for name in state if name.endswith("weight_scale")}
     integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in _TENSORS} for name in names}
-    _check(folder / TENSORS, module, integers, state)
+    _check(folder / TENSORS, module, integers, state, settings)
     return Int8Model(module, integers, state, settings)
 
 
-def _check(file: Path, module: nn.Module, integers: Mapping, floats: Mapping[str, Tensor]) -> None:
-    """Raise QuantizationFileError unless the tensors are those of the module."""
+def _check(
+    file: Path, module: nn.Module, integers: Mapping, floats: Mapping[str, Tensor], settings: Mapping
+) -> None:
+    """Raise QuantizationFileError unless the tensors are of the module, quantized as the settings say."""
     wanted = {name: tensor.shape for name, tensor in _floats(module, integers)}
     layers = dict(module.named_modules())
     wrong = [name for name in wanted.keys() | floats.keys() if name not in wanted or name not in floats]
     wrong += [name for name in wanted if name not in wrong and wanted[name] != floats[name].shape]
+    intervals = len(settings["starts"])
     for name, tensors in integers.items():
         layer = layers.get(name)
-        fits = type(layer) in _KINDS and tensors["weight"].shape == layer.weight.shape
-        if not fits or (tensors["bias"] is None) != (layer.bias is None):
+        parts = (2,) if name in settings["splits"] else ()
+        if type(layer) not in _KINDS or not _fits(layer, tensors, parts, intervals):
             wrong.append(name)
     if wrong:
         raise QuantizationFileError(f"{file} is of another module: {', '.join(sorted(wrong)[:3])} differ")
+
+
+def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], parts: tuple, intervals: int) -> bool:
+    weight, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
+    if weight is None or scale is None or act_scale is None or (bias is None) != (layer.bias is None):
+        return False
+    shapes = {(*parts, 1), (*parts, len(weight))}
+    return (
+        (weight.dtype, weight.shape) == (torch.int8, layer.weight.shape)
+        and scale.shape in shapes
+        and act_scale.shape == (intervals, *parts)
+        and (bias is None or bias.shape == layer.bias.shape)
+        and all(t.dtype == torch.float32 and t.isfinite().all() for t in (scale, act_scale))
+    )
 
 
 def _floats(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:
@@ -246,8 +276,7 @@ def _assemble(
         new = floats.get(name, old).detach()
         if new.is_floating_point():
             new = new.to(dtype)
-        if new.dim() == 4:  # so that the whole network stays channels last
-            new = new.contiguous(memory_format=torch.channels_last)
+        new = new.contiguous()  # as `StableDiffusion` wants a UNet on CPU
         memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
     for name, layer in module.named_modules():
         if name in integers:

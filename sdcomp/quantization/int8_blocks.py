@@ -26,7 +26,7 @@ from sdcomp.quantization.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Lay
 _ROWS = 1024
 """Tokens of a feed-forward at a time: at SD 1.5's widths their middle stays in the cache."""
 _LARGE = 2**17
-"""Values of an image from which on it takes norms and transformer blocks on its own."""
+"""From this many values per image on, the images of a batch go through norms and blocks one by one."""
 
 
 def specialize(module: nn.Module) -> None:
@@ -101,7 +101,7 @@ class Int8FeedForward(FeedForward):
         if not (isinstance(wide, Int8GatedLinear) and isinstance(narrow, Int8Linear)):
             out = super().forward(x)
             return out if onto is None else onto.add_(out)
-        onto = torch.zeros_like(x) if onto is None else onto
+        onto = x.new_zeros(x.shape) if onto is None else onto
         pieces = (t.flatten(0, -2).split(_ROWS) for t in (wide.quantize(x), onto))
         for rows, out in zip(*pieces, strict=True):
             narrow(wide.gated(rows), out, x.dtype)
@@ -109,9 +109,12 @@ class Int8FeedForward(FeedForward):
 
 
 class Int8TransformerBlock(TransformerBlock):
-    """`TransformerBlock`; its input is overwritten with its output."""
+    """`TransformerBlock`; `update` overwrites its input, which is contiguous, with its output."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.update(x.clone(memory_format=torch.contiguous_format), context)
+
+    def update(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.attn1(self.norm1(x), None, x)
         x = self.attn2(self.norm2(x), context, x)
         return self.ff(self.norm3(x), x)
@@ -122,11 +125,12 @@ class Int8SpatialTransformer(SpatialTransformer):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).contiguous()
+        context = context.expand(len(x), -1, -1)
         # Image by image where they are large, so that what is between the kernels is still in the cache.
         rows = 1 if tokens[0].numel() >= _LARGE else len(tokens)
         for image, text in zip(tokens.flatten(1, 2).split(rows), context.split(rows), strict=True):
             for block in self.transformer_blocks:
-                block(image, text)
+                block.update(image, text)
         return self.proj_out(tokens.permute(0, 3, 1, 2)).add_(x)
 
 

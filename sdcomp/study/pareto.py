@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,8 @@ def measured(rows: Iterable[dict[str, Any]], metric: str, variants: Iterable[Var
                 "quality": row["value"],
                 "low": row["ci_low"],
                 "high": row["ci_high"],
-                "worst": worst.get((row["study"], key), 0.0),
+                # Of what was never compared nothing is shown.
+                "worst": worst.get((row["study"], key), math.nan if row["parameters"] else 0.0),
             }
         )
     return pd.DataFrame(points)

@@ -203,7 +203,8 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     for method in options.methods:
-        report(method, options.amount, apart(measure_pruning, method, options.small, options.amount))
+        result = apart(measure_pruning, method, options.small, options.amount)
+        report(method, options.amount, {"kind": PRUNING[method][0], **result})
     for amount in options.removed:
         for method in ("remove", "mask", "torch-pruning"):
             report(method, amount, apart(measure_removal, method, options.small, amount, options.repeats))
