@@ -137,6 +137,12 @@ class Finding:
         return f"{self.label}: {value} [{low}, {high}]{'*' if 'unpaired' in self.row else ''}"
 
 
+def by_verdict(findings: Sequence[Finding]) -> str:
+    """Which parts have which verdict, in words."""
+    labels = {verdict: [f.label for f in findings if f.verdict == verdict] for verdict in VERDICTS}
+    return "; ".join(f"{verdict}: {' / '.join(found)}" for verdict, found in labels.items() if found)
+
+
 @dataclass(frozen=True)
 class Part:
     """One comparison that a claim rests on; without a `rule` it is shown beside it and decides nothing.

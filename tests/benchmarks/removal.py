@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--ours", type=float, nargs="+", default=[0.1, 0.25, 0.45])
-    parser.add_argument("--theirs", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.15, 0.25])
+    parser.add_argument("--theirs", type=float, nargs="+", default=[0.01, 0.02, 0.1])
     parser.add_argument("--out", help="CSV file for the table")
     options = parser.parse_args()
     sd = sdcomp.load("data/tiny")
