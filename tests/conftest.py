@@ -62,6 +62,14 @@ def _random_model(config: ModelConfig) -> StableDiffusion:
     )
 
 
+def without_zeros(module: nn.Module) -> nn.Module:
+    """The module with its zeros set to 0.001: biases as PyTorch starts them, one in 16 million draws."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter[parameter == 0] = 1e-3
+    return module
+
+
 @pytest.fixture(scope="session")
 def randomize() -> Callable[..., nn.Module]:
     """A function that gives a module random weights from a seed."""

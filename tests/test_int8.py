@@ -397,6 +397,21 @@ def test_the_fallback_dequantizes_and_says_so(small, monkeypatch):
     assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_integer_product_of_other_devices(randomize, monkeypatch, bits):
+    layer, x = randomize(nn.Linear(40, 24), 0), random(3, 9, 40)
+    assert not int8_kernels.takes_int_mm(x, layer.weight)  # it is for CUDA
+    q = calibrate(QuantModel(layer, act_quant_params={"n_bits": bits}), (x,), margin=0.6)
+    products = []
+    monkeypatch.setattr(int8_kernels, "takes_int_mm", lambda x, weight: True)
+    monkeypatch.setattr(
+        torch, "_int_mm", lambda a, b, f=torch._int_mm: products.append(f(a, b)) or products[-1]
+    )
+    m = q.to_int8(fallback=True)
+    assert relative(m(x), q(x)) < 1e-5
+    assert [(p.dtype, p.shape) for p in products] == [(torch.int32, (27, 24))]
+
+
 def test_what_cannot_be_converted(small):
     q = QuantModel(small.unet)
     with pytest.raises(NotCalibratedError, match="calibrate the model before"):

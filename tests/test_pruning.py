@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import without_zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -276,11 +277,7 @@ def test_at_stable_diffusion_1_5_five_percent_leave_the_published_number_of_weig
 @pytest.mark.slow
 def test_stable_diffusion_1_5_random_weights_are_pruned_to_the_published_count():
     torch.manual_seed(0)
-    unet = UNet(SD15.unet)
-    for m in unet.modules():
-        # PyTorch starts these biases at zero, which trained ones are not.
-        if isinstance(m, nn.GroupNorm | nn.LayerNorm):
-            nn.init.ones_(m.bias)
+    unet = without_zeros(UNet(SD15.unet))
     assert count_zeros(unet) == ZeroCount(859_520_964, 859_520_964)
     block = [p for n, m in layers(unet).items() if in_blocks(n) for p in m.parameters()]
     for amount in (0.05, 0.3, 0.6, 0.95):

@@ -137,7 +137,10 @@ def to_int8(model: QuantModel, dtype: torch.dtype = torch.float32, fallback: boo
     float32 layer agrees with its simulation to 1e-5 relative.
 
     `fallback=True` needs no integer kernels: it keeps the integer weights and dequantizes them in each
-    call, which saves memory and no time. It runs on any device; the integer kernels run on CPUs only.
+    call, which saves memory and no time. It runs on any device; the packed kernels run on CPUs only. On CUDA
+    its linear layers multiply integers where their shapes allow it (`torch._int_mm`: more than 16 rows, both
+    sides of the weight multiples of 8); its convolutions are dequantized, since PyTorch has none in integers
+    there. That way is tested on CPU only so far.
 
     Raises UserError where this machine's PyTorch has no working integer kernels, and for a model that is
     not calibrated or whose weights or activations are not quantized; ValueError for another dtype.

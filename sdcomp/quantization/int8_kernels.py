@@ -24,6 +24,19 @@ def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
     return integers.clamp_(-levels, levels).view(torch.uint8).bitwise_xor_(ZERO)
 
 
+def takes_int_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `int_mm` is for these: they are on CUDA, in shapes that `torch._int_mm` takes there."""
+    return x.is_cuda and x.numel() > 16 * x.shape[-1] and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
+
+
+def int_mm(x: Tensor, scale: float, levels: int, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Input `(..., in)` quantized, times an int8 weight `(out, in)` -> float32 `(..., out)`, in integers."""
+    # What PyTorch rounds to there are the multiples of the scale that `fake_quantize` gives.
+    integers = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -levels, levels).div_(scale)
+    products = torch._int_mm(integers.round_().to(torch.int8).flatten(0, -2), weight.t())
+    return (products * (scale * weight_scale)).unflatten(0, x.shape[:-1])
+
+
 class Packed:
     """A weight as oneDNN lays it out, which never changes, so that copies can share it."""
 
