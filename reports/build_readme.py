@@ -153,6 +153,28 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
+def times_table() -> str:
+    """Where the time goes, and what each way of compressing saves of it."""
+    profiled = _rows("03_profiling")
+    parts = ("text encoder", "UNet", "decoder", "total")
+    columns = ("", *(f"{part} (s)" for part in parts), "UNet call, relative", "weights (MB)")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for label, method, amount in (
+        ("fp32", "fp32", 0.0),
+        ("45 % of weights zeroed", "masked", 0.45),
+        ("45 % taken out", "removed", 0.45),
+        ("8 bits simulated", "simulated", 0.0),
+        ("int8", "int8", 0.0),
+        ("45 % taken out, int8", "removed + int8", 0.45),
+    ):
+        cells = [_show(_find(profiled, method, "time", amount=amount, component=part), 3) for part in parts]
+        same = method == "fp32"
+        ratio = "1" if same else _show(_find(profiled, method, "time relative to fp32", amount=amount), 2)
+        weights = _show(_find(profiled, method, "UNet weights", amount=amount))
+        lines.append(f"| {label} | {' | '.join(cells)} | {ratio} | {weights} |")
+    return "\n".join(lines)
+
+
 def file_table() -> str:
     """Size and sha256 of the base model's files."""
     lines = ["| file | bytes | sha256 |", "|---|---|---|"]
@@ -281,6 +303,7 @@ TABLES = {
     "quantization, SD 1.5": lambda: quantization_table("sd15"),
     "base model": base_model_table,
     "results": results_table,
+    "times": times_table,
     "claims": claims_table,
     "files": file_table,
 }
