@@ -45,9 +45,10 @@ study: $(READY)
 	done
 	$(PY) -m sdcomp.study.pages $(OUT)
 
+# Without a lock, which a killed sweep would leave behind: every point replaces its files as a whole.
 sweep: $(READY)
 	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[sweep]'
-	$(PY) -m snakemake --snakefile notebooks/sweeps/Snakefile --configfile $(GRID) --cores all --rerun-incomplete
+	$(PY) -m snakemake --snakefile notebooks/sweeps/Snakefile --configfile $(GRID) --cores all --rerun-incomplete --nolock
 
 test: $(READY)
 	$(PY) -m ruff check

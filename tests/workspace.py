@@ -51,14 +51,14 @@ class Workspace:
         return status, (self.folder / "output").read_text()
 
     def run_and_kill(self, command: list[str], seconds: float, rng: random.Random) -> bool:
-        """Kill a command after some seconds; whether there was still something to kill.
+        """Kill a command after some seconds; whether there was still something to kill. If not, it went well.
 
         Dies at random: all of it, as in a power cut; its process group, from which Jupyter's kernels have
         withdrawn; or one of its processes, whose end the others then have to cope with.
         """
         process = self.start(command)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+            assert process.wait(seconds) == 0, (self.folder / "output").read_text()
             return False
         with suppress(psutil.NoSuchProcess):
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
