@@ -47,6 +47,8 @@ study: $(READY)
 
 # Without a lock, which a killed sweep would leave behind: every point replaces its files as a whole.
 sweep: $(READY)
+	@test -f "$(GRID)" || { echo "GRID=$(GRID) is not a file; give one such as" \
+	    "GRID=notebooks/sweeps/pruning.yaml" >&2; exit 1; }
 	$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[sweep]'
 	$(PY) -m snakemake --snakefile notebooks/sweeps/Snakefile --configfile $(GRID) --cores all --rerun-incomplete --nolock
 
