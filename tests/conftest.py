@@ -27,6 +27,12 @@ SMALL = dataclasses.replace(
 """TINY's shapes outside, much narrower inside; and a latent scale whose absence would be noticed."""
 
 
+BITS = dataclasses.replace(
+    TINY, vae=SMALL.vae, text=SMALL.text, unet=dataclasses.replace(TINY.unet, context_dim=32)
+)
+"""The tiny model's UNet, the part that compression changes, between narrow other parts."""
+
+
 def _randomize(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
     """Random weights and biases everywhere, norms included, that keep activations near `gain` in size.
 
@@ -43,7 +49,7 @@ def _randomize(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
     return module.eval()
 
 
-def _random_model(config: ModelConfig) -> StableDiffusion:
+def random_model(config: ModelConfig) -> StableDiffusion:
     """A model with random weights whose encoder, like a trained one, has a narrow posterior."""
     encoder = _randomize(VAEEncoder(config.vae), 1)
     with torch.no_grad():
@@ -88,13 +94,13 @@ def threads(request) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def small() -> StableDiffusion:
     """A model of a few ten thousand weights."""
-    return _random_model(SMALL)
+    return random_model(SMALL)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> StableDiffusion:
     """A model of the base model's size, its weights laid out in memory as `sdcomp.load` does."""
-    sd = _random_model(TINY)
+    sd = random_model(TINY)
     for part in (sd.unet, sd.encoder, sd.decoder, sd.text_encoder):
         part.to(memory_format=torch.channels_last)
     return sd

@@ -338,17 +338,17 @@ def test_what_was_saved_computes_the_same(small, saved):
 def test_what_was_saved_computes_the_same_in_a_new_process(saved, tmp_path):
     q, folder = saved
     script = (
-        "import sys, torch; from conftest import SMALL, _random_model; import sdcomp\n"
+        "import sys, torch; from conftest import SMALL, random_model; import sdcomp\n"
         "from sdcomp.quantization import load_quant_model\n"
-        "sd = _random_model(SMALL); q = load_quant_model(sys.argv[1], sd.unet)\n"
+        "sd = random_model(SMALL); q = load_quant_model(sys.argv[1], sd.unet)\n"
         "torch.save(sd.replace(unet=q).generate(['a blue circle'], steps=4), sys.argv[2])\n"
     )
     files = [str(folder), str(tmp_path / "images.pt")]
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     subprocess.run([sys.executable, "-c", script, *files], check=True, env={**os.environ, "PYTHONPATH": path})
-    from conftest import SMALL, _random_model
+    from conftest import SMALL, random_model
 
-    here = _random_model(SMALL).replace(unet=q).generate(["a blue circle"], steps=4)
+    here = random_model(SMALL).replace(unet=q).generate(["a blue circle"], steps=4)
     assert torch.equal(torch.load(files[1]), here)
 
 

@@ -1,5 +1,6 @@
 """Whole generation against diffusers' pipelines, and what `generate` promises."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from diffusers_keys import diffusers_scheduler, diffusers_unet, diffusers_vae, unet_state, vae_state
 from torch import nn
 
-from sdcomp.model.samplers import SAMPLERS
+from sdcomp.errors import NonFiniteError
+from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.stable_diffusion import StableDiffusion
 
 # diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
@@ -62,13 +64,13 @@ class Recorder(nn.Module):
         self.unet = unet
         self.rows: list[int] = []
         self.timesteps: list[int] = []
-        self.inference: list[bool] = []
+        self.grad: list[bool] = []
 
     def forward(self, latents, timesteps, context):
         self.rows.append(len(latents))
-        self.timesteps += sorted(set(timesteps.tolist()))
-        self.inference.append(torch.is_inference_mode_enabled())
-        assert latents.shape[0] == timesteps.shape[0] == context.shape[0]
+        self.timesteps.append(timesteps)
+        self.grad.append(torch.is_grad_enabled())
+        assert latents.shape[0] == context.shape[0]
         return self.unet(latents, timesteps, context)
 
 
@@ -271,8 +273,8 @@ def test_the_unet_runs_once_a_step_at_full_batches_without_gradients(small, guid
     )
     assert recorder.rows == [rows] * 8
     assert recorder.timesteps == [999, 749, 499, 249] * 2
-    assert all(recorder.inference)
-    assert images.is_inference() and images.device.type == "cpu"
+    assert not any(recorder.grad)
+    assert not images.is_inference() and not images.requires_grad and images.device.type == "cpu"
 
 
 def test_a_guidance_scale_of_1_ignores_the_negative_prompt_and_0_the_prompt(small):
@@ -338,15 +340,18 @@ def test_one_image_serves_all_prompts(small):
 
 IMAGE = torch.full((1, 3, 64, 64), 0.5)
 BAD_VALUES = {
+    "sampler a list": ({"sampler": ["ddim"]}, "sampler must be one of ddpm, ddim, dpmpp_2m, not .'ddim'."),
+    "guidance huge": ({"guidance_scale": 1e30}, "guidance_scale must be 0 or more, and at most 1000"),
+    "half a surrogate pair": ({"prompts": [RED, "a \ud800 star"]}, r"'a .ud800 star' is no valid text"),
     "unknown sampler": ({"sampler": "euler"}, "sampler must be one of ddpm, ddim, dpmpp_2m, not 'euler'"),
     "no steps": ({"steps": 0}, "steps must be 1 to 1000, not 0"),
     "too many steps": ({"steps": 1001}, "steps must be 1 to 1000, not 1001"),
     "strength 0": ({"strength": 0}, "strength must be above 0 and at most 1, not 0"),
     "strength 2": ({"strength": 2}, "strength must be above 0 and at most 1, not 2"),
     "strength nan": ({"strength": float("nan")}, "strength must be above 0 and at most 1, not nan"),
-    "guidance nan": ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more, not nan"),
+    "guidance nan": ({"guidance_scale": float("nan")}, "guidance_scale must be 0 or more, .*, not nan"),
     "guidance inf": ({"guidance_scale": float("inf")}, "guidance_scale must be .*, not inf"),
-    "guidance negative": ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more, not -1.0"),
+    "guidance negative": ({"guidance_scale": -1.0}, "guidance_scale must be 0 or more, .*, not -1.0"),
     "no batch": ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     "a seed too big": ({"seed": [1, 2**64]}, f"a seed of an image must be .*, not {2**64}"),
     "a seed negative": ({"seed": [1, -1]}, "a seed of an image must be .*, not -1"),
@@ -364,6 +369,9 @@ BAD_VALUES = {
     "image and size": ({"image": IMAGE, "size": (32, 32)}, "size and image disagree"),
 }  # fmt: skip
 BAD_TYPES = {
+    "strength text": ({"strength": "0.5"}, "strength must be a number, not '0.5'"),
+    "strength a bool": ({"strength": True}, "strength must be a number, not True"),
+    "guidance text": ({"guidance_scale": "4"}, "guidance_scale must be a number, not '4'"),
     "steps a float": ({"steps": 20.0}, "steps must be a whole number, not 20.0"),
     "steps a bool": ({"steps": True}, "steps must be a whole number, not True"),
     "batch a float": ({"batch_size": 2.0}, "batch_size must be a whole number, not 2.0"),
@@ -414,3 +422,97 @@ def test_replace_refuses_an_unknown_part_and_names_the_known_ones(small):
 def test_a_replaced_schedule_is_the_one_that_is_sampled(small):
     _, trace = with_spacing(small, "leading").generate(RED, steps=4, batch_size=1, trace=True)
     assert trace.timesteps.tolist() == [751, 501, 251, 1]
+
+
+# What is warned of
+
+
+def test_a_prompt_that_is_cut_is_warned_of(small):
+    with pytest.warns(UserWarning, match="1 of 3 prompts are cut: the text encoder reads 22 tokens"):
+        small.generate([RED, "star " * 40], steps=1, batch_size=2)
+
+
+def test_a_word_that_the_captions_do_not_have_is_warned_of(small):
+    class Reader(nn.Module):
+        """Stands for a scene reader, which only the tiny model has."""
+
+    with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'"):
+        small.replace(reader=Reader()).generate("A red cat on_a Navy background", steps=1, batch_size=1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_captions_and_words_of_other_models_are_not_warned_of(small):
+    small.generate([RED, "a cat"], steps=1, batch_size=2)
+    small.replace(reader=nn.Identity()).generate([RED, BLUE.upper()], steps=1, batch_size=2)
+
+
+@pytest.mark.parametrize("sampler, steps, first", [("ddim", 334, 667), ("dpmpp_2m", 500, 501)])
+def test_a_path_that_starts_far_from_pure_noise_is_warned_of(small, sampler, steps, first):
+    with pytest.warns(UserWarning, match=f"{steps} steps with leading spacing start at timestep {first} of"):
+        make_sampler(sampler, with_spacing(small, "leading").schedule, steps)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_usual_numbers_of_steps_are_not_warned_of(small, sampler):
+    for steps in (1, 2, 5, 10, 20, 25, 30, 40, 50, 100):
+        make_sampler(sampler, with_spacing(small, "leading").schedule, steps)
+
+
+# Values that are not finite
+
+
+class Broken(nn.Module):
+    """A UNet that gives `value` for one of its rows at the given calls."""
+
+    def __init__(self, unet: nn.Module, value: float, *calls: int) -> None:
+        super().__init__()
+        self.unet, self.value, self.calls, self.count = unet, value, calls, 0
+
+    def forward(self, latents, timesteps, context):
+        out = self.unet(latents, timesteps, context)
+        if self.count in self.calls:
+            out[-1, 0, 0, 0] = self.value
+        self.count += 1
+        return out
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_an_error_that_names_it(small, sampler, value):
+    broken = small.replace(unet=Broken(small.unet, value, 2))
+    timestep = make_sampler(sampler, small.schedule, 5).timesteps[2]
+    with pytest.raises(NonFiniteError, match=rf"^step 3 of 5 \(timestep {timestep}\) gives values that are"):
+        broken.generate([RED, BLUE], steps=5, sampler=sampler, batch_size=2)
+
+
+def test_a_decoder_that_is_not_finite_is_an_error(small):
+    decoder = copy.deepcopy(small.decoder)
+    decoder.decoder.conv_out.bias.data[1] = float("nan")
+    with pytest.raises(NonFiniteError, match="^the VAE decoder, after the last step, gives values that are"):
+        small.replace(decoder=decoder).generate(RED, steps=1, batch_size=1)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latents_stay_float32_around_a_unet_in_half_precision(small, dtype):
+    half = copy.deepcopy(small).to(dtype)
+    images, trace = half.generate([RED, BLUE], steps=4, batch_size=2, trace=True)
+    exact = small.generate([RED, BLUE], steps=4, batch_size=2, trace=True)[1]
+    # Latents that had been rounded to half precision would survive the way there and back.
+    assert not torch.equal(trace.latents[2].to(dtype).float(), trace.latents[2])
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(trace.latents[1], exact.latents[1], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_is_added_with_the_coefficients_of_float32(small, dtype):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    zeros, t = torch.zeros_like(noise), torch.tensor([1])
+    exact = small.schedule.add_noise(zeros, noise, t)
+    found = small.schedule.add_noise(zeros.to(dtype), noise.to(dtype), t)
+    assert found.dtype == dtype
+    # Each value is rounded; a coefficient in float16 would make all of them 7 % too small.
+    assert abs((found.float() * exact).sum() / exact.square().sum() - 1) < 1e-3

@@ -60,6 +60,7 @@ def test_snr_falls_from_the_first_timestep_to_the_last_as_published():
     assert snr[-1].item() == pytest.approx(0.0046600 / 0.99534, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.* spacing start at timestep:UserWarning")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_timesteps_are_those_of_diffusers_for_any_number_of_steps(diffusers, name, spacing):

@@ -128,3 +128,40 @@ def test_other_float_types_run_throughout(randomize, dtype):
     assert output.dtype == dtype
     error = (output.float() - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float64 else 0.1)
+
+
+def test_a_shared_timestep_is_embedded_once_however_it_is_given(randomize):
+    unet = randomize(UNet(CONFIGS["tiny"]), 5)
+    rows = []
+    unet.time_embed.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    latents, _, context = inputs(CONFIGS["tiny"], rows=3)
+    same = [501, torch.tensor(501), torch.tensor([501]), torch.full((3,), 501)]
+    with torch.no_grad():
+        outputs = [unet(latents, timestep, context) for timestep in same]
+        unet(latents, torch.tensor([501, 501, 500]), context)
+    assert rows == [1, 1, 1, 1, 3]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_timesteps_that_do_not_fit_the_rows_are_refused(randomize):
+    unet = randomize(UNet(CONFIGS["sd_like"]), 5)
+    latents, _, context = inputs(CONFIGS["sd_like"], rows=3)
+    with pytest.raises(ValueError, match="^2 timesteps for 3 rows: give one, or one for each"):
+        unet(latents, torch.tensor([1, 2]), context)
+
+
+def test_recomputed_stages_have_the_same_gradients_and_keep_less(randomize):
+    unet = randomize(UNet(CONFIGS["tiny"]), 5)
+    found = {}
+    for recompute in (False, True):
+        unet.recompute, kept = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t
+        ):
+            loss = unet(*inputs(CONFIGS["tiny"])).square().mean()
+        unet.zero_grad()
+        loss.backward()
+        found[recompute] = sum(kept), [p.grad.clone() for p in unet.parameters()]
+    for plain, again in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-8)
+    assert found[True][0] < found[False][0] / 4

@@ -50,8 +50,7 @@ class DiffusersUNet(nn.Module):
         for name, value in others.items():
             if value is not None and value != {}:
                 raise ValueError(f"this UNet takes no {name}")
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        noise = self.unet(sample, timesteps, encoder_hidden_states)
+        noise = self.unet(sample, timestep, encoder_hidden_states)
         return SimpleNamespace(sample=noise) if return_dict else (noise,)
 
 

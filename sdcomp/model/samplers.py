@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 
 import torch
 from torch import Tensor
@@ -99,18 +100,28 @@ class DPMPP2M:
         return shrink * latents - alpha_next * math.expm1(-h) * data
 
 
+Sampler = DDIM | DDPM | DPMPP2M
 SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMPP2M}
 
 
-def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> DDIM | DDPM | DPMPP2M:
+def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
     """The sampler of that name.
 
     Raises ValueError for a name or a number of steps that does not exist, TypeError for steps that are
-    no whole number.
+    no whole number. Warns where the first timestep is far from pure noise, since the stride of "leading"
+    spacing is rounded down to a whole number.
     """
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
-    return SAMPLERS[name](schedule, whole("steps", steps))
+    sampler = SAMPLERS[name](schedule, whole("steps", steps))
+    first, n = sampler.timesteps[0], schedule.config.train_timesteps
+    if first < 0.9 * n * (1 - 1 / steps):
+        warnings.warn(
+            f"{steps} steps with {schedule.config.timestep_spacing} spacing start at timestep {first} of {n},"
+            " short of pure noise: take another number of steps, or trailing spacing",
+            stacklevel=4,
+        )
+    return sampler
 
 
 def whole(name: str, value: object) -> int:

@@ -26,10 +26,14 @@ class NoiseSchedule:
         return a / (1 - a)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Latents `(B, ...)` noised to the timesteps `(B,)` in one go (Ho et al. 2020, equation 4)."""
-        a = self.alphas_cumprod.to(latents.device)[timesteps].to(latents.dtype)
+        """Latents `(B, ...)` noised to the timesteps `(B,)` in one go (Ho et al. 2020, equation 4).
+
+        The result has the type of `latents`; the coefficients are float32, since 1 - a is lost in half
+        precision.
+        """
+        a = self.alphas_cumprod.to(latents.device)[timesteps]
         a = a.reshape(-1, *[1] * (latents.dim() - 1))
-        return a.sqrt() * latents + (1 - a).sqrt() * noise
+        return (a.sqrt() * latents + (1 - a).sqrt() * noise).to(latents.dtype)
 
     def spaced(self, steps: int, spacing: str, *, intervals: int | None = None) -> np.ndarray:
         """The `steps` training timesteps that a sampler visits, last first, int64.

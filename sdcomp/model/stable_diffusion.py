@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdcomp.errors import NonFiniteError
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.offloading import lent
-from sdcomp.model.samplers import make_sampler, row_noise, whole
+from sdcomp.model.requests import Request, check_request, image_pixels, rows_at_once
+from sdcomp.model.samplers import Sampler, make_sampler, row_noise
 from sdcomp.model.schedule import NoiseSchedule
-from sdcomp.model.text import encode_text, tokenize
+from sdcomp.model.text import check_prompts, encode_text, tokenize
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
+from sdcomp.scenes import VOCABULARY
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -76,7 +77,12 @@ class StableDiffusion:
     @property
     def batch_size(self) -> int:
         """Images of the model's own size that `generate` takes at a time by default."""
-        return _rows(16, self._pixels(None))
+        return rows_at_once(16, image_pixels(self.config, None))
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """The type of latents: at least float32, since errors of half precision add up along the steps."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     def to(self, *args: torch.device | torch.dtype | str) -> StableDiffusion:
         """Move every part, as `nn.Module.to`, and end offloading; returns the model itself."""
@@ -107,7 +113,7 @@ class StableDiffusion:
         layout = torch.contiguous_format if as_in_the_file else torch.channels_last
         four = (p for p in part.parameters() if p.dim() == 4)
         if not all(p.is_contiguous(memory_format=layout) for p in four):
-            with torch.inference_mode(False):  # or they could not be trained any more
+            with torch.inference_mode(False):  # weights stay normal tensors, which can be trained
                 part.to(memory_format=layout)
         return nullcontext() if self.offloaded_to is None else lent(part, self.offloaded_to)
 
@@ -134,29 +140,51 @@ class StableDiffusion:
 
         return save(self, path, dtype, format)
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Prompts -> the text encoder's states `(B, L, context_dim)`, in the model's type on its device.
+
+        Each text is encoded by itself, so its states do not depend on the others.
+        """
+        states: dict[str, Tensor] = {}
+        with self._ready(self.text_encoder):
+            for prompt in prompts:
+                if prompt not in states:
+                    ids = tokenize(self.tokenizer, [prompt]).to(self.device)
+                    states[prompt] = encode_text(self.text_encoder, ids).to(self.dtype)
+        return torch.cat([states[prompt] for prompt in prompts])
+
+    @torch.no_grad()
     def encode_images(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """Images `(B, 3, H, W)` in [0, 1] -> scaled latents `(B, 4, h, w)`; their mean without generators."""
         pixels = 2 * images.to(self.device, self.dtype) - 1
         with self._ready(self.encoder):
-            parts = [self.encoder(some) for some in pixels.split(_rows(len(pixels), pixels.shape[2:]))]
-        mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts = [self.encoder(some) for some in pixels.split(rows_at_once(len(pixels), pixels.shape[2:]))]
+        mean, logvar = (torch.cat(part).to(self._wide) for part in zip(*parts, strict=True))
         if generators is not None:
             noise = row_noise(generators, tuple(mean.shape[1:])).to(mean)
             mean = mean + (0.5 * logvar).exp() * noise
         return self.config.vae.latent_scale * mean
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)` float32 in [0, 1]."""
-        latents = latents.to(self.device, self.dtype) / self.config.vae.latent_scale
-        f = self.config.vae.downsampling
-        rows = _rows(len(latents), (latents.shape[2] * f, latents.shape[3] * f))
-        with self._ready(self.decoder):
-            images = torch.cat([self.decoder(some) for some in latents.split(rows)])
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        """Scaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)` float32 in [0, 1].
 
-    @torch.inference_mode()
+        Raises NonFiniteError where the decoder gives infinite values or NaN.
+        """
+        latents = (latents.to(self.device, self._wide) / self.config.vae.latent_scale).to(self.dtype)
+        f = self.config.vae.downsampling
+        rows = rows_at_once(len(latents), (latents.shape[2] * f, latents.shape[3] * f))
+        with self._ready(self.decoder):
+            images = torch.cat([self.decoder(some) for some in latents.split(rows)]).float()
+        if not images.isfinite().all():
+            raise NonFiniteError(
+                "the VAE decoder, after the last step, gives values that are not finite: "
+                "load the model in float32, or check its weights"
+            )
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -185,149 +213,83 @@ class StableDiffusion:
         `batch_size` rows, the last one padded, so an image does not depend on what stands beside it. By
         default these are 16 up to 128x128 pixels and fewer for larger images, down to 1 at 512x512.
 
-        Raises ValueError for values out of range and TypeError for values of another type.
+        Raises ValueError for values out of range, TypeError for values of another type, and NonFiniteError
+        when a step gives infinite values or NaN. Warns of prompts that the text encoder cuts.
         """
-        prompts = _as_texts("prompts", prompts)
-        negatives = _as_texts("negative_prompt", negative_prompt)
-        n = len(prompts)
-        if len(negatives) not in (1, n):
-            raise ValueError(f"{len(negatives)} negative prompts for {n} prompts: give one, or one for each")
-        if batch_size is not None and whole("batch_size", batch_size) < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        scale = self.config.guidance_scale if guidance_scale is None else float(guidance_scale)
-        if not 0 <= scale < float("inf"):
-            raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
-        if image is not None:
-            image = self._check_image(image, n, size)
-            size = image.shape[2:]
-        shape = self._latent_shape(size)
-        batch_size = batch_size or _rows(16, self._pixels(size))
+        asked = check_request(
+            self.config, prompts, negative_prompt=negative_prompt, steps=steps, sampler=sampler,
+            guidance_scale=guidance_scale, seed=seed, image=image, strength=strength, size=size,
+            batch_size=batch_size,
+        )  # fmt: skip
         solver = make_sampler(sampler, self.schedule, steps)
-        first = 0 if image is None else steps - max(1, min(int(steps * strength), steps))
-        seeds = _row_seeds(seed, prompts)
-
-        # What no prompts give.
-        images = [torch.empty(0, 3, *self._pixels(size))]
-        traces = [(torch.empty(steps - first, 0, *shape),) * 2]
-        bar = tqdm(total=-(-n // batch_size) * (steps - first), desc="generate", disable=not progress)
-        for start in range(0, n, batch_size):
-            # Padding repeats the last row.
-            rows = [min(start + i, n - 1) for i in range(batch_size)]
-            kept = min(batch_size, n - start)
-            generators = [torch.Generator().manual_seed(seeds[r]) for r in rows]
-            texts = [prompts[r] for r in rows]
-            if scale != 1:
-                texts = [negatives[r % len(negatives)] for r in rows] + texts
-            with self._ready(self.text_encoder):
-                context = encode_text(self.text_encoder, tokenize(self.tokenizer, texts).to(self.device))
-            context = context.to(self.dtype)
-            if image is None:
-                latents = row_noise(generators, shape).to(self.device, self.dtype)
-            else:
-                source = self.encode_images(image[[r % len(image) for r in rows]], generators)
-                noise = row_noise(generators, tuple(source.shape[1:])).to(source)
-                latents = self.schedule.add_noise(
-                    source, noise, torch.full((batch_size,), solver.timesteps[first], device=self.device)
-                )
-            path = []
-            with self._ready(self.unet):  # for all steps at once
-                for i in range(first, steps):
-                    predicted = self.predict_noise(latents, solver.timesteps[i], context, scale)
-                    if trace:
-                        path.append((latents[:kept].float().cpu(), predicted[:kept].float().cpu()))
-                    noise = None
-                    if solver.stochastic:
-                        noise = row_noise(generators, tuple(latents.shape[1:])).to(latents)
-                    latents = solver.step(i, latents, predicted, noise)
-                    bar.update()
-            images.append(self.decode_latents(latents)[:kept].cpu())
-            if trace:
-                traces.append(tuple(torch.stack(parts) for parts in zip(*path, strict=True)))
-        bar.close()
-        result = torch.cat(images)
+        check_prompts(self.tokenizer, asked.prompts + asked.negatives, VOCABULARY if self.reader else None)
+        path = torch.empty(steps - asked.first, 0, *asked.shape)
+        images, paths = [torch.empty(0, 3, *asked.pixels)], [(path, path)]  # for no prompts
+        batches = asked.batches()
+        total = len(batches) * (steps - asked.first)
+        with tqdm(total=total, desc="generate", disable=not progress) as bar:
+            for rows in batches:
+                kept = rows[-1] - rows[0] + 1
+                path = [] if trace else None
+                images.append(self._generate_rows(asked, rows, solver, bar, path)[:kept].cpu())
+                if trace:
+                    paths.append(tuple(torch.stack(part)[:, :kept] for part in zip(*path, strict=True)))
         if not trace:
-            return result
-        latents, predictions = (torch.cat(parts, dim=1) for parts in zip(*traces, strict=True))
-        return result, Trace(torch.tensor(solver.timesteps[first:]), latents, predictions)
+            return torch.cat(images)
+        latents, predictions = (torch.cat(part, dim=1) for part in zip(*paths, strict=True))
+        return torch.cat(images), Trace(torch.tensor(solver.timesteps[asked.first :]), latents, predictions)
 
-    @torch.inference_mode()
+    def _generate_rows(
+        self, asked: Request, rows: list[int], solver: Sampler, bar: tqdm, path: list | None
+    ) -> Tensor:
+        """One batch of images; `path` takes the latents and the noise prediction of each step."""
+        generators = [torch.Generator().manual_seed(asked.seeds[r]) for r in rows]
+        texts = [asked.prompts[r] for r in rows]
+        if asked.scale != 1:
+            texts = [asked.negatives[r % len(asked.negatives)] for r in rows] + texts
+        context = self.encode_prompts(texts)
+        latents = self._first_latents(asked, rows, generators, solver.timesteps[asked.first])
+        finite = []
+        with self._ready(self.unet):  # for all steps at once
+            for i in range(asked.first, asked.steps):
+                predicted = self.predict_noise(latents, solver.timesteps[i], context, asked.scale)
+                if path is not None:
+                    path.append((latents.float().cpu(), predicted.float().cpu()))
+                noise = row_noise(generators, asked.shape).to(latents) if solver.stochastic else None
+                latents = solver.step(i, latents, predicted, noise)
+                finite.append(latents.isfinite().all())
+                bar.update()
+        # Once for all steps: each look at a value waits for the device.
+        if not torch.stack(finite).all():
+            step = asked.first + torch.stack(finite).tolist().index(False)
+            raise NonFiniteError(
+                f"step {step + 1} of {asked.steps} (timestep {solver.timesteps[step]}) gives values that are"
+                " not finite: use a wider type such as float32, or check the UNet's weights and scales"
+            )
+        return self.decode_latents(latents)
+
+    def _first_latents(
+        self, asked: Request, rows: list[int], generators: list[torch.Generator], timestep: int
+    ) -> Tensor:
+        """Pure noise, or an image noised to the timestep."""
+        if asked.image is None:
+            return row_noise(generators, asked.shape).to(self.device, self._wide)
+        source = self.encode_images(asked.image[[r % len(asked.image) for r in rows]], generators)
+        noise = row_noise(generators, tuple(source.shape[1:])).to(source)
+        return self.schedule.add_noise(source, noise, torch.full((len(rows),), timestep, device=self.device))
+
+    @torch.no_grad()
     def predict_noise(self, latents: Tensor, timestep: int, context: Tensor, scale: float) -> Tensor:
         """The guided noise prediction for latents `(B, 4, h, w)`: both halves in one call of the UNet.
 
         `context` `(2 B, L, context_dim)` holds the negative prompts' states, then the prompts'; for a
-        guidance `scale` of 1 only the latter, `(B, L, context_dim)`.
+        guidance `scale` of 1 only the latter, `(B, L, context_dim)`. The UNet is given the model's type; the
+        prediction has the latents'.
         """
         both = latents if scale == 1 else torch.cat([latents, latents])
-        timesteps = torch.full((len(both),), timestep, device=self.device)
         with self._ready(self.unet):
-            predicted = self.unet(both, timesteps, context)
+            predicted = self.unet(both.to(self.dtype), timestep, context).to(latents.dtype)
         if scale == 1:
             return predicted
         negative, positive = predicted.chunk(2)
         return negative + scale * (positive - negative)
-
-    def _pixels(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        if size is None:
-            return self.config.image_size, self.config.image_size
-        if not isinstance(size, Sequence) or len(size) != 2:
-            raise TypeError(f"size must be (height, width), not {size!r}")
-        return whole("size", size[0]), whole("size", size[1])
-
-    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
-        height, width = self._pixels(size)
-        factor = self.config.vae.downsampling * 2 ** (len(self.config.unet.channel_mult) - 1)
-        if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(f"height and width must be multiples of {factor}, not {height} and {width}")
-        f = self.config.vae.downsampling
-        return self.config.unet.in_channels, height // f, width // f
-
-    def _check_image(self, image: Tensor, n: int, size: tuple[int, int] | None) -> Tensor:
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            raise TypeError("image must be a floating-point tensor with values in [0, 1]")
-        image = image[None] if image.dim() == 3 else image
-        if image.dim() != 4 or image.shape[1] != 3 or len(image) not in (1, n):
-            raise ValueError(f"image must be (1 or {n}, 3, H, W), not {tuple(image.shape)}")
-        # Written so that nan is refused too.
-        if not ((image >= 0) & (image <= 1)).all():
-            raise ValueError("image must have values in [0, 1]")
-        if size is not None and tuple(size) != tuple(image.shape[2:]):
-            raise ValueError("size and image disagree: leave size out, or resize the image first")
-        self._latent_shape(tuple(image.shape[2:]))
-        return image
-
-
-def _rows(n: int, pixels: Sequence[int]) -> int:
-    """How many of `n` images to take at a time, so that memory stays that of one at 512x512.
-
-    Divides `n`: all go through kernels of the same batch size, on which bits depend.
-    """
-    most = max(1, 512 * 512 // (pixels[0] * pixels[1]))
-    return max(rows for rows in range(1, n + 1) if n % rows == 0 and rows <= most) if n else 1
-
-
-def _as_texts(name: str, value: str | Sequence[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be text or a list of texts")
-    return texts
-
-
-def _row_seeds(seed: int | Sequence[int], prompts: list[str]) -> list[int]:
-    if isinstance(seed, Iterable) and not isinstance(seed, str):
-        seeds = [whole("seed", s) for s in seed]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one for each")
-        for s in seeds:
-            if not 0 <= s < 2**64:
-                raise ValueError(f"a seed of an image must be at least 0 and below 2**64, not {s}")
-        return seeds
-    seed = whole("seed", seed)
-    seen: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        digest = hashlib.sha256(f"{seed}\0{seen[prompt]}\0{prompt}".encode()).digest()
-        seeds.append(int.from_bytes(digest[:8], "big") >> 1)
-        seen[prompt] += 1
-    return seeds

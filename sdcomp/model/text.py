@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -77,6 +80,35 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def check_prompts(tokenizer: CLIPTokenizer, prompts: list[str], known: Collection[str] | None = None) -> None:
+    """Warn of prompts that are longer than the text encoder reads, and of words that are not `known`.
+
+    Raises ValueError for text that cannot be encoded, such as half of a surrogate pair.
+    """
+    texts = list(dict.fromkeys(prompts))
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text[:60]!r} is no valid text ({error.reason}); write it again") from None
+    ids = tokenizer(texts, truncation=False, verbose=False).input_ids if texts else []
+    limit = tokenizer.model_max_length
+    if long := [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) > limit]:
+        warnings.warn(
+            f"{len(long)} of {len(texts)} prompts are cut: the text encoder reads {limit - 2} tokens, and"
+            f" {long[0][:60]!r}... is longer",
+            stacklevel=3,
+        )
+    if known is not None:
+        words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+        if strange := sorted(words - set(known)):
+            warnings.warn(
+                f"this model never learnt {', '.join(map(repr, strange[:5]))}: it knows only the words of its"
+                " captions, see sdcomp.scenes.VOCABULARY",
+                stacklevel=3,
+            )
+
+
 def encode_text(text_encoder: nn.Module, ids: Tensor) -> Tensor:
     """Token ids `(B, L)` -> the last layer's states after the final norm, `(B, L, hidden)`, as in SD 1.x."""
     return text_encoder(input_ids=ids).last_hidden_state
@@ -119,7 +151,7 @@ def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
 def text_states(text_encoder: nn.Module, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Prompts -> the text encoder's states `(B, L, hidden)` on its device, without gradients."""
     device = next(text_encoder.parameters()).device
-    with torch.inference_mode():
+    with torch.no_grad():
         return encode_text(text_encoder, tokenize(tokenizer, prompts).to(device))
 
 

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sdcomp.model.channels import PruneGroup
 from sdcomp.model.config import UNetConfig
@@ -27,7 +28,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block: `(B, in, h, w)`, time embedding `(B, emb)` -> `(B, out, h, w)`."""
+    """Residual block: `(B, in, h, w)`, time embedding `(B or 1, emb)` -> `(B, out, h, w)`."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
@@ -174,7 +175,13 @@ class UNet(nn.Module):
     `forward(latents, timesteps, context)`: `(B, in_channels, h, w)`, `(B,)` or a scalar (training
     timesteps, 0 to 999), `(B, L, context_dim)` -> `(B, out_channels, h, w)`. `h` and `w` must be
     divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters.
+
+    A timestep that all rows share is embedded once, so that equal rows stay equal: a matrix product may
+    round differently from row to row. Set `recompute` to compute each stage again in the backward pass
+    instead of keeping its activations (Chen et al. 2016).
     """
+
+    recompute = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -236,18 +243,32 @@ class UNet(nn.Module):
             channels = stage[0].out_layers[3].out_channels
         return splits
 
-    def forward(self, latents: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:
-        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(latents.shape[0])
-        emb = timestep_embedding(timesteps, self.config.model_channels).to(latents.dtype)
-        emb = self.time_embed(emb)
+    def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
+        emb = self._embed(timesteps, latents)
         h, skips = latents, []
         for stage in self.input_blocks:
-            h = stage(h, emb, context)
+            h = self._run(stage, h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self._run(self.middle_block, h, emb, context)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
+
+    def _embed(self, timesteps: Tensor | float, latents: Tensor) -> Tensor:
+        """The time embedding, `(1, emb)` where all rows share a timestep, else `(B, emb)`."""
+        timesteps = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
+        if len(timesteps) not in (1, len(latents)):
+            raise ValueError(f"{len(timesteps)} timesteps for {len(latents)} rows: give one, or one for each")
+        # Only on a CPU: elsewhere the comparison would wait for the device.
+        if len(timesteps) > 1 and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+            timesteps = timesteps[:1] if bool((timesteps == timesteps[0]).all()) else timesteps
+        emb = timestep_embedding(timesteps, self.config.model_channels)
+        return self.time_embed(emb.to(latents.dtype))
+
+    def _run(self, stage: Stage, *args: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(stage, *args, use_reentrant=False)
+        return stage(*args)
 
     def prune_groups(self) -> list[PruneGroup]:
         """What can be taken out without changing a residual connection, in the order of the modules."""
