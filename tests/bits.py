@@ -1,7 +1,8 @@
 """Whether an image is the same, bit for bit, wherever its prompt stands: one process, one instruction set.
 
-python tests/bits.py THREADS prints a line of JSON: for each case the largest difference that a prompt's place
-makes. The environment chooses the instruction set, which libraries read once, when they are loaded.
+`python tests/bits.py 1 2` prints a line of JSON: for one and for two threads, and each case, the largest
+difference that a prompt's place makes. The environment chooses the instruction set; libraries read it once,
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ def place_matters(sd: StableDiffusion, batch: int, guidance_scale: float) -> flo
 
 def main() -> None:
     """Print the differences of every kind of UNet, batch size and guidance."""
-    torch.set_num_threads(int(sys.argv[1]))
     warnings.simplefilter("ignore")
     sd = conftest.random_model(conftest.BITS)
     simulated = TimeStepCalibratedQuantModel(sd.unet, timesteps=2, k=2)
@@ -45,12 +45,17 @@ def main() -> None:
     unets = {"plain": sd.unet, "simulated": simulated}
     if int8_kernels.missing() is None:
         unets["int8"] = simulated.to_int8()
-    found = {
-        f"{name}, batch {batch}, guidance {scale}": place_matters(sd.replace(unet=unet), batch, scale)
-        for name, unet in unets.items()
-        for batch in BATCHES
-        for scale in (1.0, 3.0)
-    }
+    found = {}
+    for threads in map(int, sys.argv[1:]):
+        torch.set_num_threads(threads)
+        found |= {
+            f"{name}, {threads} threads, batch {batch}, guidance {scale}": place_matters(
+                sd.replace(unet=unet), batch, scale
+            )
+            for name, unet in unets.items()
+            for batch in BATCHES
+            for scale in (1.0, 3.0)
+        }
     print(json.dumps(found))
 
 

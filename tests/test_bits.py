@@ -23,16 +23,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_an_image_is_the_same_wherever_its_prompt_stands_on_any_instruction_set(setting, threads):
+def test_an_image_is_the_same_wherever_its_prompt_stands_on_any_instruction_set(setting):
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, str(here / "bits.py"), str(threads)],
-        env={**os.environ, **SETTINGS[setting], "OMP_NUM_THREADS": str(threads)},
+        [sys.executable, str(here / "bits.py"), "1", "2"],
+        env={**os.environ, **SETTINGS[setting]},
         cwd=here.parent, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])
-    assert len(differences) >= 24
+    assert len(differences) >= 48
     assert {case: d for case, d in differences.items() if d != 0} == {}

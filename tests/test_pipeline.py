@@ -504,7 +504,8 @@ def test_latents_stay_float32_around_a_unet_in_half_precision(small, dtype):
     # Latents that had been rounded to half precision would survive the way there and back.
     assert not torch.equal(trace.latents[2].to(dtype).float(), trace.latents[2])
     assert images.dtype == torch.float32
-    torch.testing.assert_close(trace.latents[1], exact.latents[1], rtol=0.05, atol=0.05)
+    error = (trace.latents[1] - exact.latents[1]).norm() / exact.latents[1].norm()
+    assert error < (0.1 if dtype == torch.bfloat16 else 0.02), error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
