@@ -18,6 +18,7 @@ from sdcomp.errors import UserError
 from sdcomp.files import find, replacing
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig
+from sdcomp.model.linear import Linear
 from sdcomp.model.unet import UNet
 from sdcomp.quantization import int8_kernels
 from sdcomp.quantization.int8_blocks import specialize
@@ -30,6 +31,7 @@ CONFIG, TENSORS = "int8.json", "int8.safetensors"
 _KINDS: dict[type, type[Int8Layer]] = {
     nn.Conv2d: Int8Conv2d,
     nn.Linear: Int8Linear,
+    Linear: Int8Linear,
     QuantConv2d: Int8Conv2d,
     QuantLinear: Int8Linear,
 }

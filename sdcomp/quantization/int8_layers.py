@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.model.linear import linear
 from sdcomp.quantization import int8_kernels as kernels
 from sdcomp.quantization.layers import calibrated
 from sdcomp.quantization.quantizer import fake_quantize
@@ -137,7 +138,7 @@ class Int8Linear(Int8Layer):
         return kernels.PackedLinear(weight, scale)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 class Int8GatedLinear(Int8Linear):

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.linear import Linear, linear
 from sdcomp.quantization.quantizer import UniformSymmetricQuantizer, fake_quantize
 
 
@@ -200,14 +200,14 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._operands(x)
-        return F.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
 
-_KINDS: dict[type, type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_KINDS: dict[type, type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, Linear: QuantLinear}
 
 
 def is_quantizable(layer: nn.Module) -> bool:
-    """Whether a layer is exactly `nn.Conv2d` or `nn.Linear`; subclasses may compute something else."""
+    """Whether a layer is exactly one of `_KINDS`; subclasses may compute something else."""
     return type(layer) in _KINDS
 
 
