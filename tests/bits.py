@@ -15,6 +15,7 @@ import conftest
 import torch
 
 from sdcomp.model import StableDiffusion
+from sdcomp.pruning import prune_structured
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel, int8_kernels
 
 PROMPT = "a small red star on a navy background"
@@ -43,8 +44,11 @@ def main() -> None:
     simulated = TimeStepCalibratedQuantModel(sd.unet, timesteps=2, k=2)
     Calibrator(sd, simulated).calibrate([PROMPT], steps=2)
     unets = {"plain": sd.unet, "simulated": simulated}
+    unets["removed"] = prune_structured(sd.unet, 0.3, mode="remove")  # widths that no kernel is made for
     if int8_kernels.missing() is None:
         unets["int8"] = simulated.to_int8()
+        small = TimeStepCalibratedQuantModel(unets["removed"], timesteps=2, k=2)
+        unets["removed, int8"] = Calibrator(sd, small).calibrate([PROMPT], steps=2).to_int8()
     found = {}
     for threads in map(int, sys.argv[1:]):
         torch.set_num_threads(threads)

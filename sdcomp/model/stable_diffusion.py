@@ -163,7 +163,8 @@ class StableDiffusion:
         mean, logvar = (torch.cat(part).to(self._wide) for part in zip(*parts, strict=True))
         if generators is not None:
             noise = row_noise(generators, tuple(mean.shape[1:])).to(mean)
-            mean = mean + (0.5 * logvar).exp() * noise
+            deviation = torch.cat([(0.5 * image).exp() for image in logvar.split(1)])
+            mean = mean + deviation * noise
         return self.config.vae.latent_scale * mean
 
     @torch.no_grad()

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdcomp.model.channels import PruneGroup
 from sdcomp.model.config import UNetConfig
-from sdcomp.model.linear import Linear
-from sdcomp.model.norm import GroupNorm
+from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -34,13 +33,13 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(groups, in_channels), SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.emb_layers = nn.Sequential(SiLU(), nn.Linear(emb_channels, out_channels))
         # The checkpoints number a dropout layer (which SD 1.x sets to 0) at out_layers.2.
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels),
-            nn.SiLU(),
+            SiLU(),
             nn.Identity(),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
@@ -82,7 +81,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return value * gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -196,7 +195,7 @@ class UNet(nn.Module):
                 channels, config.context_dim, config.num_heads, config.transformer_depth, groups
             )
 
-        self.time_embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(nn.Linear(c, emb), SiLU(), nn.Linear(emb, emb))
 
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, c, 3, padding=1))])
         channels, skips = c, [c]
@@ -230,7 +229,7 @@ class UNet(nn.Module):
                 channels = width
 
         self.out = nn.Sequential(
-            GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
+            GroupNorm(groups, c), SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
         )
 
     def shortcut_splits(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from sdcomp.errors import UserError
 from sdcomp.files import find, replacing
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig
-from sdcomp.model.linear import Linear
+from sdcomp.model.layers import Linear
 from sdcomp.model.unet import UNet
 from sdcomp.quantization import int8_kernels
 from sdcomp.quantization.int8_blocks import specialize

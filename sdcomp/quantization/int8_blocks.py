@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.model.layers import silu
 from sdcomp.model.unet import (
     GEGLU,
     CrossAttention,
@@ -70,7 +71,7 @@ class Int8ResBlock(ResBlock):
         """The convolution of what the norm and the activation before it give."""
         norm, conv = layers[0], layers[-1]
         if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
-            h = F.silu(norm(x), inplace=True)
+            h = silu(norm(x), inplace=True)
             return conv(h) if onto is None else _add(conv, h, onto)
         # Image by image, as the norm takes them anyway, so that only the integers leave the cache.
         images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.model.linear import linear
+from sdcomp.model.layers import linear
 from sdcomp.quantization import int8_kernels as kernels
 from sdcomp.quantization.layers import calibrated
 from sdcomp.quantization.quantizer import fake_quantize

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.model.linear import Linear, linear
+from sdcomp.model.layers import Linear, linear
 from sdcomp.quantization.quantizer import UniformSymmetricQuantizer, fake_quantize
 
 

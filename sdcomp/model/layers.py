@@ -1,0 +1,102 @@
+"""Layers that treat every image of a batch alike.
+
+On a CPU most libraries go through a whole batch at once and treat its ends differently: the last rows of a
+matrix product, the last values of an element-wise function and those at the border between two threads are
+computed in another order or by other code. An image would then depend, in its last bits, on where it stands
+in the batch. The layers here go image by image wherever that could happen. With gradients, and on other
+devices, they are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_FEW = 4
+"""Images up to which `linear` makes a product for each; more images share one convolution."""
+_GRAIN = 2**15
+"""Values up to which PyTorch's element-wise functions use one thread (`at::internal::GRAIN_SIZE`)."""
+_BLOCK = 64
+"""A multiple of the values that element-wise functions compute at once, on every instruction set."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of tokens, `(B, tokens, in)` -> `(B, tokens, out)`, image by image.
+
+    Inputs of other dimensions take `F.linear`.
+    """
+    if x.dim() != 3 or _takes_pytorchs(x):
+        return F.linear(x, weight, bias)
+    if len(x) > _FEW and x.dtype in (torch.float32, torch.bfloat16):
+        # A convolution goes image by image. Tokens lie in memory as the pixels of channels-last maps do.
+        maps = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(maps, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+    out = x.new_empty(*x.shape[:2], len(weight))
+    for image, result in zip(x, out, strict=True):
+        if bias is None:
+            torch.mm(image, weight.t(), out=result)
+        else:
+            torch.addmm(bias, image, weight.t(), out=result)
+    return out
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """`F.silu`, image by image where a batch's values would not all be computed alike."""
+    return _elementwise(partial(F.silu, inplace=inplace), x, inplace)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`F.gelu`, as `silu`."""
+    return _elementwise(F.gelu, x, False)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` on tokens, by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class SiLU(nn.SiLU):
+    """`nn.SiLU`, by `silu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x, self.inplace)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm`, image by image for channels-last maps, whose pixels threads share out otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _takes_pytorchs(x) or x.is_contiguous():
+            return super().forward(x)
+        return torch.cat([super(GroupNorm, self).forward(image) for image in x.split(1)])
+
+
+def _takes_pytorchs(x: Tensor) -> bool:
+    return x.device.type != "cpu" or torch.is_grad_enabled() or len(x) < 2
+
+
+def _elementwise(function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool) -> Tensor:
+    if _takes_pytorchs(x) or _are_alike(x):
+        return function(x)
+    out = x if inplace else torch.empty_like(x)
+    for image, result in zip(x, out, strict=True):
+        function(image) if inplace else result.copy_(function(image))
+    return out
+
+
+def _are_alike(x: Tensor) -> bool:
+    """Whether every value of a batch is computed by the same code when all are computed at once.
+
+    They are where each image, and what each thread gets, is made of whole blocks; of a view with gaps, such
+    as one half of a projection, of whole rows, each of which is computed from its start.
+    """
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    block = _BLOCK if dense else x.shape[-1]
+    threads = min(torch.get_num_threads(), -(-x.numel() // _GRAIN))
+    return x[0].numel() % block == 0 and x.numel() % (threads * block) == 0
