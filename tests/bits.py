@@ -30,7 +30,7 @@ def place_matters(sd: StableDiffusion, batch: int, guidance_scale: float) -> flo
         prompts = [OTHERS[i % len(OTHERS)] for i in range(batch)]
         prompts[row] = PROMPT
         seeds = [7 if i == row else 100 + i for i in range(batch)]
-        settings = {"steps": 2, "guidance_scale": guidance_scale, "size": (32, 32), "batch_size": batch}
+        settings = {"steps": 1, "guidance_scale": guidance_scale, "size": (32, 32), "batch_size": batch}
         return sd.generate(prompts, seed=seeds, **settings)[row]
 
     first = image(0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _FEW = 4
 """Images up to which `linear` makes a product for each; more images share one convolution."""
 _GRAIN = 2**15
-"""Values up to which PyTorch's element-wise functions use one thread (`at::internal::GRAIN_SIZE`)."""
+"""Values that PyTorch's element-wise functions give a thread at least (`at::internal::GRAIN_SIZE`)."""
 _BLOCK = 64
 """A multiple of the values that element-wise functions compute at once, on every instruction set."""
 
@@ -97,6 +97,7 @@ def _are_alike(x: Tensor) -> bool:
     as one half of a projection, of whole rows, each of which is computed from its start.
     """
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    block = _BLOCK if dense else x.shape[-1]
-    threads = min(torch.get_num_threads(), -(-x.numel() // _GRAIN))
-    return x[0].numel() % block == 0 and x.numel() % (threads * block) == 0
+    block, most = _BLOCK if dense else x.shape[-1], torch.get_num_threads()
+    # GELU has a rule of its own, and may use all threads for fewer values.
+    shares = {min(most, -(-x.numel() // _GRAIN)), most}
+    return x[0].numel() % block == 0 and all(x.numel() % (threads * block) == 0 for threads in shares)
