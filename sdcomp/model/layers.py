@@ -3,8 +3,8 @@
 On a CPU most libraries go through a whole batch at once and treat its ends differently: the last rows of a
 matrix product, the last values of an element-wise function and those at the border between two threads are
 computed in another order or by other code. An image would then depend, in its last bits, on where it stands
-in the batch. The layers here go image by image wherever that could happen. With gradients, and on other
-devices, they are PyTorch's own.
+in the batch. The layers here go image by image wherever that could happen. With gradients, on other devices
+and while a model is exported they are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Inputs of other dimensions take `F.linear`.
     """
-    if x.dim() != 3 or _takes_pytorchs(x):
+    plain = type(weight) in (Tensor, nn.Parameter)  # other tools' quantized weights are subclasses
+    if x.dim() != 3 or not plain or _takes_pytorchs(x):
         return F.linear(x, weight, bias)
     if len(x) > _FEW and x.dtype in (torch.float32, torch.bfloat16):
         # A convolution goes image by image. Tokens lie in memory as the pixels of channels-last maps do.
@@ -77,8 +78,13 @@ class GroupNorm(nn.GroupNorm):
         return torch.cat([super(GroupNorm, self).forward(image) for image in x.split(1)])
 
 
+def is_recorded() -> bool:
+    """Whether a compiler or exporter records what is computed, so that no branch may depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _takes_pytorchs(x: Tensor) -> bool:
-    return x.device.type != "cpu" or torch.is_grad_enabled() or len(x) < 2
+    return x.device.type != "cpu" or torch.is_grad_enabled() or is_recorded() or len(x) < 2
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], x: Tensor, inplace: bool) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdcomp.model.channels import PruneGroup
 from sdcomp.model.config import UNetConfig
-from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu
+from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -260,7 +260,7 @@ class UNet(nn.Module):
         if len(timesteps) not in (1, len(latents)):
             raise ValueError(f"{len(timesteps)} timesteps for {len(latents)} rows: give one, or one for each")
         # Only on a CPU: elsewhere the comparison would wait for the device.
-        if len(timesteps) > 1 and timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        if len(timesteps) > 1 and timesteps.device.type == "cpu" and not is_recorded():
             timesteps = timesteps[:1] if bool((timesteps == timesteps[0]).all()) else timesteps
         emb = timestep_embedding(timesteps, self.config.model_channels)
         return self.time_embed(emb.to(latents.dtype))
