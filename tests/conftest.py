@@ -27,6 +27,14 @@ SMALL = dataclasses.replace(
 """TINY's shapes outside, much narrower inside; and a latent scale whose absence would be noticed."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what needs a GPU on machines without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 BITS = dataclasses.replace(
     TINY, vae=SMALL.vae, text=SMALL.text, unet=dataclasses.replace(TINY.unet, context_dim=32)
 )
