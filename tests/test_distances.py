@@ -120,7 +120,7 @@ class Off(nn.Module):
         self.unet, self.error = unet, error
 
     def forward(self, latents, timesteps, context):
-        return self.unet(latents, timesteps, context) + self.error * timesteps.view(-1, 1, 1, 1) / 1000
+        return self.unet(latents, timesteps, context) + self.error * timesteps / 1000
 
 
 def test_noise_errors_are_those_of_each_step(small, tmp_path):

@@ -10,22 +10,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from sdcomp.errors import UserError
+from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.evaluation import (
     Clip,
     Estimate,
     Prompts,
+    applicable,
     bootstrap,
     cached_images,
     clip_scores,
     estimate,
+    frechet_distance,
+    kid_values,
     load_prompts,
     paired_difference,
     psnr,
     scores,
+    ssim,
 )
 from sdcomp.model.text import build_clip
 from sdcomp.scenes import Scene, SceneReader, render, sample_scenes
@@ -103,8 +108,40 @@ def test_images_of_one_scene_are_resampled_together():
 
 def test_what_does_not_apply_is_left_out():
     values = torch.tensor([1.0, math.nan, 3.0, math.nan])
-    assert (bootstrap(values).value, bootstrap(values).n) == (2.0, 2)
-    assert bootstrap(values, groups=["a", "b", "c", "d"]) == bootstrap(torch.tensor([1.0, 3.0]))
+    kept, groups = applicable(values, ["a", "b", "c", "d"])
+    assert kept.tolist() == [1.0, 3.0] and groups == ["a", "c"]
+    assert (bootstrap(kept, groups=groups).value, bootstrap(kept, groups=groups).n) == (2.0, 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_score_of_a_broken_variant_is_made_from_what_is_left_of_it(bad):
+    scores = torch.tensor([1.0, bad, 3.0, 2.0])
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    broken, features = images.clone(), images.flatten(1)
+    broken[2, 0, 0, 0] = bad
+    spoiled = broken.flatten(1)
+    calls = [
+        lambda: bootstrap(scores),
+        lambda: estimate(scores),
+        lambda: paired_difference(scores, torch.ones(4)),
+        lambda: paired_difference(torch.ones(4), scores),
+        lambda: psnr(broken, images),
+        lambda: psnr(images, broken),
+        lambda: ssim(broken, images),
+        lambda: kid_values(spoiled, features),
+        lambda: kid_values(features, spoiled),
+        lambda: frechet_distance(torch.cat([features[:, :2], spoiled[:, :2]]), features[:, :2]),
+    ]
+    for call in calls:
+        with pytest.raises(NonFiniteError, match="are not finite; record the variant as failed"):
+            call()
+
+
+def test_ssim_takes_one_image_at_a_time():
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    together = structural_similarity_index_measure(noisy, images, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(noisy, images), together)
 
 
 def test_a_share_on_which_all_agree_has_wilsons_interval():

@@ -4,8 +4,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from sdcomp.evaluation import interleaved_times, median, timing
+import sdcomp
+from sdcomp.evaluation import (
+    component_times,
+    interleaved_times,
+    layer_profile,
+    macs,
+    median,
+    peak_memory,
+    timing,
+)
 
 
 def test_rounds_alternate_and_the_first_are_thrown_away(monkeypatch):
@@ -48,3 +58,52 @@ def test_the_interval_of_a_median_covers_it_in_95_of_100_experiments():
     found = [median(row) for row in draws]
     covered = np.mean([e.low <= np.log(2) <= e.high for e in found])
     assert 0.975 < covered < 0.993  # 1 - 2 / 2**7
+
+
+def test_the_peak_is_that_of_the_call_alone():
+    found = peak_memory(lambda: torch.ones(2**24))
+    if found is None:
+        pytest.skip("this system does not tell how much memory a process had")
+    assert 0.9 * 2**26 < found < 1.5 * 2**26
+    assert peak_memory(lambda: None) < 2**24
+
+
+@pytest.mark.cuda
+def test_the_clock_waits_for_the_device_that_computes():
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    a = torch.randn(4096, 4096, device=last)
+
+    def work() -> None:
+        for _ in range(20):
+            a @ a
+
+    launched = interleaved_times({"work": work}, repeats=3, device="cpu")["work"].min()
+    torch.cuda.synchronize(last)
+    assert interleaved_times({"work": work}, repeats=3, device=last)["work"].min() > 3 * launched
+
+
+@pytest.mark.cuda
+def test_the_peak_on_a_device_is_counted_by_its_allocator():
+    found = peak_memory(lambda: torch.ones(2**24, device="cuda"), "cuda")
+    assert found == 2**26
+
+
+@pytest.mark.cuda
+def test_layers_and_components_are_timed_on_the_device():
+    sd = sdcomp.load("data/tiny", device="cuda")
+    latents, context = torch.randn(8, 4, 16, 16, device="cuda"), torch.randn(8, 24, 128, device="cuda")
+    with torch.no_grad():
+        sd.unet(latents, 500, context)
+    table = layer_profile(sd.unet, latents, 500, context)
+    assert (table.seconds[:-1] > 0).all() and table.seconds.sum() < 1
+    times = component_times({"plain": sd}, ["a star"], repeats=2, steps=3)
+    assert (times["UNet"] > times["decoder"]).all()
+    assert (times[["text encoder", "UNet", "decoder"]].sum(axis=1) < 1.1 * times["total"]).all()
+
+
+@pytest.mark.cuda
+def test_arithmetic_on_a_device_is_that_on_a_cpu():
+    sd = sdcomp.load("data/tiny")
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor(500), torch.randn(2, 24, 128)
+    wanted = macs(sd.unet, *inputs)
+    assert macs(sd.unet.cuda(), *(part.cuda() for part in inputs)) == wanted

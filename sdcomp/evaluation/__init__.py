@@ -2,9 +2,11 @@
 
 from sdcomp.evaluation.cache import cached_images, cached_trace
 from sdcomp.evaluation.clip import Clip
-from sdcomp.evaluation.distances import frechet_distance, kid_values, load_images
+from sdcomp.evaluation.distances import frechet_distance, kid_values
+from sdcomp.evaluation.images import load_images
 from sdcomp.evaluation.metrics import UNITS, clip_scores, psnr, scores, ssim
 from sdcomp.evaluation.noise import noise_mse
+from sdcomp.evaluation.precision import fix_precision, precision_facts
 from sdcomp.evaluation.profile import (
     component_times,
     layer_profile,
@@ -13,20 +15,22 @@ from sdcomp.evaluation.profile import (
     weight_bytes,
 )
 from sdcomp.evaluation.prompts import Prompts, load_prompts
-from sdcomp.evaluation.statistics import Estimate, bootstrap, estimate, paired_difference
-from sdcomp.evaluation.timing import interleaved_times, median
+from sdcomp.evaluation.statistics import Estimate, applicable, bootstrap, estimate, paired_difference
+from sdcomp.evaluation.timing import interleaved_times, median, peak_memory
 
 __all__ = [
     "UNITS",
     "Clip",
     "Estimate",
     "Prompts",
+    "applicable",
     "bootstrap",
     "cached_images",
     "cached_trace",
     "clip_scores",
     "component_times",
     "estimate",
+    "fix_precision",
     "frechet_distance",
     "interleaved_times",
     "kid_values",
@@ -38,6 +42,8 @@ __all__ = [
     "median",
     "noise_mse",
     "paired_difference",
+    "peak_memory",
+    "precision_facts",
     "psnr",
     "scores",
     "ssim",

@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sdcomp
+from sdcomp.evaluation.precision import precision_facts
 from sdcomp.files import ROOT, replacing
 from sdcomp.model import StableDiffusion, Trace, weights_digest
 
@@ -64,11 +65,6 @@ def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
 
 
 def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -> str:
-    package = Path(sdcomp.__file__).parent
-    files = [file for part in ("model", "quantization", "pruning") for file in (package / part).glob("*.py")]
-    if not any(".int8" in type(module).__module__ for module in sd.unet.modules()):
-        files = [file for file in files if not file.name.startswith("int8")]
-    source = b"".join(file.read_bytes() for file in sorted(files))
     facts = {
         "weights": weights_digest(sd.unet, sd.encoder, sd.decoder, sd.text_encoder),
         "structure": repr(sd.unet),
@@ -76,10 +72,20 @@ def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -
         "vocabulary": sd.tokenizer.get_vocab(),
         "prompts": prompts,
         "settings": {name: _exact(value) for name, value in settings.items()},
-        "machine": [str(sd.device), str(sd.dtype), torch.get_num_threads(), torch.__version__],
-        "source": hashlib.sha256(source).hexdigest(),
+        "type": [str(sd.device), str(sd.dtype)],
+        "machine": precision_facts(sd.device),
+        "source": _source(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@cache
+def _source() -> str:
+    """A digest of the code that can have a part in an image: all but what judges and reports."""
+    package = Path(sdcomp.__file__).parent
+    judges = (package / "evaluation", package / "study")
+    files = [file for file in package.rglob("*.py") if not any(file.is_relative_to(j) for j in judges)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 def _exact(value: object) -> str:

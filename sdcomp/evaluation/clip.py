@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
 from sdcomp.errors import UserError
+from sdcomp.evaluation.images import center_crop
 from sdcomp.files import find
 from sdcomp.model import StableDiffusion
 from sdcomp.model.text import clip_pixels, tokenize
@@ -50,18 +50,12 @@ class Clip:
         side = model.config.vision_config.image_size
 
         def pixels(images: Tensor) -> Tensor:
-            height, width = images.shape[2:]
-            scale = side / min(height, width)
-            size = max(side, round(height * scale)), max(side, round(width * scale))
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-            top, left = (size[0] - side) // 2, (size[1] - side) // 2
-            images = images[:, :, top : top + side, left : left + side]
             mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-            return (images - mean) / std
+            return (center_crop(images, side) - mean) / std
 
         return cls(model, pixels, lambda texts: tokenize(tokenizer, texts))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_images(self, images: Tensor, batch_size: int = 128) -> Tensor:
         """Images `(N, 3, H, W)` in [0, 1] -> embeddings `(N, d)` float32 on the CPU.
 
@@ -75,7 +69,7 @@ class Clip:
             found.append(self.model.get_image_features(pixels).pooler_output.float().cpu())
         return torch.cat(found)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_texts(self, texts: list[str], batch_size: int = 128) -> Tensor:
         """Texts -> embeddings `(N, d)` float32 on the CPU."""
         found = []

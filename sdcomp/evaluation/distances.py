@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchmetrics.image.kid import poly_kernel
 
-from sdcomp.errors import UserError
-from sdcomp.files import find
+from sdcomp.evaluation.statistics import require_finite
 
 
 def kid_values(features: Tensor, reference: Tensor, paired: bool = False) -> Tensor:
@@ -34,6 +28,7 @@ def kid_values(features: Tensor, reference: Tensor, paired: bool = False) -> Ten
         raise ValueError(
             f"features {tuple(features.shape)} do not go with reference {tuple(reference.shape)}"
         )
+    require_finite("features of images", features, reference)
     x, y = features.double(), reference.double()
     within = poly_kernel(x, x).fill_diagonal_(0).sum(1)
     between = poly_kernel(x, y)
@@ -54,37 +49,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     n, d = min(len(features), len(reference)), features.shape[1]
     if n <= d:
         raise ValueError(f"a Frechet distance of {d} features needs more than {d} images, not {n}")
+    require_finite("features of images", features, reference)
     x, y = features.double(), reference.double()
     covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
     # tr sqrt(A B) = sum of the square roots of the eigenvalues of A B.
     cross = torch.linalg.eigvals(covariance_x @ covariance_y).sqrt().real.sum()
     mean = (x.mean(0) - y.mean(0)).square().sum()
     return (mean + covariance_x.trace() + covariance_y.trace() - 2 * cross).item()
-
-
-def load_images(path: str | Path, side: int) -> Tensor:
-    """An image file, or the PNG, JPEG and WebP images of a folder by name: `(N, 3, side, side)` in [0, 1].
-
-    The shorter side is resized to `side`, the middle kept. Raises UserError for a folder without images
-    and for a file that is not one.
-    """
-    place = find(path)
-    files = [place]
-    if not place.is_file():
-        files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"{str(path)!r} is no image and no folder with PNG, JPEG or WebP images")
-    return torch.stack([_load_image(file, side) for file in files])
-
-
-def _load_image(file: Path, side: int) -> Tensor:
-    try:
-        with Image.open(file) as opened:
-            pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
-    scale = side / min(pixels.shape[1:])
-    size = [max(side, round(length * scale)) for length in pixels.shape[1:]]
-    pixels = F.interpolate(pixels[None], size=size, mode="bicubic", antialias=True).clamp(0, 1)[0]
-    top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    return pixels[:, top : top + side, left : left + side]

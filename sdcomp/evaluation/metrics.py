@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from sdcomp.evaluation.clip import Clip
 from sdcomp.evaluation.prompts import Prompts
-from sdcomp.evaluation.statistics import Estimate, bootstrap
+from sdcomp.evaluation.statistics import Estimate, bootstrap, require_finite
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
 
@@ -32,24 +33,30 @@ def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = N
     """Peak signal-to-noise ratio in dB of images `(N, 3, H, W)` in [0, 1] to their baselines.
 
     The squared error is averaged over images before it becomes decibels. Raises ValueError for images
-    that are not floating point or not of the baseline's shape.
+    that are not floating point or not of the baseline's shape, and NonFiniteError.
     """
     if not (images.is_floating_point() and baseline.is_floating_point()):
         raise ValueError("images must be floating point in [0, 1]")
     if images.shape != baseline.shape:
         raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
-    errors = (images.double() - baseline.double()).square().mean((1, 2, 3))
+    require_finite("pixels", images, baseline)
+    errors = torch.stack([(a.double() - b).square().mean() for a, b in zip(images, baseline, strict=True)])
     return bootstrap(errors, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
 
 
 def ssim(images: Tensor, baseline: Tensor) -> Tensor:
     """Structural similarity of each image `(N, 3, H, W)` in [0, 1] to its baseline, `(N,)`.
 
-    Wang et al. 2004, by torchmetrics. Raises ValueError for images of different shapes.
+    Wang et al. 2004, by torchmetrics. Raises ValueError for images of different shapes, and NonFiniteError.
     """
     if images.shape != baseline.shape:
         raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
-    return structural_similarity_index_measure(images, baseline, data_range=1.0, reduction="none")
+    require_finite("pixels", images, baseline)
+    # One at a time: torchmetrics keeps five filtered copies of all that it is given.
+    pairs = zip(images.split(1), baseline.split(1), strict=True)
+    return torch.cat(
+        [structural_similarity_index_measure(a, b, data_range=1.0, reduction="none") for a, b in pairs]
+    )
 
 
 def scores(
@@ -58,8 +65,9 @@ def scores(
     """Every per-image score that there is a judge for, `(N,)` each.
 
     "prompt accuracy" (bool) where a reader comes with the model, "CLIP score" where an image encoder does
-    or a `clip` is given.
+    or a `clip` is given. Raises NonFiniteError for images that are not finite.
     """
+    require_finite("pixels", images)
     found: dict[str, Tensor] = {}
     if sd.reader is not None and prompts.scenes is not None:
         found["prompt accuracy"] = prompt_accuracy(sd.reader, images, prompts.scenes).all_right

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcomp.model import StableDiffusion, Trace
-from sdcomp.model.text import text_states
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def noise_mse(
     sd: StableDiffusion,
     unet: nn.Module,
@@ -39,12 +38,12 @@ def noise_mse(
         texts = prompts[rows]
         if scale != 1:
             texts = [negative_prompt] * len(texts) + texts
-        context = text_states(sd.text_encoder, sd.tokenizer, texts).to(sd.dtype)
+        context = sd.encode_prompts(texts)
         batch = []
         for timestep, latents, wanted in zip(
             trace.timesteps.tolist(), trace.latents, trace.noise_predictions, strict=True
         ):
-            found = variant.predict_noise(latents[rows].to(sd.device, sd.dtype), timestep, context, scale)
+            found = variant.predict_noise(latents[rows].to(sd.device), timestep, context, scale)
             batch.append((found.float().cpu() - wanted[rows]).square().mean((1, 2, 3)))
             bar.update()
         errors.append(torch.stack(batch))

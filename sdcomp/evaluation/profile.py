@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-from sdcomp.evaluation.timing import interleaved_times
+from sdcomp.evaluation.timing import clock, interleaved_times
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
@@ -24,7 +23,7 @@ def macs(module: nn.Module, *args: object) -> int:
     As PyTorch counts them, whose formula for attention also serves for the kernel on CPUs, which it leaves
     out. For a module in floating point.
     """
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         counter.flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
         module(*args)
     return counter.get_total_flops() // 2
@@ -51,38 +50,47 @@ def component_times(
     for turn in range(repeats + 1):
         for name, sd in variants.items():
             parts = {"text encoder": sd.text_encoder, "UNet": sd.unet, "decoder": sd.decoder}
-            clocks = {part: _Clock(module) for part, module in parts.items()}
-            begin = time.perf_counter()
+            clocks = {part: _Clock(module, sd.device) for part, module in parts.items()}
+            begin = clock(sd.device)
             sd.generate(prompts, **settings)
-            total = time.perf_counter() - begin
-            seconds = {part: clock.stop() for part, clock in clocks.items()}
+            total = clock(sd.device) - begin
+            seconds = {part: timed.stop() for part, timed in clocks.items()}
             if turn > 0:
                 rows.append({"variant": name, **seconds, "total": total})
     return pd.DataFrame(rows)
 
 
 class _Clock:
-    """Adds up the seconds that a module's calls take, until it is stopped."""
+    """Adds up the seconds that a module's calls take, until it is stopped.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.seconds, self._begin = 0.0, 0.0
+    On CUDA events are recorded beside the work and read when it is done: waiting around every layer would
+    make the device idle in between.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device, self.marks = device, []
         self._hooks = (
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave),
+            module.register_forward_pre_hook(lambda *_: self._mark()),
+            module.register_forward_hook(lambda *_: self._mark()),
         )
 
-    def _enter(self, *_: object) -> None:
-        _wait()
-        self._begin = time.perf_counter()
-
-    def _leave(self, *_: object) -> None:
-        _wait()
-        self.seconds += time.perf_counter() - self._begin
+    def _mark(self) -> None:
+        if self.device.type != "cuda":
+            self.marks.append(clock(self.device))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.marks.append(event)
 
     def stop(self) -> float:
+        """The seconds of all calls."""
         for hook in self._hooks:
             hook.remove()
-        return self.seconds
+        calls = zip(self.marks[::2], self.marks[1::2], strict=True)
+        if self.device.type != "cuda":
+            return sum(end - begin for begin, end in calls)
+        torch.cuda.synchronize(self.device)
+        return sum(begin.elapsed_time(end) for begin, end in calls) / 1000
 
 
 def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.DataFrame:
@@ -91,6 +99,7 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
     Columns: `name`, `kind`, `block` (the first two parts of the name), `seconds` (median over repeats),
     `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). An
     attention's row is its products of queries, keys and values: its time less that of its linear layers.
+    The device is that of the first tensor among `args`.
     The row `rest` is what no layer accounts for: activations, additions, concatenations.
     """
     attentions = {
@@ -107,19 +116,18 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
         for name, layer in layers.items()
     ]
     runs: dict[str, list[float]] = defaultdict(list)
-    with torch.inference_mode():
+    device = next((x.device for x in args if isinstance(x, Tensor)), torch.device("cpu"))
+    with torch.no_grad():
         module(*args)
         for hook in hooks:
             hook.remove()
         for _ in range(repeats):
-            clocks = {name: _Clock(layer) for name, layer in layers.items()}
-            _wait()
-            begin = time.perf_counter()
+            clocks = {name: _Clock(layer, device) for name, layer in layers.items()}
+            begin = clock(device)
             module(*args)
-            _wait()
-            runs[""].append(time.perf_counter() - begin)
-            for name, clock in clocks.items():
-                runs[name].append(clock.stop())
+            runs[""].append(clock(device) - begin)
+            for name, timed in clocks.items():
+                runs[name].append(timed.stop())
     seconds = {name: sorted(values)[len(values) // 2] for name, values in runs.items()}
     for name in attentions:
         seconds[name] -= sum(s for other, s in seconds.items() if other.startswith(f"{name}."))
@@ -190,8 +198,3 @@ def machine_peaks(repeats: int = 5, n: int = 2048) -> dict[str, float]:
     work = {"fp32": 2 * n**3, "bf16": 2 * n**3, "int8": 2 * n**3, "memory": 2 * source.nbytes}
     times = interleaved_times(calls, repeats)
     return {name: work[name] / values.min() / 1e9 for name, values in times.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdcomp.errors import NonFiniteError
+
 RESAMPLES = 2000
 
 
@@ -34,13 +36,13 @@ def bootstrap(
     """The mean of `values` `(n,)`, put through `transform` if given, with its percentile interval.
 
     Images are resampled with replacement (Efron 1979); where `groups` names what each image shows, whole
-    groups are, since images of one scene are not independent. NaN stands for "does not apply" and is left
-    out. For a paired comparison give the differences. One group alone has no interval (NaN). Raises
-    ValueError where nothing is left.
+    groups are, since images of one scene are not independent. For a paired comparison give the differences.
+    One group alone has no interval (NaN). Raises ValueError for no values, and NonFiniteError for values that
+    are not finite: a broken variant has failed, and is not judged by what is left of it (see `applicable`).
     """
+    require_finite("scores", values)
     data = values.double().cpu().numpy()
     labels = np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(data.size)
-    labels, data = labels[~np.isnan(data)], data[~np.isnan(data)]
     if data.size == 0:
         raise ValueError("an estimate needs at least one value")
     members = np.unique(labels, return_inverse=True)[1]
@@ -52,6 +54,25 @@ def bootstrap(
     f = transform or (lambda x: x)
     low, high = np.sort(np.percentile(f(means), [2.5, 97.5])) if counts.size > 1 else (np.nan, np.nan)
     return Estimate(float(f(data.mean())), float(low), float(high), data.size)
+
+
+def require_finite(what: str, *values: Tensor) -> None:
+    """Raise NonFiniteError, which says `what` they are, for values that are infinite or NaN."""
+    for tensor in values:
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            bad = int((~finite).sum())
+            raise NonFiniteError(
+                f"{bad} of {finite.numel()} {what} are not finite; record the variant as failed"
+            )
+
+
+def applicable(values: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, list[Hashable]]:
+    """The values `(n,)` that apply, and their groups; NaN marks those that do not.
+
+    The relation of a scene with one object does not apply, for example.
+    """
+    kept = ~values.isnan()
+    return values[kept], [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
 
 
 def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:

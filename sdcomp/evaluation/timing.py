@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,12 +17,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def interleaved_times(
-    variants: dict[Key, Callable[[], Any]], repeats: int = 7, warmup: int = 2
+    variants: dict[Key, Callable[[], Any]],
+    repeats: int = 7,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
 ) -> dict[Key, np.ndarray]:
     """Seconds of each of `repeats` calls, `(repeats,)` for each variant.
 
     A round calls every variant once; rounds alternate in direction. The first `warmup` rounds are thrown
-    away. On CUDA the device is waited for. Raises ValueError for fewer than one repeat.
+    away. The clock waits for `device`, on which the calls compute. Raises ValueError for fewer than one
+    repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, not {repeats} and {warmup}")
@@ -29,11 +34,9 @@ def interleaved_times(
     for turn in range(warmup + repeats):
         order = list(variants.items())
         for name, call in order if turn % 2 == 0 else reversed(order):
-            _wait()
-            begin = time.perf_counter()
+            begin = clock(device)
             call()
-            _wait()
-            elapsed = time.perf_counter() - begin
+            elapsed = clock(device) - begin
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return {name: np.array(values) for name, values in seconds.items()}
@@ -55,6 +58,41 @@ def median(values: np.ndarray, baseline: np.ndarray | None = None) -> Estimate:
     return Estimate(float(np.median(data)), float(data[left]), float(data[n - 1 - left]), n)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def clock(device: torch.device | str = "cpu") -> float:
+    """Seconds of a steady clock, once `device` has done what it was given."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
+    """Bytes that memory grows by at most during `call`: the device's, or on a CPU the process's resident set.
+
+    None where the system does not tell (it takes Linux on a CPU). On a CPU memory that the process holds
+    already, and reuses, does not count, so measure in a fresh process.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak to what is held now
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        call()
+        return None
+
+
+def _status(name: str) -> int:
+    """A figure of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
