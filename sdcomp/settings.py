@@ -55,20 +55,27 @@ class Number:
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of `least` to `most` items that one rule allows; `ascending`: each above the one before."""
+    """A list of `least` to `most` items that one rule allows.
+
+    `ascending`: each is above the one before. `first`: the first must be this, if it is not None.
+    """
 
     item: Rule
     least: int
     most: int
     ascending: bool = False
+    first: object = None
 
     def __call__(self, value: object) -> bool:
         if not (isinstance(value, list | tuple) and self.least <= len(value) <= self.most):
             return False
-        return all(map(self.item, value)) and not (self.ascending and any(a >= b for a, b in pairwise(value)))
+        if not all(map(self.item, value)) or (self.first is not None and value[:1] != [self.first]):
+            return False
+        return not (self.ascending and any(a >= b for a, b in pairwise(value)))
 
     def __str__(self) -> str:
         order = ", in ascending order" if self.ascending else ""
+        order += f", the first {self.first!r}" if self.first is not None else ""
         return f"a list of {self.least} to {self.most} items, each {self.item}{order}"
 
 
@@ -124,7 +131,17 @@ class AnyOf:
         return " or ".join(map(str, self.rules))
 
 
-FLAG = OneOf(True, False)
+class Anything:
+    """What nothing is computed with."""
+
+    def __call__(self, value: object) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return "any value"
+
+
+FLAG, ANYTHING = OneOf(True, False), Anything()
 
 
 def shown(value: object) -> str:

@@ -216,7 +216,7 @@ def test_files_that_are_something_else_are_named(tmp_path, state):
         assert "holds no weights by name" in refused(file)
     file.unlink()
     os.mkfifo(file)
-    assert "is not a model folder" in refused(file)
+    assert "is a pipe, a socket or a device, not a file" in refused(file)
 
 
 OTHERS = {
