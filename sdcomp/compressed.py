@@ -64,12 +64,13 @@ def load(path: str | Path, **options: Any) -> StableDiffusion:
     is then of the other parts.
     """
     folder = find(path)
-    if os.path.lexists(folder / int8.CONFIG):
+    # Where one of the two is missing, loading says so.
+    if any(os.path.lexists(folder / name) for name in (int8.CONFIG, int8.TENSORS)):
         sd = model.load(path, unet=int8.load_int8(folder), **options)
         _check(sd, folder / int8.CONFIG)
         return sd
     sd = model.load(path, **options)
-    if os.path.lexists(folder / storage.CONFIG):
+    if any(os.path.lexists(folder / name) for name in (storage.CONFIG, storage.SCALES)):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
         _check(sd, folder / storage.CONFIG)
     return sd

@@ -71,7 +71,7 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
             unet=unet, vae=vae, schedule=schedule, text=text, image_size=side * vae.downsampling
         )
     except UserError as error:
-        raise ModelError(f"the parts of the model in {folder} do not go together: {error}") from None
+        raise ModelError(f"the files config.json of the parts in {folder} do not agree: {error}") from None
 
     files = {part: _weights_file(folder, part, variant) for part in _WEIGHTS}
     states = {part: read_tensors(file) for part, file in files.items()}

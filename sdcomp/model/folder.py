@@ -22,7 +22,10 @@ from sdcomp.model.text import save_tokenizer
 _DECODER = ("decoder.", "post_quant_conv.")
 
 # Beside these, the UNet is quantized (`sdcomp.compressed`).
-_QUANTIZED = ("int8.json", "quantization.json", "compression.json")
+_QUANTIZED = (
+    "compression.json",
+    *(f"{name}.{kind}" for name in ("int8", "quantization") for kind in ("json", "safetensors")),
+)
 
 
 def read_folder(folder: Path, needs_unet: bool = True) -> Source:

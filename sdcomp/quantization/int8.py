@@ -248,7 +248,8 @@ def _check(
     damaged += [name for name, tensors in integers.items() if not _sound(tensors)]
     if damaged:
         raise QuantizationFileError(
-            f"{file} is damaged: {listed(sorted(damaged))} have values that cannot be; copy it again"
+            f"{file} is damaged: {listed(sorted(damaged))} hold values that are not finite or out of range; "
+            "copy it again"
         )
 
 

@@ -146,7 +146,8 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
     wrong = [name for name, tensor in saved.items() if not _sound(name, tensor, model.train_timesteps)]
     if wrong:
         raise QuantizationFileError(
-            f"{folder / SCALES} is damaged: {listed(sorted(wrong))} have values that cannot be; copy it again"
+            f"{folder / SCALES} is damaged: {listed(sorted(wrong))} hold values that are not finite or out "
+            "of range; copy it again"
         )
     model.load_state_dict(saved, strict=False)
     return model
