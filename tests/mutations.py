@@ -21,15 +21,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from conftest import _random_model, _randomize
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 import sdcomp
 from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
-from sdcomp.model.text import build_clip
+from sdcomp.model.stable_diffusion import StableDiffusion
+from sdcomp.model.text import build_clip, word_tokenizer
+from sdcomp.model.unet import UNet
+from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import Calibrator, NotCalibratedError, TimeStepCalibratedQuantModel
+from sdcomp.scenes import VOCABULARY
 
 CLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIG = ModelConfig(
@@ -53,25 +57,34 @@ Damage = tuple[str, str, str, Callable[[Path], None]]
 
 def make_models(folder: Path) -> None:
     """Write the good models: a folder for each format."""
-    whole = _random_model(PLAIN)
-    clip = _randomize(build_clip(CONFIG), 5)
+    vocab, merges = word_tokenizer(VOCABULARY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = build_clip(CONFIG).eval()
+        whole = StableDiffusion(
+            config=PLAIN,
+            unet=UNet(CONFIG.unet).eval(),
+            encoder=VAEEncoder(CONFIG.vae).eval(),
+            decoder=VAEDecoder(CONFIG.vae).eval(),
+            text_encoder=clip.text_model,
+            tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=24),
+        )
     pruned = prune_structured(whole.unet, 0.3, mode="remove")
-    sd = whole.replace(config=CONFIG, clip=clip, text_encoder=clip.text_model, unet=pruned)
-    sd.save(folder / "plain", torch.float16)
+    whole.replace(config=CONFIG, clip=clip, unet=pruned).save(folder / "plain", torch.float16)
     q = TimeStepCalibratedQuantModel(whole.unet, timesteps=4, k=2, quant_filters=["time_embed"])
     Calibrator(whole, q).calibrate(PROMPTS, steps=4, batch_size=1)
     sdcomp.save(whole.replace(unet=q), folder / "quantized")
     sdcomp.save(whole.replace(unet=q.to_int8()), folder / "int8")
     whole.save(folder / "diffusers", format="diffusers")
     for name in ("safetensors", "pickle"):
-        shutil.copytree(folder / "quantized", folder / name, ignore=lambda _, names: set(names) - VOCABULARY)
+        shutil.copytree(folder / "quantized", folder / name, ignore=lambda _, names: set(names) - WORDS)
     whole.save(folder / "safetensors" / "model.safetensors")
     torch.save(load_file(folder / "safetensors" / "model.safetensors"), folder / "pickle" / "model.ckpt")
 
 
-VOCABULARY = {"vocab.json", "merges.txt"}
+WORDS = {"vocab.json", "merges.txt"}
 FILES = {
-    "plain": ["config.json", "unet_channels.json", *sorted(VOCABULARY)]
+    "plain": ["config.json", "unet_channels.json", *sorted(WORDS)]
     + [f"{name}.safetensors" for name in ("unet", "vae", "clip")],
     "quantized": ["quantization.json", "quantization.safetensors"],
     "int8": ["int8.json", "int8.safetensors"],

@@ -13,14 +13,11 @@ from mutations import FILES, SECONDS, make_models
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[list]:
-    """What became of each damaged model, in a process that may take little more memory than for a good one."""
+    """What became of each damaged model, in a process with little more memory than good ones take."""
     folder = tmp_path_factory.mktemp("mutations")
     make_models(folder)
     tests = Path(__file__).parent
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
     done = subprocess.run(
         [sys.executable, str(tests / "mutations.py"), str(folder)],
         capture_output=True, text=True, env=environment, timeout=300,
