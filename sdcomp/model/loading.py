@@ -116,10 +116,10 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
 def _download(name: str, variant: str | None) -> Path:
     """The diffusers folder of that name in the hub's local cache, fetched if need be."""
     owner = name.partition("/")[0]
-    local = find(owner).exists() or name.endswith((".ckpt", ".safetensors"))
+    local = os.path.exists(find(owner)) or name.endswith((".ckpt", ".safetensors"))
     if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ModelError(
-            f"model {name!r} does not exist; give a file or folder such as data/tiny, or a hub name"
+            f"model {name[:200]!r} does not exist; give a file or folder such as data/tiny, or a hub name"
         )
     from huggingface_hub import snapshot_download
 
@@ -127,7 +127,7 @@ def _download(name: str, variant: str | None) -> Path:
         return Path(snapshot_download(name, allow_patterns=hub_files(variant)))
     except Exception as error:  # the hub's client raises its own kinds, its transport's and the system's
         raise ModelError(
-            f"model {name!r} does not exist here and cannot be fetched from the hub "
+            f"model {name[:200]!r} does not exist here and cannot be fetched from the hub "
             f"({one_line(error)[:200]}); check name and connection, or give a local path"
         ) from error
 
