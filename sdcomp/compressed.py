@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,31 @@ def load(path: str | Path, **options: Any) -> StableDiffusion:
     is then of the other parts.
     """
     folder = find(path)
-    if (folder / int8.CONFIG).is_file():
-        return model.load(path, unet=int8.load_int8(folder), **options)
+    # Where one of the two is missing, loading says so.
+    if any(os.path.lexists(folder / name) for name in (int8.CONFIG, int8.TENSORS)):
+        sd = model.load(path, unet=int8.load_int8(folder), **options)
+        _check(sd, folder / int8.CONFIG)
+        return sd
     sd = model.load(path, **options)
-    if (folder / storage.CONFIG).is_file():
+    if any(os.path.lexists(folder / name) for name in (storage.CONFIG, storage.SCALES)):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
+        _check(sd, folder / storage.CONFIG)
     return sd
+
+
+def _check(sd: StableDiffusion, file: Path) -> None:
+    """Raise ModelError where the file's UNet is not one for this model."""
+    unet, steps = sd.unet, sd.config.schedule.train_timesteps
+    if unet.config != sd.config.unet:
+        raise ModelError(f"{file} is of another UNet than config.json; copy both from the same model")
+    if getattr(unet, "timestep_arg", None) is None:
+        return
+    if unet.timestep_arg not in (1, "timesteps"):
+        raise ModelError(f"{file}: timestep_arg is {unet.timestep_arg!r}, but must be 1 or 'timesteps'")
+    if unet.train_timesteps < steps:
+        raise ModelError(
+            f"{file}: train_timesteps is {unet.train_timesteps}, but config.json has {steps} timesteps"
+        )
 
 
 def _quantization(unet: nn.Module) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,30 @@ _HERE = f"@{platform.node()}.partial"
 def find(path: str | Path) -> Path:
     """A path to read: as given, or, if relative and not there, the same from the repository's root."""
     path = Path(os.path.expanduser(path))
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+    # os.path.exists is False, and raises nothing, for a name that is too long or holds a null character.
+    return ROOT / path if not os.path.exists(path) and os.path.exists(ROOT / path) else path
+
+
+def regular(file: Path, error: type[UserError] = UserError, most: int | None = None) -> Path:
+    """The file, if opening it cannot block: neither a folder nor a pipe, a socket or a device.
+
+    Raises `error` for those, for a file that is missing or cannot be reached, and for one of more than
+    `most` bytes.
+    """
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if not file.is_symlink():
+            raise error(f"{file} is missing; copy the whole folder") from None
+        raise error(f"{file} is a link to a file that is missing; copy the file itself") from None
+    except (OSError, ValueError) as reason:
+        raise error(f"{file} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise error(f"{file} is {kind}, not a file; copy the file that belongs there")
+    if most is not None and status.st_size > most:
+        raise error(f"{file} has {status.st_size} bytes, but at most {most} are read; copy the right file")
+    return file
 
 
 def place(path: str | Path) -> Path:

@@ -228,13 +228,13 @@ def test_safetensors_before_bin_and_the_variant_that_is_asked_for(plain, folder)
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu', not 'silu'"),
         ("unet/config.json", {"block_out_channels": [16, 40]}, "block_out_channels is [16, 40]"),
         ("unet/config.json", {"block_out_channels": 3}, "unet/config.json"),
-        ("unet/config.json", {"in_channels": 9}, "unet/config.json"),
+        ("unet/config.json", {"in_channels": 9}, "unet: in_channels, out_channels are (9, 4)"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
-        ("vae/config.json", {"latent_channels": 16}, "vae/config.json"),
+        ("vae/config.json", {"latent_channels": 16}, "vae has z_channels of 16"),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
         ("text_encoder/config.json", {"layer_norm_eps": 1e-3}, "layer_norm_eps"),
-        ("text_encoder/config.json", {"hidden_size": 16}, "text_encoder"),
+        ("text_encoder/config.json", {"hidden_size": 16}, "text has a hidden_size of 16"),
     ],
 )
 def test_folders_of_other_models_are_refused(folder, file, changes, words):

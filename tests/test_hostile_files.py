@@ -4,6 +4,7 @@ import builtins
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdcomp.files import regular
 from sdcomp.model import ModelError, load
 from sdcomp.model.checkpoint import read_tensors
 
@@ -216,7 +218,36 @@ def test_files_that_are_something_else_are_named(tmp_path, state):
         assert "holds no weights by name" in refused(file)
     file.unlink()
     os.mkfifo(file)
-    assert "is not a model folder" in refused(file)
+    assert "is a pipe, a socket or a device, not a file" in refused(file)
+
+
+def test_what_would_block_or_fill_the_memory_is_not_opened(tmp_path):
+    file = tmp_path / "file"
+    for make, words in (
+        (os.mkfifo, "a pipe, a socket or a device"),
+        (Path.mkdir, "is a folder"),
+        (lambda path: path.symlink_to("/dev/zero"), "a pipe, a socket or a device"),
+        (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+        (lambda path: path.symlink_to("nowhere"), "a link to a file that is missing"),
+        (lambda path: None, "is missing"),
+        (lambda path: (path.touch(), os.truncate(path, 101)), "has 101 bytes, but at most 100 are read"),
+    ):
+        make(file)
+        with pytest.raises(ModelError, match=re.escape(words)) as caught:
+            regular(file, ModelError, most=100)
+        assert str(file) in str(caught.value)
+        if os.path.lexists(file):
+            file.rmdir() if file.is_dir() else file.unlink()
+    file.write_bytes(b"1" * 100)
+    (tmp_path / "link").symlink_to(file)
+    assert regular(tmp_path / "link", most=100) == tmp_path / "link"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "data/" + "y/" * 3000])
+def test_a_path_that_cannot_be_is_one_sentence(name):
+    with pytest.raises(ModelError, match="does not exist") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
 
 
 OTHERS = {

@@ -249,6 +249,23 @@ def test_home_is_understood(tmp_path, monkeypatch):
     assert find("~no_such_user/model") == Path("~no_such_user/model")
 
 
+# Devices and types
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read():
+    for device in ("hpu", "gpu", 3, *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(UserError, match="device") as caught:
+            load("data/no_such_model", device=device)
+        assert repr(device) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_stored_type_is_kept_where_another_unet_is_given(whole, tmp_path):
+    folder = whole.save(tmp_path, torch.float16)
+    unet = nn.Identity()
+    sd = load(folder, dtype=None, unet=unet)
+    assert sd.unet is unet and sd.dtype == torch.float16
+
+
 # What is wrong is said in one sentence
 
 
@@ -375,6 +392,25 @@ def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part,
     (config if part is None else config[part])[setting] = value
     replace_file(file, json.dumps(config).encode())
     assert_refused(folder, file, word)
+
+
+def test_values_that_are_not_finite_are_refused_where_they_are_converted(whole, folder, tmp_path):
+    file = folder / "unet.safetensors"
+    good = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    name = "middle_block.0.in_layers.2.weight"
+    for value in (float("nan"), float("inf"), 1e6):
+        bad = good[name].clone()
+        bad[1, 2] = value
+        file.unlink()
+        save_file({**good, name: bad}, file)
+        with pytest.raises(ModelError, match=f"{name} has values that are infinite or NaN in torch.float16"):
+            load(folder, dtype=torch.float16)
+        # What stays mapped is not read: `generate` tells.
+        assert load(folder).unet.get_parameter(name).isfinite().all() == (value == 1e6)
+    # A sum that overflows is no value that does.
+    file.unlink()
+    save_file({**good, name: torch.full_like(good[name], 3e38).bfloat16()}, file)
+    assert load(folder).unet.get_parameter(name).min() > 2e38
 
 
 def test_a_configuration_of_another_size_is_refused_by_its_weights(folder):

@@ -133,7 +133,7 @@ def test_an_unknown_spacing_is_refused():
     with pytest.raises(
         ValueError, match="^timestep_spacing must be 'leading' or 'trailing', not 'linspace'$"
     ):
-        make_sampler("ddim", schedule("linspace"), 20)
+        schedule("leading").spaced(20, "linspace")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing
+from sdcomp.files import regular, replacing
 from sdcomp.model.config import ModelConfig
+from sdcomp.settings import shown
 
+MOST_TEXT = 16 * 2**20
+"""Bytes of a JSON or text file at most. The largest that is real, a vocabulary, has one million."""
+_HEADER = 16 * 2**20
+"""Bytes of a safetensors file's header at most. That of Stable Diffusion 1.5 has 130,000."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,7 +45,8 @@ class Source:
     """What the files of a model hold: its configuration, its parts, and where its tokenizer is.
 
     The parts are `unet`, `encoder`, `decoder`, `text_encoder` or `clip`, and `reader` where there is one.
-    `origin` is where the configuration comes from; `channels` what was kept of a UNet that lost channels.
+    `origin` is where the configuration comes from; `channels` what was kept of a UNet that lost channels,
+    and `removed` the file that says so.
     """
 
     config: ModelConfig
@@ -49,6 +54,7 @@ class Source:
     tokenizer: Path
     origin: Path
     channels: dict[str, list[int]] = field(default_factory=dict)
+    removed: Path | None = None
 
 
 class _Inert:
@@ -68,10 +74,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises ModelError in one sentence for a file that is something else, damaged, or asks for more.
     """
     try:
-        with open(file, "rb") as opened:
+        with open(regular(file, ModelError), "rb") as opened:
             head = opened.read(512)
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing; copy the whole model folder") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror or error})") from None
     start = head.lstrip().lower()
@@ -87,12 +91,21 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ModelError(f"{file} is a GGUF file of quantized weights; give .safetensors or .ckpt weights")
     if head.startswith((b"PK\x03\x04", b"\x80")) and head[8:9] != b"{":
         return _read_pickle(file, mapped=head.startswith(b"PK"))
+    return read_safetensors(file, ModelError)
+
+
+def read_safetensors(file: Path, error: type[UserError]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, mapped from it. Raises `error` for a file that is none."""
     try:
+        with open(regular(file, error), "rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        if header > _HEADER:
+            raise ValueError(f"a header of {header} bytes")
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file} is damaged or no safetensors file ({one_line(error)}); copy it again"
-        ) from None
+    except UserError:
+        raise
+    except Exception as reason:  # a type of numbers that this PyTorch does not have, for example
+        raise error(f"{file} is damaged or no safetensors file ({one_line(reason)}); copy it again") from None
 
 
 def _read_pickle(file: Path, mapped: bool) -> dict[str, Tensor]:
@@ -132,19 +145,23 @@ def _read_pickle(file: Path, mapped: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def read_json(file: Path, convert: Callable[[dict[str, Any]], Any], wrong: str) -> Any:
-    """The table in a JSON file, converted. Raises ModelError, `wrong` saying what the file is not."""
+def read_json(
+    file: Path,
+    convert: Callable[[dict[str, Any]], Any],
+    wrong: str,
+    error: type[UserError] = ModelError,
+) -> Any:
+    """The table in a JSON file, converted. Raises `error`, `wrong` saying what the file is not."""
+    regular(file, error, MOST_TEXT)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("it is no table of settings")
         return convert(values)
-    except FileNotFoundError:
-        raise ModelError(f"{file} is missing; copy the whole model folder") from None
-    except KeyError as error:
-        raise ModelError(f"{file} {wrong}: it has no {error.args[0]!r}") from None
-    except Exception as error:  # whatever a setting of another kind leads to
-        raise ModelError(f"{file} {wrong}: {one_line(error)}") from error
+    except KeyError as reason:
+        raise error(f"{file} {wrong}: it has no {shown(reason.args[0])}") from None
+    except Exception as reason:  # whatever a setting of another kind leads to
+        raise error(f"{file} {wrong}: {one_line(reason)}") from reason
 
 
 def check(module: nn.Module, part: Part) -> None:
@@ -156,7 +173,7 @@ def check(module: nn.Module, part: Part) -> None:
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has the unknown", extra)
-        raise ModelError(f"{part.file} does not fit {part.fits}: it {kind} {', '.join(names[:3])}")
+        raise ModelError(f"{part.file} does not fit {part.fits}: it {kind} {listed(names)}")
     for name, tensor in wanted.items():
         found = state[name]
         if found.layout != torch.strided or found.is_meta:
@@ -168,17 +185,21 @@ def check(module: nn.Module, part: Part) -> None:
                     f"not {tuple(tensor.shape)}"
                 )
             state[name] = found[..., None, None]
-        if tensor.is_floating_point() and found.dtype not in _FLOATS:
-            raise ModelError(
-                f"{part.file} holds {name} as {str(found.dtype).removeprefix('torch.')}; "
-                "give weights in fp16, bf16 or fp32"
-            )
+        floating = tensor.is_floating_point()
+        if found.dtype not in (_FLOATS if floating else (tensor.dtype,)):
+            fitting = "fp16, bf16 or fp32" if floating else _short(tensor.dtype)
+            raise ModelError(f"{part.file} holds {name} as {_short(found.dtype)}; give weights in {fitting}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Give a module on the meta device its weights, in `dtype` on `device`; empties the part as it goes.
 
-    Weights that need no conversion stay mapped. Raises ModelError for those that do not fit.
+    Weights that need no conversion stay mapped, and unread. Raises ModelError for those that do not fit,
+    and for those that are infinite or NaN after a conversion.
     """
     check(module, part)
     filled = {}
@@ -186,6 +207,12 @@ def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: to
         tensor = part.state.pop(name)
         kind = dtype if wanted.is_floating_point() else wanted.dtype
         filled[name] = tensor.to(device=device, dtype=kind)
+        # To read a mapped tensor would take as long as the disk does; `generate` looks at what it gives.
+        if kind.is_floating_point and kind != tensor.dtype and not finite(filled[name]):
+            raise ModelError(
+                f"{part.file}: {name} has values that are infinite or NaN in {kind}; "
+                "copy the file again, or load it in a wider type such as torch.float32"
+            )
     module.load_state_dict(filled, assign=True)
     for owner in module.modules():
         if getattr(owner, "position_ids", None) is not None:  # CLIP's, in no state dict and so still meta
@@ -207,6 +234,18 @@ def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | Non
         save_file({name: convert(t) for name, t in state.items()}, partial, metadata={"format": "pt"})
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    # A sum takes a tenth of the time of `isfinite`, but may overflow where no value does.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of some names that come from a file, fit for a sentence."""
+    return ", ".join(one_line(name)[:100] for name in names[:3])
+
+
+def one_line(error: Exception | str) -> str:
+    """What an error says, on one line of at most 300 characters that can all be printed."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:300] or type(error).__name__

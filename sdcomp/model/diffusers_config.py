@@ -10,11 +10,16 @@ from typing import Any
 
 from transformers import CLIPTextConfig
 
-from sdcomp.model.config import SD15, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from sdcomp.errors import UserError
+from sdcomp.model.config import SD15, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig, check_text
+from sdcomp.settings import AnyOf, ListOf, OneOf, Text, Whole, check_settings, shown
 
 WANTED = "; give a folder of Stable Diffusion 1.x, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Settings that say nothing about what is computed here.
 _FREE = {"sample_size", "upcast_attention", "addition_embed_type_num_heads", "force_upcast"}
+# What is looked at before one of our configurations checks it.
+_WIDTHS, _KINDS = ListOf(Whole(1, 65_536), 1, 8), ListOf(Text(), 1, 8)
+_SPACING = OneOf("leading", "trailing", "linspace")
 
 
 def unet_settings(config: UNetConfig, sample_size: int = 64) -> dict[str, Any]:
@@ -89,10 +94,12 @@ def schedule_settings(config: ScheduleConfig) -> dict[str, Any]:
 
 def unet_config(values: dict[str, Any]) -> UNetConfig:
     """Our UNet's configuration for that of `UNet2DConditionModel`; ValueError if it cannot be ours."""
+    lists = {name: values[name] for name in ("block_out_channels", "down_block_types")}
+    check_settings(lists, {"block_out_channels": _WIDTHS, "down_block_types": _KINDS})
     widths, heads = list(values["block_out_channels"]), values["attention_head_dim"]
     heads = set(heads) if isinstance(heads, list | tuple) else {heads}
     if values["cross_attention_dim"] == 1024 or len(heads) > 1:
-        raise ValueError("it is of Stable Diffusion 2.x" + WANTED)
+        raise UserError("it is of Stable Diffusion 2.x" + WANTED)
     config = UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -111,6 +118,7 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
 
 def vae_config(values: dict[str, Any]) -> VAEConfig:
     """Our VAE's configuration for the settings of `AutoencoderKL`; ValueError if it cannot be ours."""
+    check_settings({"block_out_channels": values["block_out_channels"]}, {"block_out_channels": _WIDTHS})
     widths = list(values["block_out_channels"])
     config = VAEConfig(
         base_channels=widths[0],
@@ -122,6 +130,13 @@ def vae_config(values: dict[str, Any]) -> VAEConfig:
     )
     _compare(values, vae_settings(config))
     return config
+
+
+def latent_size(values: dict[str, Any]) -> int:
+    """The side of the latents that a `UNet2DConditionModel` was trained on; UserError where it is none."""
+    size = values.get("sample_size")
+    check_settings({"sample_size": size}, {"sample_size": AnyOf(OneOf(None), Whole(1, 4096))})
+    return size or 64
 
 
 def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -136,11 +151,14 @@ def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
         ):
             continue
         wanted = f"not {ours[name]!r}" if name in ours else "which Stable Diffusion 1.x does not have"
-        raise ValueError(f"{name} is {value!r}, {wanted}{WANTED}")
+        raise UserError(f"{name} is {shown(value)}, {wanted}{WANTED}")
 
 
 def schedule_config(values: dict[str, Any]) -> ScheduleConfig:
     """Our noise schedule for the settings of a scheduler; ValueError for a kind that is not ours."""
+    check_settings(
+        {"timestep_spacing": values.get("timestep_spacing", "leading")}, {"timestep_spacing": _SPACING}
+    )
     config = ScheduleConfig(
         beta_start=values["beta_start"],
         beta_end=values["beta_end"],
@@ -165,11 +183,14 @@ def text_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def text_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Our text encoder's configuration for the settings of `CLIPTextConfig`."""
+    """Our text encoder's configuration for the settings of `CLIPTextConfig`; ValueError if it cannot be."""
     full = CLIPTextConfig(**{k: v for k, v in values.items() if not k.startswith("_")})
     if full.layer_norm_eps != 1e-5:
-        raise ValueError(f"layer_norm_eps is {full.layer_norm_eps}, not 1e-05{WANTED}")
+        raise UserError(f"layer_norm_eps is {shown(full.layer_norm_eps)}, not 1e-05{WANTED}")
+    check_settings({"vocab_size": full.vocab_size}, {"vocab_size": Whole(2, 1_000_000)})
     # The published file numbers the special tokens otherwise, which only matters to the pooled output.
     last = full.vocab_size - 1
     ids = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
-    return {name: getattr(full, name) for name in SD15.text} | ids
+    settings = {name: getattr(full, name) for name in SD15.text} | ids
+    check_text(settings)
+    return settings

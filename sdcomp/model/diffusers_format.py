@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,11 +11,21 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from sdcomp.errors import UserError
 from sdcomp.files import write_text
-from sdcomp.model.checkpoint import ModelError, Part, Source, read_json, read_tensors, write_tensors
+from sdcomp.model.checkpoint import (
+    ModelError,
+    Part,
+    Source,
+    one_line,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.diffusers_config import (
     WANTED,
+    latent_size,
     schedule_config,
     schedule_settings,
     text_config,
@@ -47,17 +58,20 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
     index = read_json(folder / "model_index.json", dict, wrong)
     strange = {"text_encoder_2", "transformer", "prior", "controlnet"} & index.keys()
     if strange or not {"unet", "vae", "text_encoder"} <= index.keys():
-        raise ModelError(f"{folder} holds a {index.get('_class_name', 'model of another kind')}{WANTED}")
-    unet, sample_size = read_json(
-        folder / "unet" / "config.json",
-        lambda values: (unet_config(values), values.get("sample_size")),
-        wrong,
+        kind = index.get("_class_name", "model of another kind")
+        raise ModelError(f"{folder} holds a {one_line(str(kind))[:100]}{WANTED}")
+    unet, side = read_json(
+        folder / "unet" / "config.json", lambda values: (unet_config(values), latent_size(values)), wrong
     )
     vae = read_json(folder / "vae" / "config.json", vae_config, wrong)
     schedule = read_json(folder / "scheduler" / "scheduler_config.json", schedule_config, wrong)
     text = read_json(folder / "text_encoder" / "config.json", text_config, wrong)
-    size = (sample_size if isinstance(sample_size, int) else 64) * vae.downsampling
-    config = ModelConfig(unet=unet, vae=vae, schedule=schedule, text=text, image_size=size)
+    try:
+        config = ModelConfig(
+            unet=unet, vae=vae, schedule=schedule, text=text, image_size=side * vae.downsampling
+        )
+    except UserError as error:
+        raise ModelError(f"the files config.json of the parts in {folder} do not agree: {error}") from None
 
     files = {part: _weights_file(folder, part, variant) for part in _WEIGHTS}
     states = {part: read_tensors(file) for part, file in files.items()}
@@ -93,7 +107,7 @@ def _weights_file(folder: Path, part: str, variant: str | None) -> Path:
     names = [f"{stem}{kind}.safetensors" for kind in kinds]
     names += [f"{'pytorch_model' if stem == 'model' else stem}{kind}.bin" for kind in kinds]
     for name in names:
-        if (folder / part / name).is_file():
+        if os.path.lexists(folder / part / name):
             return folder / part / name
     raise ModelError(f"{folder / part / names[0]} is missing; copy the whole model folder")
 
@@ -115,9 +129,9 @@ def write_diffusers(
     text = {f"text_model.{name}": t for name, t in states["text_encoder"].items()}
     for part, state in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         write_tensors(state, folder / part / f"{_WEIGHTS[part]}.safetensors", dtype)
-    latent_size = config.image_size // config.vae.downsampling
+    side = config.image_size // config.vae.downsampling
     settings = {
-        "unet/config": {"_class_name": "UNet2DConditionModel"} | unet_settings(config.unet, latent_size),
+        "unet/config": {"_class_name": "UNet2DConditionModel"} | unet_settings(config.unet, side),
         "vae/config": {"_class_name": "AutoencoderKL"} | vae_settings(config.vae, config.image_size),
         "text_encoder/config": text_settings(config),
         "scheduler/scheduler_config": schedule_settings(config.schedule),

@@ -7,6 +7,7 @@ as `.safetensors`; `unet_channels.json` for a UNet that lost channels; `vocab.js
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,16 +21,20 @@ from sdcomp.model.text import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
 
-
 # Beside these, the UNet is quantized (`sdcomp.compressed`).
-_QUANTIZED = ("int8.json", "quantization.json", "compression.json")
+_QUANTIZED = (
+    "compression.json",
+    *(f"{name}.{kind}" for name in ("int8", "quantization") for kind in ("json", "safetensors")),
+)
 
 
 def read_folder(folder: Path, needs_unet: bool = True) -> Source:
     """The parts of a folder. Raises ModelError for a file that is missing or wrong."""
     origin, removed = folder / "config.json", folder / "unet_channels.json"
     config = read_json(origin, ModelConfig.from_dict, "is not a model configuration")
-    channels = read_json(removed, dict, "is no record of a UNet's channels") if removed.exists() else {}
+    # A link that leads nowhere is no file that may be missing.
+    there = os.path.lexists(removed)
+    channels = read_json(removed, dict, "is no record of a UNet's channels") if there else {}
     names = [
         *(["unet"] if needs_unet else []),
         "vae",
@@ -43,7 +48,7 @@ def read_folder(folder: Path, needs_unet: bool = True) -> Source:
     # What belongs to neither is found to be unknown to the encoder.
     parts["encoder"] = Part(files["vae"], {k: t for k, t in vae.items() if not k.startswith(_DECODER)})
     parts["decoder"] = Part(files["vae"], {k: t for k, t in vae.items() if k.startswith(_DECODER)})
-    return Source(config, parts, tokenizer=folder, origin=origin, channels=channels)
+    return Source(config, parts, tokenizer=folder, origin=origin, channels=channels, removed=removed)
 
 
 def write_folder(

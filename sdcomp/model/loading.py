@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from sdcomp.files import find
+from sdcomp.files import find, regular
 from sdcomp.model.channels import apply_channel_map, channel_map
-from sdcomp.model.checkpoint import ModelError, Part, Source, check, fill, one_line
+from sdcomp.model.checkpoint import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
 from sdcomp.model.config import SD15, ModelConfig
+from sdcomp.model.device import check_device
 from sdcomp.model.diffusers_format import hub_files, read_diffusers, write_diffusers
 from sdcomp.model.folder import read_folder, write_folder
 from sdcomp.model.original import read_original, text_state, write_original
-from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.stable_diffusion import StableDiffusion
 from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
 from sdcomp.model.unet import UNet
@@ -40,19 +41,21 @@ def load(
 
     `path` may be relative to the working directory or to the repository; a name `owner/model` that is not
     there is fetched from the Hugging Face hub (of its files only those needed). Weights are converted to
-    `dtype`; None leaves them as the UNet's are stored. Those that need no conversion are mapped from the
-    file, not copied. `tokenizer` (a folder or a `CLIPTokenizer`) replaces the model's own; a single file
-    takes the one beside it, else `data/clip_tokenizer`. `config` gives the sizes of a single file, whose
-    tensors must fit them. `variant` chooses among a diffusers folder's weights, e.g. "fp16". `unet` takes
-    the place of the files' own, which a folder of ours then need not have.
+    `dtype`; None leaves them as the UNet's are stored, or the VAE's where `unet` is given. Those that need
+    no conversion are mapped from the file, not copied. `tokenizer` (a folder or a `CLIPTokenizer`) replaces
+    the model's own; a single file takes the one beside it, else `data/clip_tokenizer`. `config` gives the
+    sizes of a single file, whose tensors must fit them. `variant` chooses among a diffusers folder's
+    weights, e.g. "fp16". `unet` takes the place of the files' own, which a folder of ours then need not
+    have.
 
     Raises ModelError, a ValueError, in one sentence when something is missing, damaged, refused or of
-    another architecture; TypeError for a `dtype` that is none.
+    another architecture; UserError for a `device` that is not there; TypeError for a `dtype` that is none.
     """
+    device = check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type such as torch.float16, not {dtype!r}")
     source = _open(path, config, variant, needs_unet=unet is None)
-    modules = _build(source.config, source.origin, source.channels)
+    modules = _build(source.config, source.origin, source.channels, source.removed)
     if unet is not None:
         source.parts.pop("unet", None)
         modules["unet"] = unet
@@ -61,7 +64,8 @@ def load(
     elif len(tokenizer) != (size := source.config.text["vocab_size"]):
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {size}")
     if dtype is None:
-        floats = (t.dtype for t in source.parts["unet"].state.values() if t.is_floating_point())
+        stored = source.parts["unet" if unet is None else "decoder"].state
+        floats = (t.dtype for t in stored.values() if t.is_floating_point())
         dtype = next(floats, torch.float32)
     for name, part in source.parts.items():
         # The reader only measures.
@@ -81,7 +85,7 @@ def load_from_standard_weights(
     strictly. Arguments and errors are those of `load`.
     """
     source = _open(path, config, variant)
-    modules = _build(source.config, source.origin, source.channels)
+    modules = _build(source.config, source.origin, source.channels, source.removed)
     for name, part in source.parts.items():
         check(modules[name], part)
     states = {name: part.state for name, part in source.parts.items()}
@@ -95,13 +99,16 @@ def load_from_standard_weights(
 def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet: bool = True) -> Source:
     """The model at a path or of a name, in whatever format."""
     found = find(path)
-    if not found.exists():
+    if not os.path.exists(found):
+        if os.path.lexists(found):
+            regular(found, ModelError)  # says what is wrong with the link
         found = _download(str(path), variant)
-    if found.is_file():
+    if not found.is_dir():
         return read_original(found, config)
-    if (found / "model_index.json").is_file():
+    # A file that is there but cannot be read is named by those who read it.
+    if os.path.lexists(found / "model_index.json"):
         return read_diffusers(found, variant)
-    if (found / "config.json").is_file():
+    if os.path.lexists(found / "config.json"):
         return read_folder(found, needs_unet)
     raise ModelError(f"{found} is not a model folder: it has no config.json and no model_index.json")
 
@@ -109,10 +116,10 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
 def _download(name: str, variant: str | None) -> Path:
     """The diffusers folder of that name in the hub's local cache, fetched if need be."""
     owner = name.partition("/")[0]
-    local = find(owner).exists() or name.endswith((".ckpt", ".safetensors"))
+    local = os.path.exists(find(owner)) or name.endswith((".ckpt", ".safetensors"))
     if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ModelError(
-            f"model {name!r} does not exist; give a file or folder such as data/tiny, or a hub name"
+            f"model {name[:200]!r} does not exist; give a file or folder such as data/tiny, or a hub name"
         )
     from huggingface_hub import snapshot_download
 
@@ -120,18 +127,22 @@ def _download(name: str, variant: str | None) -> Path:
         return Path(snapshot_download(name, allow_patterns=hub_files(variant)))
     except Exception as error:  # the hub's client raises its own kinds, its transport's and the system's
         raise ModelError(
-            f"model {name!r} does not exist here and cannot be fetched from the hub "
+            f"model {name[:200]!r} does not exist here and cannot be fetched from the hub "
             f"({one_line(error)[:200]}); check name and connection, or give a local path"
         ) from error
 
 
-def _build(config: ModelConfig, origin: Path, channels: dict[str, list[int]]) -> dict[str, nn.Module]:
-    """The parts of a model on the meta device. Raises ModelError for settings that do not go together."""
+def _build(
+    config: ModelConfig, origin: Path, channels: dict[str, list[int]], removed: Path | None = None
+) -> dict[str, nn.Module]:
+    """The parts of a model on the meta device. Raises ModelError for settings that do not go together.
+
+    `origin` and `removed` are the files that the configuration and the channels come from.
+    """
     try:
-        NoiseSchedule(config.schedule)
         with torch.device("meta"):
             parts: dict[str, nn.Module] = {
-                "unet": apply_channel_map(UNet(config.unet), channels),
+                "unet": UNet(config.unet),
                 "encoder": VAEEncoder(config.vae),
                 "decoder": VAEDecoder(config.vae),
             }
@@ -143,19 +154,29 @@ def _build(config: ModelConfig, origin: Path, channels: dict[str, list[int]]) ->
                 parts["reader"] = SceneReader()
     except Exception as error:  # PyTorch and transformers raise many kinds for a bad setting
         raise ModelError(f"no model can be built from {origin}: {one_line(error)}") from error
+    try:
+        apply_channel_map(parts["unet"], channels)
+    except ValueError as error:
+        raise ModelError(f"{removed or origin} does not fit the UNet: {one_line(error)}") from error
     return parts
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> CLIPTokenizer:
-    """As `load_tokenizer`, but raises ModelError."""
+    """As `load_tokenizer`, but raises ModelError, also for ids that the text encoder does not know."""
+    wrong = f"the tokenizer (vocab.json and merges.txt, or tokenizer.json) in {folder} is wrong"
+    size = config.text["vocab_size"]
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if os.path.lexists(folder / name):
+            regular(folder / name, ModelError, MOST_TEXT)
     try:
-        return load_tokenizer(folder, config)
+        tokenizer = load_tokenizer(folder, config)
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename} is missing; copy the whole model folder") from None
     except Exception as error:  # tokenizers raises no narrower kind
-        raise ModelError(
-            f"the tokenizer (vocab.json, merges.txt) in {folder} is wrong: {one_line(error)}"
-        ) from error
+        raise ModelError(f"{wrong}: {one_line(error)}") from error
+    if set(tokenizer.get_vocab().values()) != set(range(size)):
+        raise ModelError(f"{wrong}: its tokens must have the ids 0 to {size - 1}, each once")
+    return tokenizer
 
 
 def save(

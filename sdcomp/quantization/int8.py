@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sdcomp.errors import UserError
 from sdcomp.files import find, replacing
 from sdcomp.model.channels import apply_channel_map, channel_map
-from sdcomp.model.config import UNetConfig
+from sdcomp.model.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.layers import Linear
 from sdcomp.model.unet import UNet
 from sdcomp.quantization import int8_kernels
@@ -25,7 +26,8 @@ from sdcomp.quantization.int8_blocks import specialize
 from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
 from sdcomp.quantization.layers import NotCalibratedError, QuantConv2d, QuantLinear
 from sdcomp.quantization.model import QuantizedTwin, QuantModel, TimeStepCalibratedQuantModel, _locate
-from sdcomp.quantization.storage import QuantizationFileError
+from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
+from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
 
 CONFIG, TENSORS = "int8.json", "int8.safetensors"
 _KINDS: dict[type, type[Int8Layer]] = {
@@ -37,13 +39,13 @@ _KINDS: dict[type, type[Int8Layer]] = {
 }
 _DTYPES = (torch.float32, torch.bfloat16)
 _TENSORS = ("weight", "weight_scale", "act_scale", "bias")
-_SETTINGS: dict[str, Callable[[object], bool]] = {
-    "weight_bits": lambda x: x in range(2, 9),
-    "act_bits": lambda x: x in range(2, 9),
-    "starts": lambda x: isinstance(x, list) and x[:1] == [0] and all(isinstance(i, int) for i in x),
-    "train_timesteps": lambda x: isinstance(x, int),
-    "timestep_arg": lambda x: x is None or isinstance(x, int | str),
-    "splits": lambda x: isinstance(x, dict) and all(isinstance(i, int) for i in x.values()),
+_SETTINGS: dict[str, Rule] = {
+    "weight_bits": Whole(2, 8),
+    "act_bits": Whole(2, 8),
+    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in _DTYPES)),
+    "train_timesteps": TRAIN_TIMESTEPS,
+    "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
+    "splits": TableOf(Whole(1, 2**31)),
 }
 """What a file's settings must be."""
 
@@ -194,31 +196,29 @@ def load_int8(
     """
     folder = find(folder)
     for file in (CONFIG, TENSORS):
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise QuantizationFileError(f"{folder} is no saved int8 model: it has no {file}")
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        dtype = getattr(torch, settings["dtype"])
-        known = {name: settings[name] for name in _SETTINGS}
-        wrong = [name for name, fits in _SETTINGS.items() if not fits(known[name])]
-        if dtype not in _DTYPES or wrong:
-            raise ValueError(f"{', '.join(wrong) or 'dtype'} is not what it can be")
+
+    def build(settings: dict[str, object]) -> tuple[dict[str, object], nn.Module | None]:
+        rules = _SETTINGS | {"starts": ANYTHING}
+        check_settings({name: value for name, value in settings.items() if name in rules}, rules)
+        check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
         config, channels = settings.pop("unet", None), settings.pop("channels", {})
-        if module is None and config is not None:
-            module = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-        if isinstance(module, UNetConfig):
+        unet = module
+        if unet is None and config is not None:
+            with within("unet"):
+                unet = from_dict(UNetConfig, config)
+        if isinstance(unet, UNetConfig):
             with torch.device("meta"):
-                module = apply_channel_map(UNet(module), channels)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise QuantizationFileError(f"{folder / CONFIG} is damaged: {error}") from error
+                unet = apply_channel_map(UNet(unet), channels)
+        return settings, unet
+
+    settings, module = read_json(folder / CONFIG, build, "is damaged", QuantizationFileError)
     if module is None:
         raise QuantizationFileError(
             f"{folder / CONFIG} does not say what the module is: give one to load_int8"
         )
-    try:
-        state = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise QuantizationFileError(f"{folder / TENSORS} is damaged: {error}") from error
+    state = read_safetensors(folder / TENSORS, QuantizationFileError)
     settings["kernels"] = not fallback and int8_kernels.missing() is None
     names = {name.removesuffix(".weight_scale") for name in state if name.endswith("weight_scale")}
     integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in _TENSORS} for name in names}
@@ -230,32 +230,53 @@ def _check(
     file: Path, module: nn.Module, integers: Mapping, floats: Mapping[str, Tensor], settings: Mapping
 ) -> None:
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the settings say."""
-    wanted = {name: tensor.shape for name, tensor in _floats(module, integers)}
+    wanted = dict(_floats(module, integers))
     layers = dict(module.named_modules())
     wrong = [name for name in wanted.keys() | floats.keys() if name not in wanted or name not in floats]
-    wrong += [name for name in wanted if name not in wrong and wanted[name] != floats[name].shape]
-    intervals = len(settings["starts"])
+    for name in wanted.keys() & floats.keys():
+        floating = wanted[name].is_floating_point()
+        dtype = getattr(torch, settings["dtype"]) if floating else wanted[name].dtype
+        if (floats[name].shape, floats[name].dtype) != (wanted[name].shape, dtype):
+            wrong.append(name)
+    splits, intervals = settings["splits"], len(settings["starts"])
     for name, tensors in integers.items():
         layer = layers.get(name)
-        parts = (2,) if name in settings["splits"] else ()
-        if type(layer) not in _KINDS or not _fits(layer, tensors, parts, intervals):
+        if type(layer) not in _KINDS or not _fits(layer, tensors, splits.get(name), intervals):
             wrong.append(name)
+    wrong += [name for name in splits if name not in integers]
     if wrong:
-        raise QuantizationFileError(f"{file} is of another module: {', '.join(sorted(wrong)[:3])} differ")
+        raise QuantizationFileError(f"{file} is of another module: {listed(sorted(wrong))} differ")
+    damaged = [name for name, tensor in floats.items() if tensor.is_floating_point() and not finite(tensor)]
+    damaged += [name for name, tensors in integers.items() if not _sound(tensors)]
+    if damaged:
+        raise QuantizationFileError(
+            f"{file} is damaged: {listed(sorted(damaged))} hold values that are not finite or out of range; "
+            "copy it again"
+        )
 
 
-def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], parts: tuple, intervals: int) -> bool:
+def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | None, intervals: int) -> bool:
+    """Whether tensors are those of a layer in shape and type; `split` as in `QuantLayer`."""
     weight, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
     if weight is None or scale is None or act_scale is None or (bias is None) != (layer.bias is None):
         return False
-    shapes = {(*parts, 1), (*parts, len(weight))}
+    parts = () if split is None else (2,)
+    shapes = {(*parts, 1), (*parts, len(layer.weight))}
     return (
         (weight.dtype, weight.shape) == (torch.int8, layer.weight.shape)
         and scale.shape in shapes
         and act_scale.shape == (intervals, *parts)
+        and (split is None or split < weight.shape[1])
         and (bias is None or bias.shape == layer.bias.shape)
-        and all(t.dtype == torch.float32 and t.isfinite().all() for t in (scale, act_scale))
+        and all(t.dtype == torch.float32 for t in (scale, act_scale, bias) if t is not None)
     )
+
+
+def _sound(tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
+    _, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
+    finite_values = all(finite(t) for t in (scale, act_scale, bias) if t is not None)
+    return finite_values and bool((scale > 0).all() and (act_scale >= 0).all())
 
 
 def _floats(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:

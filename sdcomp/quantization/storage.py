@@ -3,19 +3,76 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.files import find, replacing
+from sdcomp.model.checkpoint import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.quantizer import SCALE_METHODS
+from sdcomp.settings import (
+    ANYTHING,
+    FLAG,
+    AnyOf,
+    ListOf,
+    OneOf,
+    Rule,
+    TableOf,
+    Text,
+    Whole,
+    check_settings,
+    within,
+)
 
 CONFIG, SCALES = "quantization.json", "quantization.safetensors"
 _KINDS = {kind.__name__: kind for kind in (QuantModel, TimeStepCalibratedQuantModel)}
+
+TRAIN_TIMESTEPS = Whole(1, 100_000)
+TIMESTEP_ARG = AnyOf(Whole(0, 100), Text(100))
+"""Where a module takes its timesteps: a position or a name."""
+_INTERVALS = 1000
+_TABLE, _TABLE_OR_NONE = TableOf(ANYTHING), AnyOf(OneOf(None), TableOf(ANYTHING))
+_RULES: dict[str, Rule] = {
+    "kind": OneOf(*_KINDS),
+    "arguments": _TABLE,
+    "use_quant": _TABLE,
+    "intervals": ListOf(ListOf(Whole(0, 100_000), 2, 2), 1, _INTERVALS),
+    "calibration": _TABLE,
+}
+_QUANTIZER: dict[str, Rule] = {
+    "n_bits": Whole(2, 8),
+    "channel_wise": FLAG,
+    "scale_method": OneOf(*SCALE_METHODS),
+}
+_PLAIN: dict[str, Rule] = {
+    "weight_quant_params": _TABLE_OR_NONE,
+    "act_quant_params": _TABLE_OR_NONE,
+    "quant_filters": ListOf(Text(), 0, 1000),
+    "split_shortcuts": FLAG,
+}
+_ARGUMENTS = {
+    "QuantModel": _PLAIN,
+    "TimeStepCalibratedQuantModel": {
+        **_PLAIN,
+        "timesteps": TRAIN_TIMESTEPS,
+        "k": Whole(1, _INTERVALS),
+        "boundaries": OneOf("uniform", "optimal"),
+        "timestep_arg": TIMESTEP_ARG,
+        "train_timesteps": TRAIN_TIMESTEPS,
+    },
+}
+"""What the settings in `quantization.json` must be."""
+
+
+def starts_rule(train_timesteps: int) -> Rule:
+    """What the first timesteps of the intervals must be; the first of all is 0."""
+    return ListOf(Whole(0, train_timesteps - 1), 1, _INTERVALS, ascending=True, first=0)
 
 
 class QuantizationFileError(UserError):
@@ -63,28 +120,58 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
     """
     folder = find(folder)
     for file in (CONFIG, SCALES):
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise QuantizationFileError(f"{folder} is no saved quantization: it has no {file}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind, arguments, switches = (config[name] for name in ("kind", "arguments", "use_quant"))
-        model = _KINDS[kind](module, **arguments).set_use_quant(**switches)
+
+    def build(config: dict[str, Any]) -> QuantModel:
+        _check(config)
+        model = _KINDS[config["kind"]](module, **config["arguments"]).set_use_quant(**config["use_quant"])
         model.calibration = dict(config["calibration"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise QuantizationFileError(f"{folder / CONFIG} does not fit this module: {error}") from error
-    try:
-        saved = load_file(folder / SCALES)
-    except (SafetensorError, OSError) as error:
-        raise QuantizationFileError(f"{folder / SCALES} is damaged: {error}") from error
+        return model
+
+    model = read_json(folder / CONFIG, build, "does not fit this module", QuantizationFileError)
+    saved = read_safetensors(folder / SCALES, QuantizationFileError)
     wanted = _buffers(model)
     differing = sorted(
         name
         for name in saved.keys() | wanted.keys()
-        if name not in saved or name not in wanted or saved[name].shape != wanted[name].shape
+        if name not in saved
+        or name not in wanted
+        or (saved[name].shape, saved[name].dtype) != (wanted[name].shape, wanted[name].dtype)
     )
     if differing:
         raise QuantizationFileError(
-            f"{folder / SCALES} was made for another module: {', '.join(differing[:3])} differ"
+            f"{folder / SCALES} was made for another module: {listed(differing)} differ"
+        )
+    wrong = [name for name, tensor in saved.items() if not _sound(name, tensor, model.train_timesteps)]
+    if wrong:
+        raise QuantizationFileError(
+            f"{folder / SCALES} is damaged: {listed(sorted(wrong))} hold values that are not finite or out "
+            "of range; copy it again"
         )
     model.load_state_dict(saved, strict=False)
     return model
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Raise UserError unless all settings are there, each of its type and in its range."""
+    check_settings(config, _RULES)
+    arguments = config["arguments"]
+    with within("arguments"):
+        check_settings(arguments, _ARGUMENTS[config["kind"]], optional=_ARGUMENTS[config["kind"]])
+        for side in ("weight_quant_params", "act_quant_params"):
+            if arguments.get(side) is not None:
+                with within(side):
+                    check_settings(arguments[side], _QUANTIZER, optional=_QUANTIZER)
+    with within("use_quant"):
+        check_settings(config["use_quant"], {"weights": FLAG, "activations": FLAG})
+
+
+def _sound(name: str, tensor: Tensor, train_timesteps: int) -> bool:
+    """Whether a buffer has values that it can have; an input scale of 0 is one that is not calibrated."""
+    kind = name.rpartition(".")[2]
+    if kind == "interval_starts":
+        return starts_rule(train_timesteps)(tensor.tolist())
+    if not tensor.is_floating_point():
+        return True
+    return bool(tensor.isfinite().all() and (tensor > 0 if kind == "weight_scale" else tensor >= 0).all())
