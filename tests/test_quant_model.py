@@ -140,7 +140,7 @@ def test_a_weight_that_changes_is_rounded_anew():
     assert (q(torch.eye(4))[:, 0] == 0).all() and not (first[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
     from sdcomp.quantization import layers
 

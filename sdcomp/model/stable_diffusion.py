@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcomp.model.config import ModelConfig
-from sdcomp.model.offloading import lent
+from sdcomp.model.offloading import weights_on
 from sdcomp.model.samplers import make_sampler, row_noise, whole
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.text import encode_text, tokenize
@@ -109,7 +109,7 @@ class StableDiffusion:
         if not all(p.is_contiguous(memory_format=layout) for p in four):
             with torch.inference_mode(False):  # or they could not be trained any more
                 part.to(memory_format=layout)
-        return nullcontext() if self.offloaded_to is None else lent(part, self.offloaded_to)
+        return nullcontext() if self.offloaded_to is None else weights_on(part, self.offloaded_to)
 
     def replace(self, **parts: object) -> StableDiffusion:
         """The same model with other parts, e.g. `sd.replace(unet=pruned)`; the rest is shared.
