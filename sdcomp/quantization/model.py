@@ -266,7 +266,11 @@ class TimeStepCalibratedQuantModel(QuantModel):
 
 def _share(module: nn.Module) -> nn.Module:
     """The same module built of new layers around the same memory."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    memo = {
+        # Tensors made in inference mode can have no gradients.
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not p.is_inference())
+        for p in module.parameters()
+    }
     memo |= {id(b): b.detach() for b in module.buffers()}
     return copy.deepcopy(module, memo)
 
