@@ -46,7 +46,9 @@ def test_kernels_need_a_cpu_that_has_them_and_a_type_that_they_take(monkeypatch,
     if expected == "kernels":
         assert choose_execution(device, dtype, "kernels") == "kernels"
         return
-    reason = "no operators here" if dtype != torch.float16 else "compute in float32 or bfloat16, not in float16"
+    reason = (
+        "no operators here" if dtype != torch.float16 else "compute in float32 or bfloat16, not in float16"
+    )
     reason = reason if device == "cpu" else f"run on CPUs only, not on {device}"
     with pytest.raises(UserError, match=f"{reason}; execution='dequantized' runs on any device"):
         choose_execution(device, dtype, "kernels")
@@ -195,7 +197,9 @@ def test_nan_of_a_timestep(small):
         assert m(x, torch.tensor(float("nan")), context).isnan().any(), type(m)
 
 
-@pytest.mark.parametrize("name", ["out.0.weight", "middle_block.0.in_layers.2.bias", "input_blocks.0.0.weight"])
+@pytest.mark.parametrize(
+    "name", ["out.0.weight", "middle_block.0.in_layers.2.bias", "input_blocks.0.0.weight"]
+)
 def test_integers_do_not_hide_what_is_not_finite(small, name):
     unet = copy.deepcopy(small.unet)
     call = small_call(small)

@@ -363,7 +363,11 @@ def test_the_text_says_what_is_integer(small):
     texts = set()
     for bits in (4, 8):
         q = calibrate(QuantModel(small.unet, weight_quant_params={"n_bits": bits}), call)
-        texts |= {repr(q.to_int8()), repr(q.to_int8(torch.bfloat16)), repr(q.to_int8(execution="dequantized"))}
+        texts |= {
+            repr(q.to_int8()),
+            repr(q.to_int8(torch.bfloat16)),
+            repr(q.to_int8(execution="dequantized")),
+        }
     q = calibrate(TimeStepCalibratedQuantModel(small.unet, k=2), call, small_call(small, 0, 10))
     texts.add(repr(q.to_int8()))
     assert len(texts) == 7
