@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sdcomp import model
+from sdcomp.errors import UserError
 from sdcomp.files import find, write_text
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channels import apply_channel_map, channel_map
@@ -57,18 +58,25 @@ def save(sd: StableDiffusion, folder: str | Path, record: dict[str, Any] | None 
     return folder
 
 
-def load(path: str | Path, **options: Any) -> StableDiffusion:
+def load(path: str | Path, *, execution: str = "auto", **options: Any) -> StableDiffusion:
     """Load any model: see `sdcomp.model.load`, whose arguments and errors these are.
 
-    A folder that `sdcomp.save` wrote gives the quantized or int8 UNet that it was written with; `dtype`
-    is then of the other parts.
+    A folder that `sdcomp.save` wrote gives the quantized or int8 UNet that it was written with. An int8
+    UNet keeps the type that it was saved in, `dtype` is then of the other parts; `device` and `execution`
+    choose how it runs, see `sdcomp.quantization.execution.choose_execution`.
+
+    Raises UserError for an execution that cannot be had there, or of a model that is not int8.
     """
     folder = find(path)
     # Where one of the two is missing, loading says so.
     if any(os.path.lexists(folder / name) for name in (int8.CONFIG, int8.TENSORS)):
-        sd = model.load(path, unet=int8.load_int8(folder), **options)
+        # The other parts first: they check the device.
+        sd = model.load(path, unet=nn.Identity(), **options)
+        sd = sd.replace(unet=int8.load_int8(folder, device=sd.device, execution=execution))
         _check(sd, folder / int8.CONFIG)
         return sd
+    if execution != "auto":
+        raise UserError(f"{path} holds no int8 model: leave execution={execution!r} out")
     sd = model.load(path, **options)
     if any(os.path.lexists(folder / name) for name in (storage.CONFIG, storage.SCALES)):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))

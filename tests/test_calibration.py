@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -93,6 +94,25 @@ def test_ranges_are_those_of_the_inputs_of_the_plain_model(small, policy, update
         rows = ranges[ranges.layer == name]
         assert rows.timestep.tolist() == [t for t, _ in seen[name]]
         assert np.allclose(rows.maximum, [x.abs().max().item() for _, x in seen[name]])
+
+
+@pytest.mark.parametrize("given, rows", [({}, 2), ({"batch_size": 3}, 3)])
+def test_calibration_takes_no_more_images_at_a_time_than_generating(small, monkeypatch, given, rows):
+    monkeypatch.setattr(type(small), "batch_size", property(lambda sd: 2))
+    q, seen = QuantModel(small.unet), []
+    q.module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    calibrate(small, q, steps=1, **given)
+    assert set(seen) == {2 * rows} and q.calibration["batch_size"] == rows
+    calibrate(small, q, steps=1, prompts=PROMPTS[:1])
+    assert q.calibration["batch_size"] == 1
+
+
+def test_calibration_keeps_no_rounded_weights(small):
+    q = QuantModel(small.unet)
+    kept = []
+    q.module.register_forward_hook(lambda *_: kept.append(weakref.ref(q.quantized_layers()[0].fake_weight())))
+    calibrate(small, q, steps=2, quantized_inputs=True)
+    assert kept and all(weight() is None for weight in kept)
 
 
 def test_one_interval_is_the_plain_model(small):

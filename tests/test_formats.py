@@ -24,7 +24,7 @@ from sdcomp.model import (
     load_from_standard_weights,
 )
 from sdcomp.model import stable_diffusion as pipeline
-from sdcomp.model.offloading import lent
+from sdcomp.model.offloading import weights_on
 from sdcomp.model.text import build_clip, build_text_encoder, save_tokenizer, tokenize
 from sdcomp.pruning import prune_structured
 
@@ -462,7 +462,11 @@ def test_diffusers_unet_as_ours(made, diffusers):
 
 def test_lent_weights_come_back(plain):
     before = dict(plain.unet.named_parameters())
-    with pytest.raises(KeyError), torch.inference_mode(), lent(plain.unet, torch.device("meta")) as unet:
+    with (
+        pytest.raises(KeyError),
+        torch.inference_mode(),
+        weights_on(plain.unet, torch.device("meta")) as unet,
+    ):
         assert all(p.is_meta for p in unet.parameters())
         assert unet(torch.zeros(1, 4, 8, 8, device="meta"), 5, torch.zeros(1, 24, 32, device="meta")).is_meta
         raise KeyError
@@ -477,9 +481,9 @@ def test_an_offloaded_model_lends_one_part_at_a_time(plain, monkeypatch):
 
     def spy(module, device):
         used.append((names[id(module)], str(device)))
-        return lent(module, device)
+        return weights_on(module, device)
 
-    monkeypatch.setattr(pipeline, "lent", spy)
+    monkeypatch.setattr(pipeline, "weights_on", spy)
     sd = plain.replace().offload("cpu")
     assert torch.equal(sd.generate(PROMPTS, steps=2, batch_size=1), expected)
     image = torch.rand(1, 3, 64, 64, generator=seeded())

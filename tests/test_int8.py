@@ -17,8 +17,8 @@ from sdcomp.quantization import (
     QuantizationFileError,
     QuantModel,
     TimeStepCalibratedQuantModel,
-    int8,
     int8_kernels,
+    int8_model,
 )
 from sdcomp.quantization.int8 import load_int8
 from sdcomp.quantization.int8_layers import Int8Layer
@@ -239,7 +239,7 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
         q = calibrate(build(small.unet, kind), *calls)
         m = q.to_int8()
         with monkeypatch.context() as patch:
-            patch.setattr(int8, "specialize", lambda module: None)
+            patch.setattr(int8_model, "specialize", lambda module: None)
             plain = q.to_int8()
         assert type(plain.middle_block[0]) is not type(m.middle_block[0])
         for call in calls:
@@ -363,7 +363,11 @@ def test_the_text_says_what_is_integer(small):
     texts = set()
     for bits in (4, 8):
         q = calibrate(QuantModel(small.unet, weight_quant_params={"n_bits": bits}), call)
-        texts |= {repr(q.to_int8()), repr(q.to_int8(torch.bfloat16)), repr(q.to_int8(fallback=True))}
+        texts |= {
+            repr(q.to_int8()),
+            repr(q.to_int8(torch.bfloat16)),
+            repr(q.to_int8(execution="dequantized")),
+        }
     q = calibrate(TimeStepCalibratedQuantModel(small.unet, k=2), call, small_call(small, 0, 10))
     texts.add(repr(q.to_int8()))
     assert len(texts) == 7
@@ -385,33 +389,6 @@ def test_diffusers_unet(diffusers, randomize):
         assert decibels(got, q(*call).sample) > least
 
 
-def test_the_fallback_dequantizes_and_says_so(small, monkeypatch):
-    call = small_call(small)
-    q = calibrate(QuantModel(small.unet, split_shortcuts=True), call)
-    monkeypatch.setattr(int8_kernels, "missing", lambda: "PyTorch 1 has no integer operators")
-    with pytest.raises(UserError, match=r"no integer operators; to_int8\(fallback=True\)"):
-        q.to_int8()
-    m = q.to_int8(fallback=True)
-    assert decibels(m(*call), q(*call)) > 100
-    assert "dequantized in each call" in repr(m)
-    assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_integer_product_of_other_devices(randomize, monkeypatch, bits):
-    layer, x = randomize(nn.Linear(40, 24), 0), random(3, 9, 40)
-    assert not int8_kernels.takes_int_mm(x, layer.weight)  # it is for CUDA
-    q = calibrate(QuantModel(layer, act_quant_params={"n_bits": bits}), (x,), margin=0.6)
-    products = []
-    monkeypatch.setattr(int8_kernels, "takes_int_mm", lambda x, weight: True)
-    monkeypatch.setattr(
-        torch, "_int_mm", lambda a, b, f=torch._int_mm: products.append(f(a, b)) or products[-1]
-    )
-    m = q.to_int8(fallback=True)
-    assert relative(m(x), q(x)) < 1e-5
-    assert [(p.dtype, p.shape) for p in products] == [(torch.int32, (27, 24))]
-
-
 def test_what_cannot_be_converted(small):
     q = QuantModel(small.unet)
     with pytest.raises(NotCalibratedError, match="calibrate the model before"):
@@ -420,10 +397,10 @@ def test_what_cannot_be_converted(small):
         with pytest.raises(UserError, match="needs weights and activations quantized"):
             QuantModel(small.unet, **{f"{side}_quant_params": None}).to_int8()
     calibrate(q, small_call(small))
-    for dtype in (torch.float16, torch.int8, "float32"):
+    for dtype in (torch.float64, torch.int8, "float32"):
         with pytest.raises(ValueError, match="dtype must be"):
             q.to_int8(dtype)
-    with pytest.raises(UserError, match="CPU only"):
+    with pytest.raises(UserError, match="CPUs only, not on meta"):
         q.to_int8()(torch.empty(1, 4, 16, 16, device="meta"), 5, torch.empty(1, 24, 32, device="meta"))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from diffusers_keys import diffusers_unet, unet_name, unet_state
 from torch import nn
 
+from sdcomp.errors import UserError
+from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
 from sdcomp.quantization import (
     PRESETS,
@@ -140,7 +143,68 @@ def test_a_weight_that_changes_is_rounded_anew():
     assert (q(torch.eye(4))[:, 0] == 0).all() and not (first[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_weight_replaced_by_another_tensor_is_rounded_anew():
+    q = QuantModel(nn.Linear(4, 3, bias=False), act_quant_params=None)
+    layer = q.quantized_layers()[0]
+    first = q(torch.eye(4))
+    layer.weight = nn.Parameter(torch.zeros(3, 4))
+    assert layer.weight._version == 0 and first.any() and not q(torch.eye(4)).any()
+
+
+def test_rounded_weights_are_freed():
+    for free in (
+        lambda q: q.clear_cache(),
+        lambda q: q.set_use_quant(weights=False).set_use_quant(),
+        lambda q: q.to(torch.float64),
+    ):
+        q = QuantModel(nn.Linear(4, 3), act_quant_params=None)
+        expected = q(torch.eye(4))
+        kept = weakref.ref(q.quantized_layers()[0].fake_weight())
+        assert kept() is not None
+        free(q)
+        assert kept() is None
+        assert torch.allclose(q.float()(torch.eye(4)), expected)
+
+
+def test_nothing_stays_on_a_device_that_weights_were_copied_to(small):
+    latents, timesteps, context = inputs(small.unet)
+    q = calibrated(QuantModel(copy.deepcopy(small.unet)))
+    expected, meta = q(latents, timesteps, context), torch.device("meta")
+
+    def borrow() -> None:
+        with weights_on(q, meta):
+            assert q(latents.to(meta), timesteps.to(meta), context.to(meta)).is_meta
+            kept = weakref.ref(q.quantized_layers()[0].fake_weight())
+            # The steps of a generation borrow what it has borrowed: one copy serves all.
+            with weights_on(q, meta):
+                assert q.quantized_layers()[0].fake_weight() is kept()
+            assert kept().is_meta
+        assert kept() is None
+
+    borrow()
+    assert torch.equal(q(latents, timesteps, context), expected)
+    # A change between two such calls is seen.
+    with torch.no_grad():
+        for p in q.parameters():
+            p.zero_()
+    borrow()
+    assert not q(latents, timesteps, context).any()
+
+
+def test_an_offloaded_model_follows_its_weights(small):
+    sd = copy.deepcopy(small)
+    q = calibrated(QuantModel(sd.unet))
+    plain, offloaded = sd.replace(unet=q), sd.replace(unet=q).offload("cpu")
+    images = []
+    for _ in range(2):
+        images.append(offloaded.generate("a blue circle", steps=2))
+        assert torch.equal(images[-1], plain.generate("a blue circle", steps=2))
+        with torch.no_grad():
+            sd.unet.out[2].weight.mul_(0.5)
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
     from sdcomp.quantization import layers
 
@@ -303,6 +367,34 @@ def test_a_wrapped_block_takes_its_timestep_from_the_argument_named(randomize):
     assert not torch.equal(low, high)
     with pytest.raises(TypeError, match="'timesteps'"):
         q(x, emb)
+
+
+def test_what_is_quantized_already_is_refused(small):
+    q = calibrated(QuantModel(small.unet))
+    for module in (
+        q,
+        q.module,
+        nn.Sequential(nn.Linear(2, 2), q),
+        q.to_int8(execution="dequantized"),
+        q.to_int8(),
+    ):
+        for kind in (QuantModel, TimeStepCalibratedQuantModel):
+            with pytest.raises(
+                UserError, match=f"^this {type(module).__name__} is quantized already: quantize"
+            ):
+                kind(module)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", ["max", "mse"])
+def test_weights_that_are_not_finite_are_refused_by_name(small, value, method):
+    unet = copy.deepcopy(small.unet)
+    with torch.no_grad():
+        unet.middle_block[1].proj_in.weight[3, 2] = value
+    params = {"n_bits": 8, "scale_method": method}
+    with pytest.raises(UserError, match=r"^the weight of layer middle_block\.1\.proj_in has NaN or infinite"):
+        QuantModel(unet, weight_quant_params=params)
+    QuantModel(unet, weight_quant_params=params, quant_filters=["middle_block"])
 
 
 @pytest.mark.parametrize(

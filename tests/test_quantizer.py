@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdcomp.errors import UserError
 from sdcomp.quantization import UniformSymmetricQuantizer, fake_quantize
 from sdcomp.quantization.histogram import BINS, MagnitudeHistogram
 
@@ -190,3 +191,21 @@ def test_what_lies_beyond_a_range_is_counted():
 def test_values_that_are_not_finite_are_refused(wrong):
     with pytest.raises(ValueError, match="not finite"):
         MagnitudeHistogram.of(torch.tensor([1.0, wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_stays_nan_and_infinity_is_clipped(dtype):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.3], dtype=dtype)
+    for scale in (0.25, torch.tensor([0.25])):
+        made = fake_quantize(x, scale, 7)
+        assert made[0].isnan() and made[1:].tolist() == [1.75, -1.75, 0.25]
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize("channel_wise", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_no_scale(method, channel_wise, value):
+    x = torch.ones(3, 4)
+    x[1, 2] = value
+    with pytest.raises(UserError, match="a tensor with NaN or infinite values has no scale"):
+        UniformSymmetricQuantizer(8, channel_wise, method).scale(x)

@@ -10,11 +10,17 @@ from torch import nn
 
 
 @contextmanager
-def lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+def weights_on(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """The module with copies of its weights on `device`; after it, the ones that it had are back.
 
-    So nothing is copied back, and weights that are mapped from a file stay mapped.
+    So nothing is copied back, and weights that are mapped from a file stay mapped. At the end the
+    `clear_cache()` of each submodule that has one is called: what was made of the copies must not stay on
+    the device. A module that is there already stays as it is.
     """
+    target = torch.empty(0, device=device).device  # "cuda" with its index
+    if all(tensor.device == target for tensor in (*module.parameters(), *module.buffers())):
+        yield module
+        return
     stores = [store for owner in module.modules() for store in (owner._parameters, owner._buffers)]
     home = [dict(store) for store in stores]
     try:
@@ -28,3 +34,6 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     finally:
         for store, tensors in zip(stores, home, strict=True):
             store.update(tensors)
+        for owner in module.modules():
+            if hasattr(type(owner), "clear_cache"):
+                owner.clear_cache()

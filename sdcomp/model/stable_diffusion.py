@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sdcomp.errors import NonFiniteError
 from sdcomp.model.config import ModelConfig
-from sdcomp.model.offloading import lent
+from sdcomp.model.offloading import weights_on
 from sdcomp.model.requests import Request, check_request, image_pixels, rows_at_once
 from sdcomp.model.samplers import Sampler, make_sampler, row_noise
 from sdcomp.model.schedule import NoiseSchedule
@@ -115,7 +115,7 @@ class StableDiffusion:
         if not all(p.is_contiguous(memory_format=layout) for p in four):
             with torch.inference_mode(False):  # weights stay normal tensors, which can be trained
                 part.to(memory_format=layout)
-        return nullcontext() if self.offloaded_to is None else lent(part, self.offloaded_to)
+        return nullcontext() if self.offloaded_to is None else weights_on(part, self.offloaded_to)
 
     def replace(self, **parts: object) -> StableDiffusion:
         """The same model with other parts, e.g. `sd.replace(unet=pruned)`; the rest is shared.

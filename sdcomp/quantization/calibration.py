@@ -92,8 +92,9 @@ class Calibrator:
         """Generate from `prompts` and set the scales; returns the model, whose switches stay as they were.
 
         The arguments are those of `StableDiffusion.generate`. `steps` is by default the model's
-        `timesteps`, or 40; `batch_size` the number of prompts, at most 16. The same arguments give the
-        same scales. A model without quantized activations is returned at once.
+        `timesteps`, or 40; `batch_size` the number of prompts, at most the model's own `batch_size`. The same
+        arguments give the same scales. A model without quantized activations is returned at once. Rounded
+        weights, which only `quantized_inputs` needs, are freed at the end.
 
         Raises CalibrationError, a ValueError, for an interval that no step fell into; the model then keeps
         the scales that it had. Warns of layers that did not run, and names them.
@@ -111,7 +112,7 @@ class Calibrator:
             "guidance_scale": guidance_scale,
             "negative_prompt": negative_prompt,
             "seed": seed,
-            "batch_size": min(len(prompts), 16) if batch_size is None else batch_size,
+            "batch_size": min(len(prompts), self.sd.batch_size) if batch_size is None else batch_size,
             "strength": strength,
         }
         starts = model.starts
@@ -157,12 +158,14 @@ class Calibrator:
         model, state = self.model, self.model.state
         self._inputs = {}
         levels, starts = model.act_quantizer.levels, model.starts
-        last: tuple[Tensor, int, int | None, list[tuple[MagnitudeHistogram, float]]] | None = None
+        last: tuple[Tensor, int | None, int | None, list[tuple[MagnitudeHistogram, float]]] | None = None
 
         def observer(layer: QuantLayer, x: Tensor) -> list[float] | None:
             nonlocal last
-            version = -1 if x.is_inference() else x._version
-            if version >= 0 and last is not None and last[0] is x and last[1:3] == (version, layer.split):
+            # Tensors made in inference mode do not count their changes.
+            version = None if x.is_inference() else x._version
+            seen_before = last is not None and last[0] is x and last[1:3] == (version, layer.split)
+            if seen_before and version is not None:
                 found = last[3]
             else:
                 parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
@@ -188,6 +191,7 @@ class Calibrator:
             self.sd.replace(unet=model).generate(prompts, **settings)
         finally:
             state.observer, state.weights = None, before
+            model.clear_cache()
 
     def _interval(self, timestep: float) -> int:
         return sum(start <= timestep for start in self.model.starts) - 1

@@ -14,7 +14,10 @@ ZERO = 128
 
 
 def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
-    """The integers of `fake_quantize` plus `ZERO`, uint8, in the memory format of `x`."""
+    """The integers of `fake_quantize` plus `ZERO`, uint8, in the memory format of `x`.
+
+    NaN becomes the largest integer; see `Int8Model` for who looks for it.
+    """
     # Rounded around 0, since PyTorch adds another zero point before it rounds.
     quantized = torch.quantize_per_tensor(x.float(), scale, 0, torch.qint8)
     # The same bytes, not the copy that `int_repr` makes.
@@ -22,19 +25,6 @@ def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
     integers.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
     # Flipping the sign bit adds 128.
     return integers.clamp_(-levels, levels).view(torch.uint8).bitwise_xor_(ZERO)
-
-
-def takes_int_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether `int_mm` is for these: they are on CUDA, in shapes that `torch._int_mm` takes there."""
-    return x.is_cuda and x.numel() > 16 * x.shape[-1] and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-
-
-def int_mm(x: Tensor, scale: float, levels: int, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Input `(..., in)` quantized, times an int8 weight `(out, in)` -> float32 `(..., out)`, in integers."""
-    # What PyTorch rounds to there are the multiples of the scale that `fake_quantize` gives.
-    integers = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -levels, levels).div_(scale)
-    products = torch._int_mm(integers.round_().to(torch.int8).flatten(0, -2), weight.t())
-    return (products * (scale * weight_scale)).unflatten(0, x.shape[:-1])
 
 
 class Packed:
@@ -138,7 +128,7 @@ def missing() -> str | None:
     weight[0], x[0] = 127, 99
     narrow, exact = weight[:, :, 0, 0], weight.float() * scale.view(-1, 1, 1, 1)
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad():
             # PyTorch announces that `quantize_per_tensor` will go some day; it says so once.
             warnings.simplefilter("ignore", UserWarning)
             q = quantize(x, 0.02, 127)

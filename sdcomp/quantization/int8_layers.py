@@ -119,20 +119,13 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         split = "" if self.split is None else f", split={self.split}"
-        return f"{self.shape}{split}, {'int8 kernels' if self._packed else 'dequantized in each call'}"
+        return f"{self.shape}{split}, {'int8 kernels' if self._packed else 'dequantized'}"
 
 
 class Int8Linear(Int8Layer):
     """`nn.Linear` on int8 weights and inputs; the result has the input's type."""
 
     _channels = -1
-
-    def forward(self, x: Tensor, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        if self._packed or self.split is not None or not kernels.takes_int_mm(x, self.weight):
-            return super().forward(x, onto, dtype)
-        scale, weight_scale = self.input_scales()[0], self._scales()[0]
-        out = kernels.int_mm(x, scale, self.state.levels, self.weight, weight_scale)
-        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
 
     def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedLinear:
         return kernels.PackedLinear(weight, scale)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,11 @@ class NotCalibratedError(UserError, RuntimeError):
     """A layer is to quantize its input and has no scale for it."""
 
 
-def _version(tensor: Tensor) -> int:
-    """Rises with each change in place; tensors made in inference mode do not count theirs."""
-    return -1 if tensor.is_inference() else tensor._version
+@contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Tensors made in here can be changed and trained later, also if the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(eq=False)
@@ -100,18 +104,25 @@ class QuantLayer(nn.Module):
         self.weight_quantizer, self.act_quantizer = weight_quantizer, act_quantizer
         scale = acts = None
         if weight_quantizer is not None:
-            scales = [weight_quantizer.scale(part) for part in self._weight_parts()]
+            try:
+                scales = [weight_quantizer.scale(part) for part in self._weight_parts()]
+            except UserError:
+                raise UserError(
+                    f"the weight of layer {name} has NaN or infinite values: check the model's file"
+                ) from None
             scale = scales[0] if split is None else torch.stack(scales)
         if act_quantizer is not None:
             acts = torch.zeros(intervals, *([] if split is None else [2]), device=self.weight.device)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("act_scale", acts)
         self.register_buffer("act_clipped", None if acts is None else acts.clone())
-        self._reset()
+        self._fake_weight: tuple[ref[Tensor], int, Tensor] | None = None
+        self._read_act_scales()
 
-    def _reset(self) -> None:
-        self._fake_weight: tuple[int, Tensor] | None = None
-        self._act_scales: list | None = None
+    def _read_act_scales(self) -> None:
+        """Keep the scales as numbers: no call waits for a device to tell them."""
+        scale = self.act_scale
+        self._act_scales = [] if scale is None or scale.is_meta else scale.view(len(scale), -1).tolist()
 
     def _weight_parts(self) -> tuple[Tensor, ...]:
         weight = self.weight.detach()
@@ -133,29 +144,37 @@ class QuantLayer(nn.Module):
 
     def fake_weight(self) -> Tensor:
         """The weight as quantized: made at the first call, then kept until the weight changes."""
-        version = _version(self.weight)
-        if self._fake_weight is None or self._fake_weight[0] != version:
-            # Made for good, so not in the inference mode in which it happens to be needed first.
-            with torch.inference_mode(False), torch.no_grad():
-                made = self.per_part(self.weight_quantizer.fake_quantize)
-                if self.weight.dim() == 4 and not self.weight.is_contiguous():
-                    made = made.contiguous(memory_format=torch.channels_last)
-            self._fake_weight = (version, made)
-        return self._fake_weight[1]
+        weight = self.weight
+        # Inference tensors do not count their changes; a tracer's tensors must not outlive it.
+        keep = not (weight.is_inference() or torch.compiler.is_compiling())
+        if keep and self._fake_weight is not None:
+            made_of, version, made = self._fake_weight
+            # A tensor of its own, not only a version: `weights_on` puts others in the weight's place.
+            if made_of() is weight and version == weight._version:
+                return made
+        with normal_tensors():
+            made = self.per_part(self.weight_quantizer.fake_quantize)
+            if weight.dim() == 4 and not weight.is_contiguous():
+                made = made.contiguous(memory_format=torch.channels_last)
+        if keep:
+            self._fake_weight = (ref(weight), weight._version, made)
+        return made
+
+    def clear_cache(self) -> None:
+        """Free the rounded weight; the next call that needs it makes it again."""
+        self._fake_weight = None
 
     def set_act_scales(self, scales: Tensor, clipped: Tensor) -> None:
         """Take over what a calibration found, in the shape of `act_scale`."""
         self.act_scale.copy_(scales)
         self.act_clipped.copy_(clipped)
-        self._act_scales = None
+        self._read_act_scales()
 
     def input_scales(self) -> list[float]:
         """The scales of the input in the current interval, one, or two with a split.
 
         Raises NotCalibratedError, which names the layer.
         """
-        if self._act_scales is None:
-            self._act_scales = self.act_scale.view(len(self.act_scale), -1).tolist()
         return calibrated(self._act_scales, self.state.interval, self.name)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +195,7 @@ class QuantLayer(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             self._buffers[name] = buffer.to(self._buffers[name].device)
-        self._reset()
+        self.clear_cache()
         return self
 
     def __getstate__(self) -> dict[str, object]:
@@ -184,7 +203,8 @@ class QuantLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
-        self._reset()
+        self.clear_cache()
+        self._read_act_scales()
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
-from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, quantize_layer
+from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, normal_tensors, quantize_layer
 from sdcomp.quantization.quantizer import UniformSymmetricQuantizer
 from sdcomp.quantization.shortcuts import shortcut_splits
+from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument, is_quantized
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sdcomp.quantization.int8 import Int8Model
-
-
-class QuantizedTwin(nn.Module):
-    """A module that stands for `module`, and has `starts` and `train_timesteps`."""
-
-    @property
-    def intervals(self) -> list[tuple[int, int]]:
-        """The first and last training timestep of each interval, ascending."""
-        ends = [*self.starts[1:], self.train_timesteps]
-        return [(first, end - 1) for first, end in zip(self.starts, ends, strict=True)]
-
-    def __getattr__(self, name: str) -> object:
-        # What the module tells about itself (its config, its dtype) holds for its quantized twin.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
 
 
 class QuantModel(QuantizedTwin):
@@ -51,6 +32,9 @@ class QuantModel(QuantizedTwin):
     `module` itself stays as it is; its weights are shared, not copied. For inference only: nothing is
     differentiated through the rounding.
 
+    Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
+    (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
+
     `weight_quant_params`, `act_quant_params`: arguments of `UniformSymmetricQuantizer`, where weights are
     channel-wise by default and activations always per tensor; None leaves that side in full precision.
     The activations' scales come from a `Calibrator`, whose default policy is their `scale_method`.
@@ -58,8 +42,9 @@ class QuantModel(QuantizedTwin):
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
 
-    Raises ValueError for a filter that matches no layer, when nothing is left to quantize, and for a
-    module without skip concatenations that are known.
+    Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for a module
+    without skip concatenations that are known, for one that is quantized already, and for weights that are
+    not finite, whose layer it names.
     """
 
     train_timesteps = 1000
@@ -75,6 +60,10 @@ class QuantModel(QuantizedTwin):
         _starts: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
+        if is_quantized(module):
+            raise UserError(
+                f"this {type(module).__name__} is quantized already: quantize the model that it was made of"
+            )
         self.weight_quantizer = self.act_quantizer = None
         if weight_quant_params is not None:
             self.weight_quantizer = UniformSymmetricQuantizer(**{"channel_wise": True, **weight_quant_params})
@@ -103,7 +92,7 @@ class QuantModel(QuantizedTwin):
             raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
         splits = shortcut_splits(module) if split_shortcuts else {}
 
-        with torch.inference_mode(False), torch.no_grad():
+        with normal_tensors():
             self.module = _share(module)
             for name in layers:
                 if name not in self.left_out:
@@ -119,7 +108,7 @@ class QuantModel(QuantizedTwin):
             # Weights alone need no calibration.
             self.register_buffer("is_calibrated", torch.tensor(self.act_quantizer is None))
             self.register_buffer("interval_starts", torch.tensor(_starts))
-        self._starts: list[int] | None = None
+        self._starts = list(_starts)
         self.calibration: dict[str, object] = {}
         self.eval()
 
@@ -131,27 +120,31 @@ class QuantModel(QuantizedTwin):
     @property
     def starts(self) -> list[int]:
         """The first training timestep of each interval."""
-        if self._starts is None:
-            self._starts = self.interval_starts.tolist()
         return self._starts
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Move the intervals, whose number stays; the scales are calibrated anew for them."""
         self.interval_starts.copy_(torch.tensor(starts))
-        self._starts = None
+        self._starts = list(starts)
 
     def quantized_layers(self) -> list[QuantLayer]:
         """The layers that simulate quantization, in the module's order; each knows its `name`."""
         return [layer for layer in self.module.modules() if isinstance(layer, QuantLayer)]
 
     def set_use_quant(self, weights: bool = True, activations: bool = True) -> QuantModel:
-        """Switch what was built to be quantized on and off; with both off the plain module runs."""
+        """Switch what was built to be quantized on and off; with both off the plain module runs.
+
+        Without `weights` the rounded ones are freed.
+        """
         self.state.weights, self.state.activations = bool(weights), bool(activations)
+        if not weights:
+            self.clear_cache()
         return self
 
-    def _enter(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
-        """Note what the layers must know of this call; returns the keyword arguments to pass on."""
-        return kwargs
+    def clear_cache(self) -> None:
+        """Free the rounded weights; calls that need them make them again."""
+        for layer in self.quantized_layers():
+            layer.clear_cache()
 
     def forward(self, *args: object, **kwargs: object) -> object:
         state = self.state
@@ -159,11 +152,9 @@ class QuantModel(QuantizedTwin):
         active = state.weights or (state.activations and self.act_quantizer is not None)
         if not active and state.observer is None:
             return self.module(*args, **kwargs)
-        # Outside inference mode tensors count their changes, which tells whether an input that is seen
-        # again is still the same.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             try:
-                return self.module(*map(_counting, args), **{k: _counting(v) for k, v in kwargs.items()})
+                return self.module(*args, **kwargs)
             finally:
                 state.forget()
 
@@ -199,11 +190,11 @@ class QuantModel(QuantizedTwin):
             "split_shortcuts": self.split_shortcuts,
         }
 
-    def to_int8(self, dtype: torch.dtype = torch.float32, *, fallback: bool = False) -> Int8Model:
-        """The calibrated model on integer kernels; see `sdcomp.quantization.int8.to_int8`."""
+    def to_int8(self, dtype: torch.dtype | None = None, execution: str = "auto") -> Int8Model:
+        """The calibrated model with int8 weights; see `sdcomp.quantization.int8.to_int8`."""
         from sdcomp.quantization.int8 import to_int8
 
-        return to_int8(self, dtype, fallback)
+        return to_int8(self, dtype, execution)
 
     def save(self, folder: str | Path) -> Path:
         """Write scales and settings; see `sdcomp.quantization.storage.save`."""
@@ -213,7 +204,7 @@ class QuantModel(QuantizedTwin):
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
-        self._starts = None
+        self._starts = self.interval_starts.tolist()
 
 
 class TimeStepCalibratedQuantModel(QuantModel):
@@ -255,33 +246,11 @@ class TimeStepCalibratedQuantModel(QuantModel):
             )
         if boundaries not in ("uniform", "optimal"):
             raise ValueError(f"boundaries must be 'uniform' or 'optimal', not {boundaries!r}")
-        position, name = _locate(module, timestep_arg)
+        argument = TimestepArgument.of(module, timestep_arg)
         super().__init__(module, **params, _starts=uniform_starts(k, train_timesteps))
         self.timesteps, self.k, self.boundaries = timesteps, k, boundaries
         self.timestep_arg, self.train_timesteps = timestep_arg, train_timesteps
-        self._position, self._name = position, name
-
-    def _enter(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
-        if self._position is not None and self._position < len(args):
-            value = args[self._position]
-        elif self._name in kwargs:
-            value = kwargs[self._name]
-        else:
-            raise TypeError(f"a timestep-aware model needs its timesteps, in argument {self.timestep_arg!r}")
-        low, high = (bound.item() for bound in torch.as_tensor(value).aminmax())
-        # Written so that nan is refused too.
-        if not (low >= 0 and high < self.train_timesteps):
-            raise ValueError(f"timesteps must be 0 to {self.train_timesteps - 1}, not {low} to {high}")
-        first, last = (sum(start <= t for start in self.starts) - 1 for t in (low, high))
-        if first != last:
-            raise ValueError(
-                f"timesteps {low} and {high} of one batch are in different intervals,"
-                f" {self.intervals[first]} and {self.intervals[last]}: run them in separate batches"
-            )
-        self.state.interval, self.state.timestep = first, low
-        if self._position is None:
-            return {key: value for key, value in kwargs.items() if key != self._name}
-        return kwargs
+        self._argument = argument
 
     def arguments(self) -> dict[str, object]:
         """The constructor's arguments by name, without the module, ready for JSON."""
@@ -297,7 +266,11 @@ class TimeStepCalibratedQuantModel(QuantModel):
 
 def _share(module: nn.Module) -> nn.Module:
     """The same module built of new layers around the same memory."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()}
+    memo = {
+        # Tensors made in inference mode can have no gradients.
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not p.is_inference())
+        for p in module.parameters()
+    }
     memo |= {id(b): b.detach() for b in module.buffers()}
     return copy.deepcopy(module, memo)
 
@@ -317,22 +290,3 @@ def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
 
 def _params(quantizer: UniformSymmetricQuantizer | None) -> dict[str, object] | None:
     return None if quantizer is None else dict(vars(quantizer))
-
-
-def _counting(value: object) -> object:
-    """A tensor that counts its changes; what was made in inference mode does not, so a copy of that."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _locate(module: nn.Module, arg: int | str) -> tuple[int | None, str | None]:
-    """Position and name of an argument of the module's `forward`; no position for a name it has not."""
-    names = [
-        p.name
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if isinstance(arg, str):
-        return (names.index(arg), arg) if arg in names else (None, arg)
-    if isinstance(arg, bool) or not hasattr(arg, "__index__") or arg < 0:
-        raise TypeError(f"timestep_arg must be a position or a name, not {arg!r}")
-    return arg, names[arg] if arg < len(names) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdcomp.errors import UserError
 from sdcomp.quantization.histogram import channel_clips
 
 SCALE_METHODS = ("max", "mse")
@@ -17,11 +18,10 @@ def fake_quantize(x: Tensor, scale: float | Tensor, levels: int) -> Tensor:
 
     Bit for bit what `torch.fake_quantize_per_tensor_affine` and `_per_channel_affine` give: the product
     with the float32 reciprocal of the scale is rounded half to even. `scale` is a number, or float32 and
-    broadcasts with `x`. On CPUs PyTorch's operators also fill a mask for the gradient and run several
-    times longer than these four passes, which keep the memory format too; on GPUs its single kernel wins.
+    broadcasts with `x`. Infinite values are clipped and NaN stays NaN, on every device: PyTorch's operator
+    on CUDA makes a number of it. On CPUs PyTorch's operators also fill a mask for the gradient and run
+    several times longer than these four passes, which keep the memory format too.
     """
-    if x.is_cuda and isinstance(scale, float):
-        return torch.fake_quantize_per_tensor_affine(x, scale, 0, -levels, levels)
     integers = x.float() * (1 / scale)
     return integers.round_().clamp_(-levels, levels).mul_(scale).to(x.dtype)
 
@@ -59,11 +59,15 @@ class UniformSymmetricQuantizer:
 
     @torch.no_grad()
     def scale(self, x: Tensor) -> Tensor:
-        """The scales of a tensor: float32, `(channels,)` if channel-wise, else `(1,)`."""
+        """The scales of a tensor: float32, `(channels,)` if channel-wise, else `(1,)`.
+
+        Raises UserError for values that are not finite.
+        """
         magnitudes = (x.flatten(1) if self.channel_wise else x.reshape(1, -1)).float().abs()
-        if self.scale_method == "max" or magnitudes.shape[1] == 0:
-            clip = magnitudes.amax(dim=1) if magnitudes.shape[1] else magnitudes.new_zeros(len(magnitudes))
-        else:
+        clip = magnitudes.amax(dim=1) if magnitudes.shape[1] else magnitudes.new_zeros(len(magnitudes))
+        if not clip.is_meta and not clip.isfinite().all():
+            raise UserError("a tensor with NaN or infinite values has no scale: find where they come from")
+        if self.scale_method == "mse" and magnitudes.shape[1]:
             clip = channel_clips(magnitudes, self.levels)
         scale = clip / self.levels
         # Smaller steps have no finite reciprocal: such values are zeros too.

@@ -67,7 +67,7 @@ def save_int8(model: str, folder: str) -> None:
         layer._forward_pre_hooks.clear()
     q.is_calibrated.fill_(True)
     for dtype in (torch.float32, torch.bfloat16):
-        q.to_int8(dtype).save(Path(folder) / str(dtype))
+        q.to_int8(dtype, "kernels").save(Path(folder) / str(dtype))
 
 
 Step = Callable[[], object]
@@ -85,7 +85,7 @@ def bf16(model: str, folder: str) -> Step:
 
 
 def int8(model: str, folder: str, dtype: torch.dtype = torch.float32) -> Step:
-    unet, call = load_int8(Path(folder) / str(dtype)), inputs(model)
+    unet, call = load_int8(Path(folder) / str(dtype), execution="kernels"), inputs(model)
     return lambda: unet(*call)
 
 

@@ -1,0 +1,46 @@
+"""How a quantized model runs on a device: in integers, or on weights that are dequantized layer by layer."""
+
+from __future__ import annotations
+
+import torch
+
+from sdcomp.errors import UserError
+from sdcomp.quantization import int8_kernels
+
+EXECUTIONS = ("auto", "kernels", "dequantized")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What an int8 model may compute in between its integer layers."""
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str = "auto") -> str:
+    """Choose "kernels" or "dequantized" for an int8 model on `device` that computes in `dtype`.
+
+    "kernels": oneDNN multiplies integers; saves memory and time; needs a CPU, float32 or bfloat16.
+    "dequantized": each layer turns its int8 weight into `dtype` when it runs; saves memory, no time; runs
+    on every device. "auto" takes the kernels where they can be had.
+
+    Raises ValueError for another name or type, UserError where the kernels are wanted and cannot be had.
+    """
+    if wanted not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {wanted!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}")
+    if wanted == "dequantized":
+        return wanted
+    reason = why_no_kernels(torch.device(device), dtype)
+    if reason is None:
+        return "kernels"
+    if wanted == "kernels":
+        raise UserError(f"{reason}; execution='dequantized' runs on any device, saving memory but no time")
+    return "dequantized"
+
+
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the int8 kernels cannot be had there, None where they can."""
+    if device.type != "cpu":
+        return f"the int8 kernels run on CPUs only, not on {device}"
+    if dtype not in _KERNEL_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the int8 kernels compute in float32 or bfloat16, not in {name}"
+    return int8_kernels.missing()

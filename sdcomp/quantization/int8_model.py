@@ -1,0 +1,177 @@
+"""Models with int8 weights, called like the module that was quantized."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sdcomp.errors import UserError
+from sdcomp.files import replacing
+from sdcomp.model.channels import channel_map
+from sdcomp.model.unet import UNet
+from sdcomp.quantization.execution import choose_execution, why_no_kernels
+from sdcomp.quantization.int8_blocks import specialize
+from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
+from sdcomp.quantization.layers import normal_tensors
+from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument
+
+CONFIG, TENSORS = "int8.json", "int8.safetensors"
+
+
+class Int8Model(QuantizedTwin):
+    """A quantized model with int8 weights, called like the module; made by `QuantModel.to_int8`.
+
+    `execution` is "kernels" or "dequantized": see `sdcomp.quantization.execution.choose_execution`. All but
+    the quantized layers is computed in `dtype`: floating-point arguments of two and more dimensions are
+    converted to it, and results back to the type of the first of them. `to` changes both, within what the
+    execution allows. The scales are those of the timestep's interval where the model is timestep-aware;
+    calls raise what `TimeStepCalibratedQuantModel` raises. For inference only.
+
+    NaN: integers cannot hold it, so the kernels' model gives NaN for the rows whose input has one. From
+    finite inputs nothing between the kernels makes NaN, as long as what is not quantized is finite, which
+    the constructor checks: norms, softmax and bounded integer products stay finite.
+
+    Raises UserError for tensors that are not finite, which it names.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        integers: dict[str, dict[str, Tensor | None]],
+        floats: Mapping[str, Tensor],
+        settings: Mapping[str, object],
+    ) -> None:
+        super().__init__()
+        self.settings = dict(settings)
+        self.dtype, self.execution = getattr(torch, settings["dtype"]), settings["execution"]
+        self.state = Int8State(2 ** (settings["act_bits"] - 1) - 1)
+        self.starts, self.train_timesteps = settings["starts"], settings["train_timesteps"]
+        self.timestep_arg = settings["timestep_arg"]
+        if self.timestep_arg is not None:
+            self._argument = TimestepArgument.of(module, self.timestep_arg)
+        with normal_tensors():
+            self.module = _assemble(module, integers, floats, settings["splits"], self.state, self.dtype)
+            _check_finite(self.module)
+            if self.execution == "kernels":
+                specialize(self.module)
+                for layer in self.module.modules():
+                    if isinstance(layer, Int8Layer):
+                        layer.pack()
+        self.eval()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        kwargs = self._enter(args, kwargs)
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        kernels = self.execution == "kernels"
+        for x in given if kernels else ():
+            self._require(x.device, self.dtype)
+
+        def enter(x: Tensor) -> Tensor:
+            # Timesteps, which have no second dimension, keep their type: bfloat16 has no 999.
+            x = x.to(self.dtype) if x.is_floating_point() and x.dim() > 1 else x
+            # The kernels' outputs are channels last, so everything is.
+            last = kernels and x.dim() == 4
+            return x.contiguous(memory_format=torch.channels_last) if last else x
+
+        with torch.no_grad():
+            out = self.module(*map(_on(enter), args), **{k: _on(enter)(v) for k, v in kwargs.items()})
+            for x in given if kernels else ():
+                if x.isnan().any():
+                    out = tree_map_only(Tensor, partial(_spread_nan, x), out)
+            before = next((x.dtype for x in given if x.dim() > 1), self.dtype)
+            return out if before == self.dtype else tree_map_only(Tensor, lambda x: x.to(before), out)
+
+    def _require(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise UserError where the model cannot compute as it is laid out."""
+        reason = why_no_kernels(device, dtype) if self.execution == "kernels" else None
+        if reason is not None:
+            raise UserError(
+                f"{reason}, and this model's weights are packed for them: load or make it anew with"
+                " execution='dequantized'"
+            )
+        choose_execution(device, dtype, self.execution)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Model:
+        # What `to` makes of a floating-point tensor, asked before the first of the model's changes.
+        made = fn(torch.empty(0, dtype=self.dtype))
+        self._require(made.device, made.dtype)
+        super()._apply(fn, recurse)
+        self.dtype = made.dtype
+        self.settings["dtype"] = str(made.dtype).removeprefix("torch.")
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `int8.json` and `int8.safetensors` into a folder; returns it.
+
+        Integers, scales, and what is not quantized in the model's `dtype`: about a quarter of float32.
+        `load_int8` reads them. Raises UserError where the folder cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        settings = {name: value for name, value in self.settings.items() if name != "execution"}
+        if isinstance(self.module, UNet):
+            settings["unet"] = dataclasses.asdict(self.module.config)
+            settings["channels"] = channel_map(self.module)
+        state = self.module.state_dict()
+        with replacing(folder / TENSORS) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+        with replacing(folder / CONFIG) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        how = "int8 kernels" if self.execution == "kernels" else "weights dequantized layer by layer"
+        intervals = "" if self.timestep_arg is None else f", intervals={self.intervals}"
+        return f"{s['weight_bits']}-bit weights, {s['act_bits']}-bit inputs, {self.dtype}, {how}{intervals}"
+
+
+def _assemble(
+    module: nn.Module,
+    integers: dict[str, dict[str, Tensor | None]],
+    floats: Mapping[str, Tensor],
+    splits: Mapping[str, int],
+    state: Int8State,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A copy of the module with integer layers in place of those that are given, and new tensors."""
+    memo: dict[int, object] = {}
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        new = floats.get(name, old).detach()
+        if new.is_floating_point():
+            new = new.to(dtype)
+        new = new.contiguous()  # as `StableDiffusion` wants a UNet on CPU
+        memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    for name, layer in module.named_modules():
+        if name in integers:
+            # Given up by the caller, so that a plain weight lives no longer than until it is packed.
+            tensors = integers.pop(name)
+            kind = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
+            memo[id(layer)] = kind(layer, name, tensors, splits.get(name), state)
+    return copy.deepcopy(module, memo)
+
+
+def _check_finite(module: nn.Module) -> None:
+    """Raise UserError for a tensor with NaN or infinite values, which integers would hide."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise UserError(f"{name} has NaN or infinite values: check the model's file, or use a wider type")
+
+
+def _spread_nan(x: Tensor, out: Tensor) -> Tensor:
+    """NaN in the rows of `out` in which `x` has one."""
+    rows = x.isnan().reshape(len(x) if x.dim() else 1, -1).any(dim=1)
+    rows = rows if len(rows) in (1, len(out)) else rows.any()[None]
+    return out.masked_fill(rows.view(-1, *[1] * (out.dim() - 1)), float("nan"))
+
+
+def _on(function: Callable[[Tensor], Tensor]) -> Callable[[object], object]:
+    return lambda value: function(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,112 @@
+"""What simulated and integer models have in common: they stand for a module and know each call's interval."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TimestepArgument:
+    """Where a module's `forward` takes its timesteps: by position, by name, or both.
+
+    No position: a name that `forward` does not have, so the wrapper takes this argument for itself.
+    """
+
+    given: int | str
+    position: int | None
+    name: str | None
+
+    @classmethod
+    def of(cls, module: nn.Module, given: int | str) -> TimestepArgument:
+        """The argument at a position or of a name. Raises TypeError for anything else."""
+        names = [
+            p.name
+            for p in inspect.signature(module.forward).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        if isinstance(given, str):
+            return cls(given, names.index(given) if given in names else None, given)
+        if isinstance(given, bool) or not hasattr(given, "__index__") or given < 0:
+            raise TypeError(f"timestep_arg must be a position or a name, not {given!r}")
+        return cls(given, given, names[given] if given < len(names) else None)
+
+    def take(self, args: tuple, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
+        """The timesteps of a call, and the keyword arguments that the module gets.
+
+        Raises TypeError for a call without timesteps.
+        """
+        if self.position is not None and self.position < len(args):
+            return args[self.position], kwargs
+        if self.name not in kwargs:
+            raise TypeError(f"a timestep-aware model needs its timesteps, in argument {self.given!r}")
+        if self.position is None:
+            return kwargs[self.name], {key: value for key, value in kwargs.items() if key != self.name}
+        return kwargs[self.name], kwargs
+
+
+class QuantizedTwin(nn.Module):
+    """A module that stands for `module`, and has `state`, `starts` and `train_timesteps`.
+
+    `_argument`: where a timestep-aware model takes its timesteps, else None.
+    """
+
+    _argument: TimestepArgument | None = None
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """The first and last training timestep of each interval, ascending."""
+        ends = [*self.starts[1:], self.train_timesteps]
+        return [(first, end - 1) for first, end in zip(self.starts, ends, strict=True)]
+
+    def _enter(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+        """Tell the layers this call's interval; returns the keyword arguments to pass on."""
+        if self._argument is not None:
+            timesteps, kwargs = self._argument.take(args, kwargs)
+            self.state.timestep, self.state.interval = self._locate(timesteps)
+        return kwargs
+
+    def _locate(self, timesteps: object) -> tuple[float, int]:
+        """The lowest timestep of a batch, and the interval of all.
+
+        A plain number is compared in Python, so that such a call waits for no device and can be traced.
+        Raises ValueError for timesteps out of range or in different intervals.
+        """
+        low = high = timesteps
+        if not isinstance(timesteps, Real):
+            timesteps = torch.as_tensor(timesteps)
+            # One look at the device for both.
+            low, high = torch.stack(timesteps.aminmax()).tolist()
+        # Written so that nan is refused too.
+        if not (low >= 0 and high < self.train_timesteps):
+            raise ValueError(f"timesteps must be 0 to {self.train_timesteps - 1}, not {low} to {high}")
+        first, last = (_interval(self.starts, t) for t in (low, high))
+        if first != last:
+            raise ValueError(
+                f"timesteps {low} and {high} of one batch are in different intervals,"
+                f" {self.intervals[first]} and {self.intervals[last]}: run them in separate batches"
+            )
+        return low, first
+
+    def __getattr__(self, name: str) -> object:
+        # What the module tells about itself (its config, its dtype) holds for its quantized twin.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+def _interval(starts: Sequence[int], timestep: float) -> int:
+    return sum(start <= timestep for start in starts) - 1
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module has layers that are quantized already, simulated or in integers."""
+    return any(hasattr(layer, "integer_weight") for layer in module.modules())
