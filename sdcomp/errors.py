@@ -9,3 +9,7 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         # IPython shows these lines in place of a stack trace.
         return [f"{type(self).__name__}: {self}"]
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A model gave infinite values or NaN; the message names the step."""

@@ -53,7 +53,12 @@ def error_band(
     color: Any = None,
     linestyle: str = "-",
 ) -> None:
-    """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars."""
+    """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars.
+
+    Without results, as of a method that failed, nothing is drawn.
+    """
+    if not rows:
+        return
     order = sorted(range(len(x)), key=lambda i: x[i])
     xs, values, lows, highs = zip(
         *((x[i], rows[i]["value"], rows[i]["ci_low"], rows[i]["ci_high"]) for i in order), strict=True
