@@ -8,7 +8,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from click.testing import CliRunner
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
@@ -21,34 +20,63 @@ from sdcomp.errors import UserError
 from sdcomp.evaluation import Estimate
 from sdcomp.study import ParameterError, Run, error_band, heat_map, label_ends, read_parameters, scatter
 from sdcomp.study import run as run_module
-
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+from sdcomp.study.rules import STUDIES, common
 
 PARAMETERS = """\
-model: str = "."  # model folder
-amount: "float or list" = 0.3  # share, or a list of shares
+model: str = "data/tiny"  # model folder
+amount: "float or list[float]" = 0.3  # share, or a list of shares
+bits: "int or list[int]" = 8  # 2 to 8
 quant_filters: list[str] = ["time_embed", "out"]  # layers left out
-guidance_sweep: list = []  # empty: no sweep
-remove_amounts: list = [0.25]  # further amounts
+guidance_sweep: list[float] = []  # empty: no sweep
+remove_amounts: list[float] = [0.25]  # further amounts
 structured: bool = False
-strictness: float = 0.5  # one that no rule is known for
+mode: str = "mask"
 seed: int = 0
 n_images: int = 32
 steps: int = 20
 sampler: str = "ddim"
-guidance_scale: float = 4.0
+guidance_scale: "float or str" = ""
+dtype: str = "float32"
+batch_size: int = 0
 device: str = "cpu"
 out: str = ""
 """
 
-RECORD = "run = Run('02_pruning', globals())"
+STUDY = "07_made_up"
+RECORD = f"run = Run({STUDY!r}, globals())"
 
 DEFAULTS = {
-    "model": ".", "amount": 0.3, "quant_filters": ["time_embed", "out"], "guidance_sweep": [],
-    "remove_amounts": [0.25], "structured": False, "strictness": 0.5, "seed": 0, "n_images": 32, "steps": 20,
-    "sampler": "ddim", "guidance_scale": 4.0, "device": "cpu", "out": "",
+    "model": "data/tiny", "amount": 0.3, "bits": 8, "quant_filters": ["time_embed", "out"],
+    "guidance_sweep": [], "remove_amounts": [0.25], "structured": False, "mode": "mask", "seed": 0,
+    "n_images": 32, "steps": 20, "sampler": "ddim", "guidance_scale": "", "dtype": "float32",
+    "batch_size": 0, "device": "cpu", "out": "",
 }  # fmt: skip
+
+
+def _removal_is_structured(p: dict) -> str | None:
+    return "mode='remove' needs structured" if p["mode"] == "remove" and not p["structured"] else None
+
+
+@pytest.fixture(autouse=True)
+def study(monkeypatch):
+    """A study that has each kind of parameter; the rules are those of the real ones."""
+    rules = {
+        **common.COMMON,
+        **common.GENERATION,
+        "amount": common.AMOUNT,
+        "bits": common.BITS,
+        "quant_filters": STUDIES["01_quantization"].rules["quant_filters"],
+        "guidance_sweep": common.between(0, 100),
+        "remove_amounts": common.AMOUNTS,
+        "structured": common.FREE,
+        "mode": common.one_of("mask", "remove"),
+    }
+    for name in (STUDY, "08_another"):
+        monkeypatch.setitem(STUDIES, name, common.Study(rules, _removal_is_structured))
+
+
+def read(namespace: dict) -> dict:
+    return read_parameters(namespace, STUDY)
 
 
 def notebook(injected: dict | None = None, parameters: str = PARAMETERS) -> dict:
@@ -66,33 +94,36 @@ def notebook(injected: dict | None = None, parameters: str = PARAMETERS) -> dict
 
 
 def test_what_was_declared_and_injected_is_returned():
-    assert read_parameters(notebook()) == DEFAULTS
+    assert read(notebook()) == DEFAULTS
     injected = {
         "amount": [0.1, 0.2], "seed": 7, "guidance_scale": 2, "sampler": "dpmpp_2m", "structured": True,
         "quant_filters": ["*.to_v"], "guidance_sweep": [1.0, 4.0],
     }  # fmt: skip
-    values = read_parameters(notebook(injected))
+    values = read(notebook(injected))
     assert values == {**DEFAULTS, **injected}
     # A whole number is a number, and one parameter has one type however it was given.
     assert type(values["guidance_scale"]) is float
-    assert type(read_parameters(notebook({"amount": 0}))["amount"]) is float
+    assert type(read(notebook({"amount": 0}))["amount"]) is float
 
 
 def test_without_history_the_declarations_are_those_of_the_namespace():
     namespace = notebook()
     namespace["In"] = [""]  # as nbval runs cells
-    assert read_parameters(namespace) == DEFAULTS
+    assert read(namespace) == DEFAULTS
     for name, value, words in (("amount", 1.3, "a fraction"), ("amount", "abc", "a number or a list")):
         with pytest.raises(ParameterError, match=words):
-            read_parameters({**namespace, name: value})
+            read({**namespace, name: value})
 
 
-GOOD = {"amount": [0, 0.0, 0.999], "seed": [2**31 - 1], "device": ["cpu"], "guidance_scale": [0, 100]}
+GOOD = {
+    "amount": [0, 0.0, 0.999], "bits": [2, 8, [2, 8]], "seed": [2**31 - 1], "device": ["cpu"],
+    "guidance_scale": [0, 100, ""],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in GOOD for value in GOOD[name]])
 def test_the_ends_of_a_range_are_in_it(name, value):
-    assert read_parameters(notebook({name: value}))[name] == value
+    assert read(notebook({name: value}))[name] == value
 
 
 NAN, INF = float("nan"), float("inf")
@@ -121,9 +152,28 @@ BAD = [
     ("guidance_sweep", [1.0, NAN], "not nan"),
     ("guidance_sweep", [1.0, 101.0], "between 0 and 100"),
     ("guidance_sweep", ["high"], "a list of numbers"),
-    ("strictness", NAN, "must be finite"),
-    ("strictness", -INF, "must be finite"),
-    ("strictness", "high", "a number"),
+    ("bits", 6.5, "a whole number or a list of whole numbers"),
+    ("bits", [6.5], "a list of whole numbers, not of 6.5"),
+    ("bits", [8, 6.0], "a list of whole numbers, not of 6.0"),
+    ("bits", ["6"], "a list of whole numbers, not of '6'"),
+    ("bits", [8, 9], "between 2 and 8, not 9"),
+    ("quant_filters", ["out", 2], "a list of texts, not of 2"),
+    ("quant_filters", ["out", " "], "names of layers"),
+    ("quant_filters", ["\udc80"], "text that UTF-8 can hold, not '\\udc80'"),
+    ("amount", 10**400, "must be finite"),
+    ("amount", 10**5000, "must be finite, not this int"),
+    ("amount", [-(10**400)], "must be finite"),
+    ("seed", 10**400, "(401 characters)"),
+    ("batch_size", -1, "between 0 and"),
+    ("dtype", "float64", "one of float32, bfloat16, float16"),
+    ("model", "x" * 5000, "text of at most 4,000 characters"),
+    ("model", "x" * 3000, "an existing model folder"),
+    ("model", "data\0tiny", "without NUL"),
+    ("model", "data", "an existing model folder"),
+    ("out", "x\0", "without NUL"),
+    ("device", "hpu", "a device that this machine"),
+    ("device", "privateuseone", "a device that this machine"),
+    ("guidance_scale", "high", "or empty for the model's own, not 'high'"),
     ("structured", 1, "true or false"),
     ("structured", "yes", "true or false"),
     ("seed", True, "a whole number"),
@@ -138,7 +188,7 @@ BAD = [
     ("guidance_scale", -0.5, "between 0 and 100"),
     ("guidance_scale", NAN, "not nan"),
     ("guidance_scale", INF, "not inf"),
-    ("guidance_scale", True, "a number"),
+    ("guidance_scale", True, "a number or text"),
     ("model", "data/no such model", "an existing model folder"),
     ("model", "~no_such_user/model", "an existing model folder"),
     ("model", "two\nlines", "an existing model folder"),
@@ -151,30 +201,49 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "words"), BAD)
+@pytest.mark.parametrize(
+    ("name", "value", "words"), BAD, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BAD)]
+)
 def test_a_bad_value_is_refused_in_one_sentence_that_names_it(name, value, words):
     with pytest.raises(ParameterError, match=re.escape(words)) as caught:
-        read_parameters(notebook({name: value}))
+        read({**notebook(), name: value})
     message = str(caught.value)
     assert message.startswith(f"{name} must ") and "\n" not in message
     assert isinstance(caught.value, ValueError)
 
 
 def test_further_amounts_may_be_none_though_the_default_is_some():
-    assert read_parameters(notebook({"remove_amounts": []}))["remove_amounts"] == []
+    assert read(notebook({"remove_amounts": []}))["remove_amounts"] == []
 
 
 @pytest.mark.parametrize("name", ["amuont", "Amount", "In"])
 def test_a_misspelt_name_is_refused_with_the_names_there_are(name):
     with pytest.raises(ParameterError) as caught:
-        read_parameters(notebook({"amount": 0.5, name: 0.3}))
+        read(notebook({"amount": 0.5, name: 0.3}))
     assert str(caught.value) == f"there is no parameter {name!r}; this notebook has {', '.join(DEFAULTS)}"
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ParameterError) as caught:
+        read(notebook({"mode": "remove"}))
+    assert str(caught.value) == "mode='remove' needs structured"
+    assert read(notebook({"mode": "remove", "structured": True}))["mode"] == "remove"
+
+
+def test_a_parameter_without_a_rule_stops_the_run(monkeypatch):
+    for cell in (PARAMETERS + "strictness: float = 0.5\n", PARAMETERS.replace("mode: str", "mood: str")):
+        with pytest.raises(ParameterError, match="'(strictness' has no rule|mode' has a rule, and is not)"):
+            read(notebook(parameters=cell))
+    with pytest.raises(ParameterError, match="the study '99_mine' has no rules"):
+        read_parameters(notebook(), "99_mine")
+    with pytest.raises(ParameterError, match="'dict' is no type of a parameter"):
+        read(notebook(parameters=PARAMETERS.replace("structured: bool", "structured: dict")))
 
 
 def test_without_a_parameters_cell_there_is_one_sentence():
     for cells in ([], [""], ["", "import sdcomp\nx: int = 3", "%load_ext nothing"]):
         with pytest.raises(ParameterError, match="run the parameters cell first"):
-            read_parameters({"In": cells})
+            read({"In": cells})
 
 
 def test_other_cells_do_not_matter():
@@ -186,13 +255,13 @@ def test_other_cells_do_not_matter():
         "!ls",
         "%time x = 3",
     ]
-    assert read_parameters(namespace)["amount"] == 0.5
+    assert read(namespace)["amount"] == 0.5
     # A parameters cell that is run again, with another value in it, is the one that counts.
-    changed = PARAMETERS.replace("structured: bool", "removed: bool")
+    changed = PARAMETERS.replace('amount: "float or list[float]" = 0.3', "amount: float = 0.1")
     exec(changed, namespace)
     namespace["In"].append(changed)
-    values = read_parameters(namespace)
-    assert "removed" in values and "structured" not in values and values["amount"] == 0.3
+    values = read(namespace)
+    assert values["amount"] == 0.1
 
 
 def papermill_cells(tmp_path: Path, *options: str) -> dict:
@@ -213,9 +282,9 @@ def papermill_cells(tmp_path: Path, *options: str) -> dict:
 
 def test_the_command_line_of_papermill_gives_what_it_says(tmp_path):
     options = ["-p", "amount", "0.5", "-p", "sampler", "ddpm", "-r", "out", "12", "-p", "structured", "True"]
-    values = read_parameters(papermill_cells(tmp_path, *options))
+    values = read(papermill_cells(tmp_path, *options))
     assert values == {**DEFAULTS, "amount": 0.5, "sampler": "ddpm", "out": "12", "structured": True}
-    values = read_parameters(papermill_cells(tmp_path, "-y", "amount: [0.1, 0.2]"))
+    values = read(papermill_cells(tmp_path, "-y", "amount: [0.1, 0.2]"))
     assert values == {**DEFAULTS, "amount": [0.1, 0.2]}
 
 
@@ -233,7 +302,7 @@ def test_the_command_line_of_papermill_gives_what_it_says(tmp_path):
 )
 def test_the_command_line_of_papermill_is_refused_in_one_sentence(tmp_path, options, message):
     with pytest.raises(ParameterError, match=re.escape(message)) as caught:
-        read_parameters(papermill_cells(tmp_path, *options))
+        read(papermill_cells(tmp_path, *options))
     assert "\n" not in str(caught.value)
 
 
@@ -254,21 +323,6 @@ def test_a_notebook_shows_one_line_in_place_of_a_stack_trace(tmp_path, capsys):
     assert UserError("no space")._render_traceback_() == ["UserError: no space"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_each_notebook_and_its_profile_pass_their_own_check(path):
-    cells = nbformat.read(path, as_version=4).cells
-    (parameters,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    values = read_parameters(notebook(parameters=parameters))
-    common = {"model", "seed", "n_images", "steps", "sampler", "guidance_scale", "device", "out"}
-    assert common <= values.keys()
-    # Each line says what it is for.
-    assert all(re.fullmatch(r"\w+: [\w\" \[\]]+ = .+  # .+", line) for line in parameters.splitlines())
-    profile = path.parent / "profiles" / f"{path.stem}.yaml"
-    if profile.exists():
-        injected = yaml.safe_load(profile.read_text(encoding="utf-8"))
-        read_parameters(notebook(injected, parameters))
-
-
 # The record
 
 COLUMNS = [
@@ -279,19 +333,19 @@ COLUMNS = [
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run("02_pruning", notebook({"out": str(tmp_path / "results")}))
+    return Run(STUDY, notebook({"out": str(tmp_path / "results")}))
 
 
 def test_results_go_where_out_says_or_to_a_folder_named_by_the_parameters(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "ROOT", tmp_path / "repository")
-    run = Run("02_pruning", notebook())
-    assert run.folder == tmp_path / "repository" / "reports" / "runs" / "02_pruning" / run.id
+    run = Run(STUDY, notebook())
+    assert run.folder == tmp_path / "repository" / "reports" / "runs" / STUDY / run.id
     assert re.fullmatch("[0-9a-f]{12}", run.id)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for out, folder in (("here/there", tmp_path / "here" / "there"), ("~/mine", tmp_path / "home" / "mine")):
-        run = Run("02_pruning", notebook({"out": out}))
+        run = Run(STUDY, notebook({"out": out}))
         assert run.folder.resolve() == folder and folder.is_dir()
         assert not list(folder.iterdir())
 
@@ -299,20 +353,21 @@ def test_results_go_where_out_says_or_to_a_folder_named_by_the_parameters(tmp_pa
     monkeypatch.setattr(files, "ROOT", tmp_path / "repository")
     (tmp_path / "repository" / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "repository" / "notebooks")
-    run = Run("02_pruning", notebook({"out": "reports/here"}))
+    model = str(Path(__file__).resolve().parents[1] / "data" / "tiny")
+    run = Run(STUDY, notebook({"out": "reports/here", "model": model}))
     assert run.folder == tmp_path / "repository" / "reports" / "here"
 
 
 def test_the_hash_is_of_the_study_and_its_parameters_and_not_of_where_results_go(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "ROOT", tmp_path)
-    first = Run("02_pruning", notebook())
-    assert Run("02_pruning", notebook()).id == first.id
-    assert Run("02_pruning", notebook({"out": str(tmp_path / "x")})).id == first.id
-    assert Run("02_pruning", notebook({"guidance_scale": 4})).id == first.id
+    first = Run(STUDY, notebook())
+    assert Run(STUDY, notebook()).id == first.id
+    assert Run(STUDY, notebook({"out": str(tmp_path / "x")})).id == first.id
+    assert len({Run(STUDY, notebook({"guidance_scale": scale})).id for scale in (4, 4.0)}) == 1
     others = [
-        Run("03_profiling", notebook()),
+        Run("08_another", notebook()),
         *(
-            Run("02_pruning", notebook(injected))
+            Run(STUDY, notebook(injected))
             for injected in ({"amount": 0.31}, {"amount": [0.3]}, {"seed": 1}, {"structured": True})
         ),
     ]
@@ -331,7 +386,7 @@ def test_metrics_are_tidy_rows_that_survive_the_file(run):
         reader = csv.DictReader(file)
         rows = list(reader)
     assert reader.fieldnames == COLUMNS and len(rows) == 4
-    assert all(r["run_id"] == run.id and r["study"] == "02_pruning" and r["model"] == "." for r in rows)
+    assert all(r["run_id"] == run.id and r["study"] == STUDY and r["model"] == "data/tiny" for r in rows)
     assert [r["method"] for r in rows] == ["dense", "l1, per layer", 'with "quotes"\nand lines', "dense"]
     assert [json.loads(r["parameters"]) for r in rows] == [{}, {"amount": 0.05, "scope": "layer"}, {}, {}]
     # Counts are whole; other numbers have six digits.
@@ -387,7 +442,7 @@ def test_a_cell_that_is_run_again_does_not_double_its_results(run):
 
 def test_parameters_that_changed_after_the_start_are_not_recorded_as_if_they_had_not(tmp_path):
     namespace = notebook({"out": str(tmp_path)})
-    run = Run("02_pruning", namespace)
+    run = Run(STUDY, namespace)
     namespace["amount"] = 0.5
     with pytest.raises(UserError, match="parameters were changed"):
         run.save()
@@ -402,7 +457,7 @@ def test_the_record_says_what_was_run_and_with_what(run):
         "run_id", "study", "parameters", "commit", "device", "threads", "python", "packages", "seconds",
         "weights", "note",
     } <= record.keys()  # fmt: skip
-    assert record["run_id"] == run.id and record["study"] == "02_pruning"
+    assert record["run_id"] == run.id and record["study"] == STUDY
     assert record["parameters"] == {**DEFAULTS, "out": str(run.folder)}
     assert re.fullmatch("[0-9a-f]{40}(-modified)?|unknown", record["commit"])
     assert {"torch", "transformers", "torchmetrics", "numpy", "sdcomp"} <= record["packages"].keys()
@@ -485,7 +540,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300), "/proc/sdcomp"):
         with pytest.raises(UserError, match="cannot be written to") as caught:
-            Run("02_pruning", notebook({"out": str(out)}))
+            Run(STUDY, notebook({"out": str(out)}))
         message = str(caught.value)
         assert message.startswith("out=") and str(out) in message and "\n" not in message
         assert "None" not in message

@@ -182,7 +182,7 @@ def _check_item(name: str, value: Any, types: tuple[str, ...], rule: Rule, wrong
         raise ParameterError(f"{name} must be finite, not {_shown(value)}")
     if isinstance(item, str) and (problem := _unusable(item)):
         raise ParameterError(f"{name} must be {problem}, not {_shown(value)}")
-    if not rule.accepts(item):
+    if not rule.takes(item):
         raise ParameterError(f"{name} must be {rule.words}, not {_shown(value)}")
     return item
 

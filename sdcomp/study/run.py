@@ -185,7 +185,7 @@ class Run:
 
         Raises UserError when the parameters were changed since the run was started.
         """
-        if read_parameters(self._namespace) != self.parameters:
+        if read_parameters(self._namespace, self.study) != self.parameters:
             raise UserError("parameters were changed after the run was started; run all cells again")
         with io.StringIO(newline="") as buffer:
             writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")

@@ -36,9 +36,7 @@ def _checks(p: Mapping[str, Any]) -> str | None:
 
 def _check_int8(p: Mapping[str, Any]) -> str | None:
     if "int8" in p["backends"] and not PRESETS[p["method"]].activations:
-        return (
-            f"int8 quantizes activations, which method={p['method']!r} leaves out: take int8 out of backends"
-        )
+        return f"int8 quantizes activations, and method={p['method']!r} does not: take int8 out of backends"
     return None
 
 

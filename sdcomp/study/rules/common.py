@@ -29,6 +29,13 @@ class Rule:
     may_be_empty: bool = False
     unique: bool = False
 
+    def takes(self, value: Any) -> bool:
+        """`accepts(value)`; False for a path too long for the file system, or closed to this user."""
+        try:
+            return self.accepts(value)
+        except (OSError, ValueError):
+            return False
+
 
 @dataclass(frozen=True)
 class Study:
@@ -55,11 +62,8 @@ def between(low: float, high: float) -> Rule:
 
 def there(path: str) -> Path | None:
     """What a path names, from here or from the repository's root; None where there is nothing."""
-    try:
-        found = find(path)
-        return found if found.exists() else None
-    except (OSError, ValueError):  # too long for the file system, for example
-        return None
+    found = find(path)
+    return found if found.exists() else None
 
 
 def _is_model(path: str) -> bool:
@@ -83,13 +87,10 @@ def _can_be_made(path: str) -> bool:
     """Whether a folder is there, or could be made where it is not."""
     if not path:
         return True
-    try:
-        folder = place(path).absolute()
-        if any(len(os.fsencode(part)) > 255 for part in folder.parts):
-            return False
-        nearest = next(part for part in (folder, *folder.parents) if part.exists())
-    except (OSError, ValueError):
+    folder = place(path).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
         return False
+    nearest = next(part for part in (folder, *folder.parents) if part.exists())
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
@@ -103,8 +104,8 @@ def _has_images(path: str) -> bool:
     if not path:
         return True
     found = there(path)
-    if found is None or found.is_file():
-        return found is not None
+    if found is None or not found.is_dir():
+        return found is not None and found.is_file()
     return any(f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for f in found.iterdir())
 
 
