@@ -1,13 +1,16 @@
 """Notebook parameters as papermill passes them, and the record that a run leaves."""
 
 import csv
+import hashlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
@@ -18,6 +21,7 @@ from traitlets.config import Config
 from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.evaluation import Estimate
+from sdcomp.evaluation.precision import precision_facts
 from sdcomp.study import ParameterError, Run, error_band, heat_map, label_ends, read_parameters, scatter
 from sdcomp.study import run as run_module
 from sdcomp.study.rules import STUDIES, common
@@ -468,6 +472,66 @@ def test_the_record_says_what_was_run_and_with_what(run):
     assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
 
 
+def test_a_variant_that_failed_is_in_every_table_but_in_no_other_result(run):
+    run.record("max", "accuracy", Estimate(90, 80, 95, 8), unit="%", bits=6)
+    run.record("max", "failed", 1, unit="step 2 of 20 gives NaN", bits=4)
+    table = run.table("accuracy")
+    assert table.columns.tolist() == ["accuracy (%)", "failed"]
+    assert table.loc[("max", "bits 4")].tolist() == ["", "step 2 of 20 gives NaN"]
+    assert table.loc[("max", "bits 6")].tolist() == ["90 [80, 95]", ""]
+    assert [row["parameters"] for row in run.results("accuracy")] == [{"bits": 6}]
+    assert run.table(direct=True).empty
+
+
+def test_generation_is_as_the_parameters_say_or_as_the_model_is(tmp_path):
+    sd = SimpleNamespace(config=SimpleNamespace(guidance_scale=7.5), batch_size=3)
+    run = Run(STUDY, notebook({"out": str(tmp_path)}))
+    assert run.generation(sd) == {
+        "seed": 0, "steps": 20, "sampler": "ddim", "guidance_scale": 7.5, "batch_size": 3
+    }  # fmt: skip
+    run.save()
+    assert json.loads((tmp_path / "run.json").read_text())["guidance_scale"] == 7.5
+    injected = {"guidance_scale": 1, "batch_size": 2, "dtype": "float16", "out": str(tmp_path)}
+    run = Run(STUDY, notebook(injected))
+    assert run.generation(sd)["guidance_scale"] == 1.0 and run.generation(sd)["batch_size"] == 2
+    assert run.dtype is torch.float16
+
+
+def model_folder(folder: Path, *names: str) -> Path:
+    for i, name in enumerate(("model_index.json", *names)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes([i]))
+    return folder
+
+
+def test_the_weights_of_a_diffusers_folder_are_those_in_its_folders(tmp_path):
+    names = ["unet/diffusion.bin", "vae/vae.safetensors", "old.ckpt", "text_encoder/a.pt"]
+    model = model_folder(tmp_path / "model", *names, "unet/config.json")
+    run = Run(STUDY, notebook({"out": str(tmp_path / "out"), "model": str(model)}))
+    assert set(run.weights()) == set(names)
+    expected = hashlib.sha256((model / names[0]).read_bytes()).hexdigest()
+    assert run.weights()[names[0]] == expected
+    # Another model, of files of the same names.
+    before = run.weights()
+    (model / names[1]).write_bytes(b"other")
+    assert run.weights() != before
+
+
+def test_a_model_without_weights_stops_the_run(tmp_path):
+    model = model_folder(tmp_path / "model", "unet/config.json")
+    with pytest.raises(UserError, match="has no weights: no file in it ends in .safetensors") as caught:
+        Run(STUDY, notebook({"out": str(tmp_path / "out"), "model": str(model)}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_fixes_the_precision_and_records_it(run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Run(STUDY, notebook({"out": str(run.folder)})).save()
+    assert torch.backends.cudnn.allow_tf32 is False
+    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    assert record["precision"] == precision_facts("cpu") and record["precision"]
+
+
 # Figures
 
 
@@ -482,6 +546,13 @@ def rows(values, **parameters):
         }
         for i, v in enumerate(values)
     ]
+
+
+def test_a_method_that_failed_everywhere_draws_nothing():
+    axis = Figure().add_subplot()
+    error_band(axis, [], [], "failed")
+    scatter(axis, [], [], "failed")
+    assert not axis.lines or all(line.get_xdata().size == 0 for line in axis.lines)
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
