@@ -77,7 +77,7 @@ def label_ends(axis: Axes, size: float = 8) -> None:
     For curves that end together; call it when scales and limits are final.
     """
     axis.autoscale_view()  # limits are otherwise not known before the figure is drawn
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    lines = [line for line in axis.lines if len(line.get_xdata()) and not line.get_label().startswith("_")]
     ends = {}
     for line in lines:
         points = axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()))
