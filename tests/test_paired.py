@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.evaluation import Prompts, cache, clip_scores
+from sdcomp.evaluation import Prompts, cache, clip_scores, load_prompts
 from sdcomp.model.text import build_clip
-from sdcomp.study import PairedStudy
+from sdcomp.scenes import render
+from sdcomp.study import PairedStudy, reference_images
 
 
 class Record:
@@ -36,6 +39,19 @@ class Louder(nn.Module):
         return self.factor * self.unet(latents, timesteps, context)
 
 
+class Breaks(Louder):
+    """NaN at the rows that `where(latents, timestep)` names."""
+
+    def __init__(self, unet, factor, where):
+        super().__init__(unet, factor)
+        self.where = where
+
+    def forward(self, latents, timesteps, context):
+        found = super().forward(latents, timesteps, context)
+        found[self.where(latents, int(torch.as_tensor(timesteps).flatten()[0]))] = float("nan")
+        return found
+
+
 @pytest.fixture(scope="module")
 def seeing(small, randomize):
     clip = randomize(build_clip(small.config), 9)
@@ -49,7 +65,7 @@ def study(seeing, tmp_path, monkeypatch):
         monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
     prompts = Prompts([f"star number {i}" for i in range(32)])
     reference = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    options = {"baseline": "as it is", "reference": reference, "noise_images": 2}
+    options = {"baseline": "as it is", "reference": reference, "noise_images": 2, "shown": 32}
     return PairedStudy(Record(), seeing, prompts, **options, steps=2, batch_size=8, guidance_scale=1.0)
 
 
@@ -131,3 +147,59 @@ def test_without_a_judge_there_is_no_study(seeing, monkeypatch):
     monkeypatch.setattr(drawn, lambda *_, **__: pytest.fail("images were drawn"))
     with pytest.raises(UserError, match="name a CLIP with -p clip_model"):
         PairedStudy(Record(), seeing.replace(clip=None, reader=None), Prompts(["a star"] * 4), baseline="b")
+
+
+def test_a_variant_with_images_that_are_not_finite_has_failed(study, seeing):
+    asked = []
+
+    def where(latents, timestep):
+        rows = latents[:, 0, 0, 0] > 0
+        asked.append((timestep, int(rows.sum())))
+        return rows & (timestep < 500)
+
+    assert study.measure("breaks", Breaks(seeing.unet, 1.0, where), bits=4) is None
+    # Some images only, in the second of two steps.
+    assert any(0 < rows < 8 for timestep, rows in asked if timestep < 500)
+    (row,) = [row for (method, *_), row in study.run.rows.items() if method == "breaks"]
+    assert study.run.rows["breaks", "failed", 4] is row
+    assert row.estimate == 1 and "step 2 of 2" in row.unit and "\n" not in row.unit
+    # No score of it can be compared with, and the next variant is measured as ever.
+    study.measure("louder", Louder(seeing.unet, 1.1), bits=4)
+    for method, to in (("breaks", "louder"), ("louder", "breaks")):
+        with pytest.raises(ValueError, match="measure 'breaks' with"):
+            study.compare(method, to, bits=4)
+
+
+def test_noise_predictions_that_are_not_finite_are_a_failure_though_all_images_are(study, seeing):
+    met = study.trace.latents[1, 0]  # which this variant does not meet on its own way
+
+    def where(latents, timestep):
+        return ((latents.cpu() - met).abs() < 1e-6).all((1, 2, 3)) if timestep < 500 else []
+
+    assert study.measure("breaks", Breaks(seeing.unet, 1.1, where), bits=4) is None
+    metrics = {metric for method, metric, *_ in study.run.rows if method == "breaks"}
+    assert metrics == {"failed"}
+    timestep = study.trace.timesteps[1].item()
+    assert f"at timestep {timestep} of the baseline's path" in study.run.rows["breaks", "failed", 4].unit
+
+
+def test_only_the_images_of_a_figure_are_kept(seeing, tmp_path, monkeypatch):
+    monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
+    prompts = Prompts([f"star number {i}" for i in range(4)])
+    study = PairedStudy(Record(), seeing, prompts, baseline="b", shown=2, steps=1, batch_size=4)
+    images = study.measure("same", seeing.unet)
+    assert torch.equal(images, study.images[:2]) and images.untyped_storage().nbytes() == images.nbytes
+    assert study.run.rows["same", "PSNR"].estimate.n == 4
+
+
+def test_distances_are_to_scenes_of_the_prompt_set_or_to_the_images_named(tmp_path):
+    tiny = sdcomp.load("data/tiny")
+    prompts = load_prompts(tiny, "unseen", 4)
+    # There are fewer than 512 of this set.
+    assert torch.equal(reference_images(tiny, prompts, "unseen", seed=7), render(prompts.scenes, 7))
+    assert len(reference_images(tiny, load_prompts(tiny, "test", 4), "test")) == 512
+    assert reference_images(tiny, Prompts(["a star"]), "test") is None
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    white = reference_images(tiny, prompts, "test", images=str(tmp_path))
+    assert white.shape == (1, 3, tiny.config.image_size, tiny.config.image_size)
+    assert white.min() > 0.999

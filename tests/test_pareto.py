@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from sdcomp.study.pareto import (
     packed_bytes,
     pareto_front,
     recommend,
+    runs_on_kernels,
     stored_bytes,
 )
 
@@ -216,20 +218,50 @@ SETTINGS = {"seed": 0, "n_images": 4, "steps": 20, "sampler": "ddim", "guidance_
         ({"weights": {"unet": "other"}}, 0),
         ({"parameters": {**SETTINGS, "n_images": 8}}, 0),
         ({"parameters": {**SETTINGS, "model": "elsewhere/the/same"}}, 1),
+        ({"parameters": {**SETTINGS, "guidance_scale": 2.0}}, 0),
+        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 4.0}, 1),
+        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 7.5}, 0),
+        ({"parameters": {**SETTINGS, "dtype": "float32"}}, 1),
+        ({"parameters": {**SETTINGS, "dtype": "float16"}}, 0),
+        ({"weights": {}}, 0),
+        ({"weights": None}, 0),
     ],
 )
 def test_only_reports_of_the_same_weights_and_settings_are_read(tmp_path, monkeypatch, record, rows):
     monkeypatch.setattr(pareto, "ROOT", tmp_path)
     folder = tmp_path / "reports" / "02_pruning"
     folder.mkdir(parents=True)
-    run = SimpleNamespace(parameters={**SETTINGS, "model": "data/tiny"}, _weights=lambda: {"unet": "a"})
+    parameters = {**SETTINGS, "model": "data/tiny", "dtype": "float32", "guidance_scale": ""}
+    run = SimpleNamespace(parameters=parameters, facts={"guidance_scale": 4.0}, weights=lambda: {"unet": "a"})
     assert matching_results(run, "02_pruning") == []
     with open(folder / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["method", "parameters", "value", "ci_low", "ci_high"])
         writer.writeheader()
         writer.writerow({"method": "unstructured", "parameters": '{"amount": 0.3}', "value": "90.1"})
-    content = {"parameters": run.parameters, "weights": {"unet": "a"}} | record
+    content = {"parameters": {**SETTINGS, "model": "data/tiny"}, "weights": {"unet": "a"}} | record
     Path(folder / "run.json").write_text(json.dumps(content))
     found = matching_results(run, "02_pruning")
     assert len(found) == rows
     assert all(r["value"] == 90.1 and r["parameters"] == {"amount": 0.3} for r in found)
+
+
+def test_a_model_whose_weights_are_unknown_is_nobody_elses(tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "ROOT", tmp_path)
+    folder = tmp_path / "reports" / "02_pruning"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("method,parameters,value,ci_low,ci_high\na,{},1,,\n")
+    (folder / "run.json").write_text(json.dumps({"parameters": SETTINGS, "weights": {}}))
+    run = SimpleNamespace(parameters=SETTINGS, facts={}, weights=dict)
+    assert matching_results(run, "02_pruning") == []
+
+
+def test_int8_without_kernels_has_a_name_of_its_own():
+    slow = replace(REMOVED, dequantized=True)
+    assert (REMOVED.method, slow.method) == (
+        "removed, recovered + int8",
+        "removed, recovered + int8 (dequantized)",
+    )
+    assert slow.label == "25 % removed, recovered, int8 (dequantized)"
+    assert slow.simulation == REMOVED.simulation == replace(REMOVED, backend="simulated")
+    assert runs_on_kernels(SimpleNamespace(execution="kernels")) and runs_on_kernels(SimpleNamespace())
+    assert not runs_on_kernels(SimpleNamespace(execution="dequantized"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -25,16 +26,8 @@ from sdcomp.pruning import prune_unstructured
 from sdcomp.study import Run
 from sdcomp.training.loop import fit
 
-PARAMETERS = """\
-model: str = "data/tiny"
-seed: int = 0
-n_images: int = 2
-steps: int = 2
-sampler: str = "ddim"
-guidance_scale: float = 4.0
-device: str = "cpu"
-out: str = ""
-"""
+NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "02_pruning.ipynb"
+PARAMETERS = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
 ROOM = 8192
 """Bytes that still fit: enough to begin a file, too few for any of those written here."""
 

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sdcomp.study.run import Run
+
+
+def int8_name(kernels: bool) -> str:
+    """What int8 is called in results: by itself only where integer kernels ran."""
+    return "int8" if kernels else "int8 (dequantized)"
+
+
+def runs_on_kernels(unet: nn.Module) -> bool:
+    """Whether an int8 UNet runs on integer kernels, rather than on weights dequantized layer by layer."""
+    return getattr(unet, "execution", "kernels") == "kernels"
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Variant:
     """"fp32", "simulated" or "int8"."""
     calibrated_first: bool = False
     """Whether activations were calibrated before the pruning rather than after it."""
+    dequantized: bool = False
+    """Whether int8 ran on no integer kernels, but on weights dequantized layer by layer."""
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Variant:
@@ -55,10 +67,20 @@ class Variant:
         return cls(method.removesuffix(", recovered"), found["amount"], found.get("recover_steps", 0))
 
     @property
+    def simulation(self) -> Variant:
+        """The same, simulated."""
+        return replace(self, backend="simulated", dequantized=False)
+
+    @property
+    def execution(self) -> str:
+        """How its UNet is run: nothing for fp32, else its name in methods and labels."""
+        return {"fp32": "", "simulated": self.preset, "int8": int8_name(not self.dequantized)}[self.backend]
+
+    @property
     def method(self) -> str:
         """The name under which results are recorded, together with `parameters`."""
         recovered = ", recovered" if self.recover_steps else ""
-        how = {"fp32": "", "simulated": f" + {self.preset}", "int8": " + int8"}[self.backend]
+        how = f" + {self.execution}" if self.execution else ""
         return self.pruning + recovered + how + (", calibrated first" if self.calibrated_first else "")
 
     @property
@@ -75,7 +97,7 @@ class Variant:
         bits = f"{self.weight_bits} bits"
         if self.act_bits not in (32, self.weight_bits):
             bits = f"{self.weight_bits} and {self.act_bits} bits"
-        how = {"fp32": "", "simulated": f"{self.preset} {bits}", "int8": "int8"}[self.backend]
+        how = f"{self.execution} {bits}" if self.backend == "simulated" else self.execution
         recovered = ", recovered" if self.recover_steps else ""
         pruning = f"{100 * self.amount:g} % {self.pruning}{recovered}" if self.amount else ""
         first = ", calibrated first" if self.calibrated_first else ""
@@ -249,17 +271,24 @@ def matching_results(run: Run, *studies: str) -> list[dict[str, Any]]:
     As `Run.results` gives them, numbers as floats; of reports that differ in weights or in one of `SAME`,
     none.
     """
-    weights, rows = run._weights(), []
+    weights, own, rows = run.weights(), _settings(run.parameters, run.facts), []
     for study in studies:
         folder = ROOT / "reports" / study
         if not all((folder / name).is_file() for name in ("run.json", "metrics.csv")):
             continue
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        theirs = record["parameters"]
-        if record["weights"] != weights or any(theirs.get(n) != run.parameters[n] for n in SAME):
+        # Of a model whose weights were not recorded, nobody knows whether it is this one.
+        known = weights and record.get("weights")
+        if not known or record["weights"] != weights or _settings(record["parameters"], record) != own:
             continue
         with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 numbers = {n: float(row[n]) for n in ("value", "ci_low", "ci_high") if row[n]}
                 rows.append({**row, **numbers, "parameters": json.loads(row["parameters"])})
     return rows
+
+
+def _settings(parameters: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a run decides about its images; of a parameter left to the model, what the model made it."""
+    found = {name: parameters.get(name) for name in SAME} | {"dtype": parameters.get("dtype", "float32")}
+    return found | {"guidance_scale": facts.get("guidance_scale", parameters.get("guidance_scale"))}

@@ -53,7 +53,12 @@ def error_band(
     color: Any = None,
     linestyle: str = "-",
 ) -> None:
-    """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars."""
+    """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars.
+
+    Without results, as of a method that failed, nothing is drawn.
+    """
+    if not rows:
+        return
     order = sorted(range(len(x)), key=lambda i: x[i])
     xs, values, lows, highs = zip(
         *((x[i], rows[i]["value"], rows[i]["ci_low"], rows[i]["ci_high"]) for i in order), strict=True
@@ -72,7 +77,7 @@ def label_ends(axis: Axes, size: float = 8) -> None:
     For curves that end together; call it when scales and limits are final.
     """
     axis.autoscale_view()  # limits are otherwise not known before the figure is drawn
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    lines = [line for line in axis.lines if len(line.get_xdata()) and not line.get_label().startswith("_")]
     ends = {}
     for line in lines:
         points = axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()))

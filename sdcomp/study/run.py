@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from sdcomp.errors import UserError
+from sdcomp.evaluation.precision import fix_precision, precision_facts
 from sdcomp.files import ROOT, find, place, replacing, sha256
 from sdcomp.study.parameters import read_parameters
 
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sdcomp.evaluation import Estimate
+    from sdcomp.model import StableDiffusion
 
 COLUMNS = (
     "run_id", "study", "model", "method", "parameters", "metric",
     "value", "ci_low", "ci_high", "n", "unit", "baseline",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "sdcomp")
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+"""How the names of files end that hold weights."""
+FAILED = "failed"
+"""The metric of a variant that gave no images; the unit says why."""
 
 
 class Run:
@@ -42,9 +48,13 @@ class Run:
     """
 
     def __init__(self, study: str, namespace: dict[str, Any]) -> None:
-        """Check the notebook's parameters; raises ParameterError, or UserError for an unusable folder."""
+        """Check the notebook's parameters, and fix the precision of what is computed from here on.
+
+        Raises ParameterError, or UserError for a folder that cannot be written to and a model without
+        weights.
+        """
         self.study = study
-        self.parameters = read_parameters(namespace)
+        self.parameters = read_parameters(namespace, study)
         self._namespace = namespace
         text = json.dumps({k: v for k, v in self.parameters.items() if k != "out"}, sort_keys=True)
         self.id = hashlib.sha256(f"{study} {text}".encode()).hexdigest()[:12]
@@ -55,6 +65,10 @@ class Run:
                 file.write(b"is there space?")
         except OSError as error:
             raise UserError(f"out={str(self.folder)!r} cannot be written to ({error.strerror})") from None
+        if not self._weight_files():
+            name = self.parameters["model"]
+            raise UserError(f"model={name!r} has no weights: no file in it ends in {', '.join(WEIGHTS)}")
+        fix_precision()
         self.facts: dict[str, Any] = {}
         self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
         self._commit = _commit()
@@ -103,26 +117,55 @@ class Run:
         """Results so far: a row for each variant, a column for each metric (default: all), with intervals.
 
         Comparisons of one variant with another, rather than with the study's baseline, are in the table
-        that `direct` asks for, and only there.
+        that `direct` asks for, and only there. A variant that failed is in every other table, with the
+        reason.
         """
         cells: dict[tuple[str, str], dict[str, str]] = {}
         variants = {row["method"] for row in self._rows.values() if row["baseline"]}
         for row in self._rows.values():
-            if (metrics and row["metric"] not in metrics) or (row["baseline"] in variants) != direct:
+            failed = row["metric"] == FAILED
+            if (metrics and row["metric"] not in metrics and not failed) or (
+                row["baseline"] in variants
+            ) != direct:
                 continue
             interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
             variant = ", ".join(f"{k} {v}" for k, v in json.loads(row["parameters"]).items())
             column = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
             method = f"{row['method']} less {row['baseline']}" if direct else row["method"]
-            cells.setdefault((method, variant), {})[column] = f"{row['value']:.4g}{interval}"
+            value = f"{row['value']:.4g}{interval}"
+            cells.setdefault((method, variant), {})[FAILED if failed else column] = (
+                row["unit"] if failed else value
+            )
         index = pd.MultiIndex.from_tuples(list(cells), names=["method", "variant"])
         return pd.DataFrame(list(cells.values()), index).fillna("")
 
     @property
     def device(self) -> str:
         """The parameter `device`; "auto" is cuda where there is one, else cpu."""
-        device = self.parameters["device"]
+        device = self.parameters.get("device", "cpu")
         return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter `dtype`, the type of the model's weights."""
+        return getattr(torch, self.parameters["dtype"])
+
+    def generation(self, sd: StableDiffusion) -> dict[str, Any]:
+        """What `sd.generate` is asked for in every study: seed, steps, sampler, guidance and batch size.
+
+        Where the parameters leave guidance and batch size to the model, they are the model's own, written
+        out: studies that ask for the same share their images. `run.json` has the guidance as well.
+        """
+        p = self.parameters
+        scale = sd.config.guidance_scale if p["guidance_scale"] == "" else p["guidance_scale"]
+        self.facts["guidance_scale"] = float(scale)
+        return {
+            "seed": p["seed"],
+            "steps": p["steps"],
+            "sampler": p["sampler"],
+            "guidance_scale": float(scale),
+            "batch_size": p["batch_size"] or sd.batch_size,
+        }
 
     @property
     def progress(self) -> bool:
@@ -142,7 +185,7 @@ class Run:
 
         Raises UserError when the parameters were changed since the run was started.
         """
-        if read_parameters(self._namespace) != self.parameters:
+        if read_parameters(self._namespace, self.study) != self.parameters:
             raise UserError("parameters were changed after the run was started; run all cells again")
         with io.StringIO(newline="") as buffer:
             writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
@@ -157,8 +200,9 @@ class Run:
             "study": self.study,
             "parameters": self.parameters,
             "commit": self._commit,
-            "weights": self._weights(),
+            "weights": self.weights(),
             "device": _device_name(self.device),
+            "precision": precision_facts(self.device),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
@@ -168,11 +212,16 @@ class Run:
         self._write(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
         return self.folder
 
-    def _weights(self) -> dict[str, str]:
-        """SHA-256 of the model's files, by name."""
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of the model's files of weights, by their names inside its folder; never empty."""
+        return {name: sha256(file) for name, file in self._weight_files().items()}
+
+    def _weight_files(self) -> dict[str, Path]:
         path = find(self.parameters["model"])
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        return {file.name: sha256(file) for file in files}
+        if not path.is_dir():
+            return {path.name: path}
+        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file())
+        return {file.relative_to(path).as_posix(): file for file in files}
 
     def _write(self, path: Path, content: bytes) -> None:
         with replacing(path) as partial:

@@ -1,0 +1,16 @@
+"""Which values the parameters of each notebook may have: one module for each study."""
+
+from sdcomp.study.rules import base_model, claims, combined, profiling, pruning, quantization
+from sdcomp.study.rules.common import Rule, Study
+
+STUDIES: dict[str, Study] = {
+    "00_base_model": base_model.STUDY,
+    "01_quantization": quantization.STUDY,
+    "02_pruning": pruning.STUDY,
+    "03_profiling": profiling.STUDY,
+    "04_combined": combined.STUDY,
+    "05_claims": claims.STUDY,
+}
+"""The rules by the name of the study, which is that of its notebook."""
+
+__all__ = ["STUDIES", "Rule", "Study"]

@@ -1,0 +1,218 @@
+"""What a rule is, and the rules that several studies share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdcomp.files import find, place
+from sdcomp.model import SAMPLERS
+from sdcomp.quantization import PRESETS
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values of a parameter are good: `accepts(value)`, and the same in words.
+
+    `accepts` is asked about values of the declared type only: finite numbers, text that a path can hold. A
+    list is good if each of its items is. It may be empty where the rule says so, or where the notebook's
+    own default is; where the rule is `unique`, it names nothing twice.
+    """
+
+    accepts: Callable[[Any], bool]
+    words: str
+    may_be_empty: bool = False
+    unique: bool = False
+
+    def takes(self, value: Any) -> bool:
+        """`accepts(value)`; False for a path too long for the file system, or closed to this user."""
+        try:
+            return self.accepts(value)
+        except (OSError, ValueError):
+            return False
+
+
+@dataclass(frozen=True)
+class Study:
+    """The rules of one study: one for each parameter of its notebook, and those on several together.
+
+    `checks` takes the parameters by name, each of which has kept its own rule, and returns a sentence that
+    says what does not go together, or None.
+    """
+
+    rules: Mapping[str, Rule]
+    checks: Callable[[Mapping[str, Any]], str | None] = lambda parameters: None
+
+
+def one_of(*options: str) -> Rule:
+    """One of some texts; the empty one is a choice that a notebook's help explains."""
+    words = ", ".join(option or "empty" for option in options)
+    return Rule(lambda value: value in options, f"one of {words}")
+
+
+def between(low: float, high: float) -> Rule:
+    """A number from `low` to `high`, both included."""
+    return Rule(lambda value: low <= value <= high, f"between {low:,} and {high:,}")
+
+
+def there(path: str) -> Path | None:
+    """What a path names, from here or from the repository's root; None where there is nothing."""
+    found = find(path)
+    return found if found.exists() else None
+
+
+def _is_model(path: str) -> bool:
+    found = there(path)
+    if found is None or found.is_file():
+        return found is not None
+    return any((found / name).is_file() for name in ("config.json", "model_index.json"))
+
+
+def _device_there(name: str) -> bool:
+    if name == "auto":
+        return True
+    try:
+        torch.ones(1, device=name).item()
+    except Exception:  # each of PyTorch's backends raises its own kinds
+        return False
+    return True
+
+
+def _can_be_made(path: str) -> bool:
+    """Whether a folder is there, or could be made where it is not."""
+    if not path:
+        return True
+    folder = place(path).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+        return False
+    nearest = next(part for part in (folder, *folder.parents) if part.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _is_prompt_set(name: str) -> bool:
+    if name.endswith((".txt", ".jsonl")):
+        return (found := there(name)) is not None and found.is_file()
+    return name in ("test", "unseen", "calibration")
+
+
+def _has_images(path: str) -> bool:
+    if not path:
+        return True
+    found = there(path)
+    if found is None or not found.is_dir():
+        return found is not None and found.is_file()
+    return any(f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for f in found.iterdir())
+
+
+def _is_clip(name: str) -> bool:
+    parts = name.split("/")
+    hub = len(parts) == 2 and all(
+        part and part.replace("-", "a").replace(".", "a").isalnum() for part in parts
+    )
+    return not name or hub or ((found := there(name)) is not None and found.is_dir())
+
+
+def _is_guidance(value: float | str) -> bool:
+    return value == "" if isinstance(value, str) else 0 <= value <= 100
+
+
+FREE = Rule(lambda value: True, "anything")
+"""Whatever has the declared type is good."""
+
+AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %")
+AMOUNTS = replace(AMOUNT, may_be_empty=True)
+BITS = between(2, 8)
+COUNT = between(1, 100_000)
+INTERVALS = between(1, 1000)
+PRESET = one_of(*PRESETS)
+FOLDER = Rule(_can_be_made, "a folder that is there or can be made, or empty")
+IMAGES = Rule(_has_images, "an image, or a folder with PNG, JPEG or WebP images, or empty")
+PROMPT_SET = Rule(_is_prompt_set, "test, unseen, calibration, or an existing .txt or .jsonl file")
+CLIP = Rule(_is_clip, "a folder with a CLIP, the hub's name of one, or empty")
+TRAINING_STEPS = between(1, 10_000_000)
+
+COMMON = {
+    "model": Rule(
+        _is_model,
+        "an existing model folder or file, such as data/tiny (looked for from here and from the repository)",
+    ),
+    "out": FREE,  # `Run` writes there before anything else, and says where it cannot
+}
+"""The rules of what every notebook has."""
+
+GENERATION = {
+    "seed": between(0, 2**31 - 1),
+    "n_images": COUNT,
+    "steps": between(1, 500),
+    "sampler": one_of(*SAMPLERS),
+    "guidance_scale": Rule(_is_guidance, "between 0 and 100, or empty for the model's own"),
+    "dtype": one_of("float32", "bfloat16", "float16"),
+    "batch_size": between(0, 4096),
+    "device": Rule(
+        _device_there, "a device that this machine and this PyTorch have, such as cpu or cuda, or auto"
+    ),
+}
+"""The rules of what every notebook has that generates images."""
+
+JUDGING = {"reference": IMAGES, "clip_model": CLIP, "noise_images": between(0, 100_000)}
+"""The rules of what every notebook has that compares images."""
+
+PRUNING = {
+    "amount": AMOUNT,
+    "structured": FREE,
+    "mode": one_of("mask", "remove"),
+    "recover_steps": between(0, 10_000_000),
+    "remove_amounts": AMOUNTS,
+    "recovered_amounts": AMOUNTS,
+    "recovered_steps": TRAINING_STEPS,
+    "timing_repeats": between(1, 10_000),
+}
+"""The rules of what both notebooks have that prune by a plan."""
+
+CALIBRATION = {
+    "n_calibration": COUNT,
+    "calibration_steps": between(1, 1000),
+    "calibration_sampler": one_of(*SAMPLERS),
+}
+"""The rules of how a quantized model is calibrated."""
+
+
+# Rules on several parameters
+
+
+def first(*sentences: str | None) -> str | None:
+    """The first sentence that there is."""
+    return next((sentence for sentence in sentences if sentence), None)
+
+
+def check_pruning(p: Mapping[str, Any]) -> str | None:
+    """Removal is of channels, and recovery needs float32."""
+    if p["mode"] == "remove" and not p["structured"]:
+        return "mode='remove' takes channels out: set structured to true as well"
+    if p["dtype"] != "float32" and (p["recover_steps"] or p["recovered_amounts"]):
+        return (
+            f"recovery trains in float32, not {p['dtype']}: set dtype to float32, or recover_steps to 0 and"
+            " recovered_amounts to []"
+        )
+    return None
+
+
+def check_pairs(p: Mapping[str, Any]) -> str | None:
+    """Lists of bits go along, pair by pair."""
+    w, a = (len(p[name]) if isinstance(p[name], list) else 1 for name in ("weight_bits", "act_bits"))
+    if 1 in (w, a) or w == a:
+        return None
+    return f"weight_bits and act_bits go along pair by pair: give lists of one length, not of {w} and {a}"
+
+
+def check_k(p: Mapping[str, Any], *intervals: int, name: str = "k") -> str | None:
+    """No more timestep intervals than calibration steps; `check_calibration` asks the model for the rest."""
+    most = max(intervals, default=0)
+    if most > p["calibration_steps"]:
+        return f"{name} must be at most calibration_steps, {p['calibration_steps']}, and not {most}"
+    return None

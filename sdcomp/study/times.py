@@ -1,0 +1,59 @@
+"""Times of compressed UNets, each in rounds of its own with the model as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sdcomp.evaluation import Estimate, component_times, interleaved_times, median
+
+if TYPE_CHECKING:
+    from sdcomp.model import StableDiffusion
+
+
+PARTS = ("text encoder", "UNet", "decoder", "total")
+"""What the time of a generation is divided into."""
+
+
+class PairedTimes:
+    """Times one UNet at a time against the model's own, so that no more than these two are in memory.
+
+    Every round runs both, and a ratio is that of a round: what slows the machine down meets both alike.
+    """
+
+    def __init__(self, sd: StableDiffusion, repeats: int, *, images: int, seed: int = 0) -> None:
+        """Make the inputs of a call as guidance makes them: 2 `images` rows, with all of the context."""
+        self.sd, self.repeats = sd, repeats
+        generator = torch.Generator().manual_seed(seed)
+        rows, side = 2 * images, sd.config.image_size // sd.config.vae.downsampling
+        config, length = sd.config.unet, sd.config.text["max_position_embeddings"]
+        latents = torch.randn(rows, config.in_channels, side, side, generator=generator)
+        context = torch.randn(rows, length, config.context_dim, generator=generator)
+        self.inputs: tuple[Tensor, int, Tensor] = (
+            latents.to(sd.device, sd.dtype),
+            500,
+            context.to(sd.device, sd.dtype),
+        )
+
+    @torch.no_grad()
+    def step(self, unet: nn.Module) -> tuple[Estimate, Estimate]:
+        """Seconds of a call of `unet`, and their ratio to a call of the model's own in the same round."""
+        calls = {"baseline": lambda: self.sd.unet(*self.inputs), "variant": lambda: unet(*self.inputs)}
+        seconds = interleaved_times(calls, self.repeats)
+        return median(seconds["variant"]), median(seconds["variant"], seconds["baseline"])
+
+    def components(
+        self, unet: nn.Module, prompts: list[str], **settings: Any
+    ) -> dict[str, tuple[Estimate, float]]:
+        """Times of the `PARTS` of `generate(prompts, **settings)` with `unet`.
+
+        Of each part: its seconds, and their ratio to the seconds of the whole generation with the model's
+        own UNet, which runs beside it.
+        """
+        models = {"baseline": self.sd, "variant": self.sd.replace(unet=unet)}
+        times = component_times(models, prompts, self.repeats, **settings)
+        own, base = (times[times.variant == name] for name in ("variant", "baseline"))
+        whole = base["total"].median()
+        return {part: (median(own[part].to_numpy()), float(own[part].median() / whole)) for part in PARTS}

@@ -1,0 +1,146 @@
+"""The rules of each study: they cover its notebook, and what breaks one stops the run with a sentence."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from sdcomp.study import ParameterError, read_parameters
+from sdcomp.study.rules import STUDIES
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = {path.stem: path for path in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))}
+COMMON = {
+    "model", "dtype", "batch_size", "seed", "n_images", "steps", "sampler", "guidance_scale", "device", "out",
+}  # fmt: skip
+
+
+def parameters_cell(study: str) -> str:
+    cells = nbformat.read(NOTEBOOKS[study], as_version=4).cells
+    (source,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    return source
+
+
+def namespace(study: str, **injected: object) -> dict:
+    """The globals of a notebook when its third cell runs."""
+    source = parameters_cell(study)
+    found: dict = {}
+    exec(source, found)
+    names = "\n".join(f"{name} = None" for name in injected)
+    return {**found, **injected, "In": ["", source, f"# Parameters\n{names}", ""]}
+
+
+@pytest.mark.parametrize("study", NOTEBOOKS)
+def test_a_notebook_and_its_rules_have_the_same_parameters(study):
+    source = parameters_cell(study)
+    declared = [node.target.id for node in ast.parse(source).body]
+    assert len(set(declared)) == len(declared) and set(declared) == set(STUDIES[study].rules)
+    # Each line says what it is for.
+    assert all("  # " in line for line in source.splitlines())
+    if study == "05_claims":
+        assert COMMON & set(declared) == {"model", "n_images", "out"}  # nothing is generated there
+    else:
+        assert set(declared) >= COMMON
+
+
+def test_every_notebook_has_rules():
+    assert set(NOTEBOOKS) == set(STUDIES)
+
+
+@pytest.mark.parametrize("study", NOTEBOOKS)
+def test_the_defaults_and_the_profile_of_each_notebook_pass(study):
+    values = read_parameters(namespace(study), study)
+    assert values == {name: namespace(study)[name] for name in values}
+    injected = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{study}.yaml").read_text(encoding="utf-8"))
+    found = read_parameters(namespace(study, **injected), study)
+    assert {name: found[name] for name in injected} == injected
+
+
+def test_the_profile_of_the_published_setting_passes():
+    injected = yaml.safe_load((ROOT / "notebooks/profiles/published.yaml").read_text(encoding="utf-8"))
+    assert read_parameters(namespace("01_quantization", **injected), "01_quantization")["k"] == 10
+
+
+QUANTIZATION, PRUNING, PROFILING, COMBINED = "01_quantization", "02_pruning", "03_profiling", "04_combined"
+BAD = [
+    ("00_base_model", {"train_images": 257}, "train_images must be a multiple of 4"),
+    ("00_base_model", {"n_images": 513}, "n_images must be between 1 and 512"),
+    ("00_base_model", {"save_to": "/proc/1/cmdline/x"}, "save_to must be a folder that is there or can be"),
+    ("00_base_model", {"checkpoints": "x" * 300}, "checkpoints must be a folder"),
+    (QUANTIZATION, {"weight_bits": 6.5}, "weight_bits must be a whole number"),
+    (QUANTIZATION, {"weight_bits": [6.5], "act_bits": [6]}, "weight_bits must be a list of whole numbers"),
+    (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length, not of 2 and 3"),
+    (QUANTIZATION, {"sweep_bits": [4.5]}, "sweep_bits must be a list of whole numbers, not of 4.5"),
+    (QUANTIZATION, {"sweep_bits": [9]}, "sweep_bits must be between 2 and 8"),
+    (QUANTIZATION, {"sweep_bits": [8]}, "sweep_bits is swept together with sweep_methods"),
+    (QUANTIZATION, {"sweep_methods": ["max"]}, "sweep_methods is swept together with sweep_bits"),
+    (QUANTIZATION, {"sweep_k": [2.5]}, "sweep_k must be a list of whole numbers"),
+    (QUANTIZATION, {"sweep_k": [0]}, "sweep_k must be between 1"),
+    (QUANTIZATION, {"sweep_k": [5, 41]}, "sweep_k must be at most calibration_steps, 40, and not 41"),
+    (QUANTIZATION, {"k": 50}, "k must be at most calibration_steps, 40, and not 50"),
+    (QUANTIZATION, {"methods": []}, "methods must not be an empty list"),
+    (QUANTIZATION, {"methods": ["max", "max"]}, "methods must name each of its values once"),
+    (QUANTIZATION, {"methods": "max"}, "methods must be a list of texts, not 'max'"),
+    (QUANTIZATION, {"quant_filters": [""]}, "quant_filters must be names of layers"),
+    (QUANTIZATION, {"calibrate": False}, "set quantize_activations to false too"),
+    (QUANTIZATION, {"strength": 0.0}, "strength must be above 0 and at most 1"),
+    (QUANTIZATION, {"image": "nowhere.png"}, "image must be an existing image file"),
+    (QUANTIZATION, {"image": "data"}, "image must be an existing image file"),
+    (QUANTIZATION, {"prompts": "tset"}, "prompts must be test, unseen, calibration, or an existing"),
+    (QUANTIZATION, {"calibration_prompts": "mine.txt"}, "calibration_prompts must be test, unseen"),
+    (QUANTIZATION, {"reference": "data/prompts"}, "reference must be an image, or a folder with PNG"),
+    (QUANTIZATION, {"clip_model": "no such clip"}, "clip_model must be a folder with a CLIP"),
+    (QUANTIZATION, {"act_scale_policy": "min"}, "act_scale_policy must be one of max, mse, empty"),
+    (PRUNING, {"mode": "remove"}, "mode='remove' takes channels out: set structured to true"),
+    (PRUNING, {"scope": "global", "structured": True}, "scope='global' is for single weights"),
+    (PRUNING, {"recover_steps": 10, "dtype": "float16"}, "recovery trains in float32, not float16"),
+    (PRUNING, {"recovered_amounts": [0.1], "dtype": "bfloat16"}, "recovery trains in float32, not bfloat16"),
+    (PRUNING, {"sensitivity_amounts": [0.3], "noise_images": 0}, "set noise_images above 0"),
+    (PRUNING, {"timing_repeats": 0}, "timing_repeats must be between 1"),
+    (PROFILING, {"repeats": 0}, "repeats must be between 1"),
+    (PROFILING, {"amounts": [1.5]}, "amounts must be a fraction from 0 to below 1"),
+    (PROFILING, {"amounts": []}, "amounts must not be an empty list"),
+    (PROFILING, {"amounts": [0.2, 0.2]}, "amounts must name each of its values once"),
+    (PROFILING, {"components": ["unet"]}, "components must be one of text encoder, UNet, decoder"),
+    (PROFILING, {"backends": ["cuda"]}, "backends must be one of fp32, simulated, int8"),
+    (COMBINED, {"k": 30}, "k must be at most calibration_steps, 20, and not 30"),
+    (COMBINED, {"k": 30, "method": "mse"}, "k must be at most calibration_steps"),  # remove_amounts need it
+    (COMBINED, {"method": "weights_only"}, "int8 quantizes activations, and method='weights_only' does not"),
+    (COMBINED, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length"),
+    (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp32 bytes"),
+    (COMBINED, {"recovered_amounts": [0.1], "dtype": "float16"}, "recovery trains in float32"),
+    ("05_claims", {"reports": "README.md"}, "reports must be an existing folder"),
+    ("05_claims", {"score": "FID"}, "score must be one of prompt accuracy, CLIP score"),
+    ("05_claims", {"seed": 1}, "there is no parameter 'seed'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("study", "injected", "words"), BAD, ids=lambda value: str(value)[:40])
+def test_what_breaks_a_rule_is_refused_in_one_sentence(study, injected, words):
+    with pytest.raises(ParameterError) as caught:
+        read_parameters(namespace(study, **injected), study)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+GOOD = [
+    (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": 4}),
+    (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": [4]}),
+    (QUANTIZATION, {"k": 50, "methods": ["max", "weights_only"]}),
+    (QUANTIZATION, {"calibrate": False, "quantize_activations": False}),
+    (QUANTIZATION, {"clip_model": "openai/clip-vit-base-patch32", "quant_filters": ["*.to_v"]}),
+    (QUANTIZATION, {"prompts": "data/prompts/scenes_test.jsonl", "guidance_scale": 2}),
+    (PRUNING, {"mode": "remove", "structured": True, "amount": [0.1, 0]}),
+    (PRUNING, {"dtype": "bfloat16", "batch_size": 4}),
+    (COMBINED, {"k": 30, "method": "mse", "remove_amounts": []}),
+    (COMBINED, {"method": "weights_only", "backends": ["simulated"]}),
+]
+
+
+@pytest.mark.parametrize(("study", "injected"), GOOD, ids=lambda value: str(value)[:40])
+def test_what_goes_together_is_taken(study, injected):
+    found = read_parameters(namespace(study, **injected), study)
+    assert {name: found[name] for name in injected} == injected

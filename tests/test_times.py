@@ -1,0 +1,57 @@
+"""Times of one UNet at a time, against the model's own in the same rounds."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from sdcomp.study import PairedTimes
+from sdcomp.study.times import PARTS
+
+
+class Slower(nn.Module):
+    def __init__(self, unet, seconds):
+        super().__init__()
+        self.unet, self.seconds, self.calls = unet, seconds, []
+
+    def forward(self, latents, timesteps, context):
+        self.calls.append((latents.shape, timesteps, context.shape, torch.is_grad_enabled()))
+        time.sleep(self.seconds)
+        return self.unet(latents, timesteps, context)
+
+
+@pytest.fixture
+def clock(small):
+    # Both wait much longer than they compute, so that the ratio is known.
+    return PairedTimes(small.replace(unet=Slower(small.unet, 0.1)), 3, images=2)
+
+
+def test_a_step_is_timed_with_guidance_and_all_of_the_context(clock, small):
+    slow = Slower(small.unet, 0.2)
+    seconds, ratio = clock.step(slow)
+    assert seconds.n == ratio.n == 3
+    assert 0.2 < seconds.value < 0.3 and 1.5 < ratio.value < 2
+    assert seconds.low <= seconds.value <= seconds.high
+    length, width = small.config.text["max_position_embeddings"], small.config.unet.context_dim
+    assert set(slow.calls) == {((4, 4, 16, 16), 500, (4, length, width), False)}
+    # As many calls of the model's own, in the same rounds.
+    assert len(slow.calls) == len(clock.sd.unet.calls) >= 3
+
+
+def test_parts_of_a_generation_are_relative_to_the_whole_of_the_models_own(clock, small):
+    found = clock.components(Slower(small.unet, 0.2), ["a star"] * 2, steps=2, guidance_scale=1.0)
+    assert tuple(found) == PARTS
+    seconds = {part: estimate.value for part, (estimate, _) in found.items()}
+    assert seconds["UNet"] > 0.4 and seconds["UNet"] < seconds["total"]
+    # Two steps of 0.2 s over two of 0.1 s, less what the rest takes.
+    assert 1.2 < found["total"][1] < 2 and found["UNet"][1] < found["total"][1]
+
+
+def test_inputs_follow_the_models_type_and_the_seed(small):
+    half = copy.deepcopy(small).to(torch.bfloat16)
+    latents, _, context = PairedTimes(half, 1, images=1).inputs
+    assert latents.dtype == context.dtype == torch.bfloat16
+    one, same, other = (PairedTimes(small, 1, images=1, seed=seed).inputs[0] for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
