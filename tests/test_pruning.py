@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
-from sdcomp.pruning import ZeroCount, count_zeros, make_permanent, prune_unstructured
+from sdcomp.pruning import ZeroCount, count_zeros, prune_unstructured
 
 BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 
@@ -157,36 +157,10 @@ def test_other_types_of_weights(dtype, scope):
             assert before[name][tensor == 0].abs().max() <= tensor[tensor != 0].abs().min()
 
 
-def test_kept_masks_hold_in_training_and_become_permanent(small):
-    before = prune_unstructured(small.unet, 0.5)
-    unet = prune_unstructured(small.unet, 0.5, keep_masks=True)
-    assert count_zeros(unet) == count_zeros(before)
-    args = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 3, 32)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-2, weight_decay=0.1)
-    for step in range(3):
-        out = unet(*args)
-        if step == 0:
-            assert torch.equal(out, before(*args))
-        out.square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with pytest.raises(ValueError, match=r"keeps the masks of an earlier pruning: make_permanent\(\) first"):
-        prune_unstructured(unet, 0.6)
-    state = make_permanent(unet).state_dict()
-    assert state.keys() == before.state_dict().keys()
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(state[name] == 0, tensor == 0), name
-    trained = "middle_block.0.in_layers.2.weight"
-    assert not torch.equal(state[trained], before.state_dict()[trained])
-    assert type(unet.get_parameter(trained)) is nn.Parameter
-
-
-def test_an_unknown_scope_or_criterion_is_refused():
+def test_an_unknown_scope_is_refused():
     layer = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="scope must be 'layer' or 'global', not 'all'"):
         prune_unstructured(layer, 0.5, scope="all")
-    with pytest.raises(ValueError, match="criterion must be 'l1' or 'l2', not 'linf'"):
-        prune_unstructured(layer, 0.5, criterion="linf")
 
 
 def test_in_place_prunes_the_module_itself(small):

@@ -126,7 +126,8 @@ def test_recovery_refuses_what_it_cannot_use(small):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"sampler": "euler"}, "sampler must be one of"),
         ({"unet": copy.deepcopy(small.unet).half()}, "trains in float32"),
-        ({"unet": prune_unstructured(small.unet, 0.5, keep_masks=True)}, "make_permanent"),
+        ({"unet": QuantModel(small.unet, act_quant_params=None)}, "quantized already"),
+        ({"micro_batch": 3}, "micro_batch must divide batch_size"),
     ):
         arguments = {"unet": small.unet, "sd": small, "prompts": PROMPTS, "steps": 1, **SETTINGS}
         with pytest.raises(ValueError, match=message):
@@ -215,3 +216,54 @@ def test_sizes_are_those_of_real_files(small, tmp_path):
     dense = disk_sizes(small.unet)
     assert dense["dense"] == sizes["dense"] and dense["dense_zstd"] > 0.85 * dense["dense"]
     assert dense["dense"] <= dense["sparse"] < dense["dense"] + 100
+
+
+def test_micro_batches_add_up_to_the_batch(small):
+    pruned = prune_structured(small.unet, 0.5, mode="remove")
+    settings = SETTINGS | {"batch_size": 8}
+    whole, parts = (recover(pruned, small, PROMPTS, 1, micro_batch=rows, **settings) for rows in (8, 2))
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    again = recover(pruned, small, PROMPTS, 1, micro_batch=2, recompute=True, **settings)
+    assert again.losses == parts.losses and not again.module.recompute
+    for name, tensor in whole.module.state_dict().items():
+        # One step of Adam is the gradient's sign; what is near zero may have either.
+        close = torch.isclose(parts.module.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+        assert close.float().mean() > 0.99, name
+
+
+def test_recovery_asks_for_no_more_rows_than_generation(small):
+    rows = []
+    unet = prune_structured(small.unet, 0.5, mode="remove")
+    handle = small.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    student = unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    large = {"size": (256, 256), "sampling_steps": 1}
+    try:
+        recover(unet, small, PROMPTS * 3, 1, **SETTINGS | large | {"batch_size": 64})
+    finally:
+        handle.remove()
+        student.remove()
+    assert max(rows) <= 2 * small.batch_size
+
+
+def test_half_precision_products_keep_float32_weights(small):
+    pruned = prune_structured(small.unet, 0.5, mode="remove")
+    exact, half = (recover(pruned, small, PROMPTS, 2, autocast=on, **SETTINGS) for on in (False, True))
+    assert all(p.dtype == torch.float32 for p in half.module.parameters())
+    assert half.losses != exact.losses and half.losses == pytest.approx(exact.losses, rel=0.05)
+
+
+@pytest.mark.cuda
+def test_recovery_on_a_gpu_trains_in_bfloat16_and_keeps_little(small):
+    on_device = copy.deepcopy(small).to("cuda")
+    pruned = prune_unstructured(on_device.unet, 0.5)
+    torch.cuda.reset_peak_memory_stats()
+    trained = recover(pruned, on_device, PROMPTS, 3, **SETTINGS)
+    assert next(trained.module.parameters()).is_cuda and trained.losses[-1] < 2 * trained.losses[0]
+    assert count_zeros(trained.module) == count_zeros(pruned)
+
+
+def test_a_checkpoint_that_is_no_file_is_refused(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(UserError, match="is no file: a checkpoint cannot be read from it"):
+            recover(prune_unstructured(small.unet, 0.5), small, PROMPTS, 1, checkpoint=path, **SETTINGS)

@@ -78,6 +78,11 @@ class GroupNorm(nn.GroupNorm):
         return torch.cat([super(GroupNorm, self).forward(image) for image in x.split(1)])
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module has quantized layers, simulated or in integers."""
+    return any(hasattr(layer, "integer_weight") for layer in module.modules())
+
+
 def is_recorded() -> bool:
     """Whether a compiler or exporter records what is computed, so that no branch may depend on values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

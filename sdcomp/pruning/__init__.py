@@ -1,7 +1,6 @@
 """Pruning of any `nn.Module`: masks, physically smaller networks, recovery, and what each saves on disk."""
 
 from sdcomp.model.channels import apply_channel_map, channel_map
-from sdcomp.pruning.masks import make_permanent
 from sdcomp.pruning.recovery import recover
 from sdcomp.pruning.sizes import disk_sizes
 from sdcomp.pruning.sparsity import ZeroCount, count_zeros, sparsity_table
@@ -14,7 +13,6 @@ __all__ = [
     "channel_map",
     "count_zeros",
     "disk_sizes",
-    "make_permanent",
     "prune_structured",
     "prune_unstructured",
     "recover",

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
+import torch
 from torch import nn
+
+from sdcomp.errors import UserError
+from sdcomp.model.layers import is_quantized
 
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 """The parts of the UNet that published work prunes: not the time embedding, not the output layer."""
@@ -12,26 +17,40 @@ BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
 def check_amount(amount: object) -> None:
     """Raise ValueError for an amount that is no share from 0 to below 1."""
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < 1:
+    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount < 1:
         raise ValueError(f"amount must be a fraction from 0 to below 1, not {amount!r}")
+
+
+def how_many(amount: float, count: int) -> int:
+    """How many of `count` go: the nearest whole number, but never all of them."""
+    return min(round(amount * count), count - 1)
 
 
 def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> list[nn.Conv2d | nn.Linear]:
     """The convolutions and linear layers below `parts`, each once, in the order of the parts.
 
     By default the parts are the UNet's blocks, or all of a module that has none. Raises ValueError for a
-    part that is not there, and where masks are kept, which hide the weights.
+    part that is not there, and UserError for a quantized module and for weights that are not finite.
     """
+    if is_quantized(module):
+        raise UserError("this module is quantized already: prune the plain one first, then quantize that")
     if parts is None:
         parts = [name for name in BLOCKS if hasattr(module, name)] or [""]
     layers = {}
     for name, part in zip(parts, find_parts(module, parts), strict=True):
         for path, layer in part.named_modules(prefix=name):
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                if hasattr(layer, "weight_mask") or hasattr(layer, "bias_mask"):
-                    raise ValueError(f"{path} keeps the masks of an earlier pruning: make_permanent() first")
+                require_finite(path, layer)
                 layers[layer] = None
     return list(layers)
+
+
+@torch.no_grad()
+def require_finite(name: str, layer: nn.Module) -> None:
+    """Raise UserError for a layer with NaN or infinite weights, whose magnitudes say nothing."""
+    for kind, parameter in layer.named_parameters(recurse=False):
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise UserError(f"the {kind} of {name} has NaN or infinite values: check where it comes from")
 
 
 def find_parts(module: nn.Module, parts: Sequence[str]) -> list[nn.Module]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def recover(
     guidance_scale: float | None = None,
     size: tuple[int, int] | None = None,
     seed: int = 0,
+    micro_batch: int | None = None,
+    recompute: bool | None = None,
+    autocast: bool | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
     progress: bool = True,
@@ -48,29 +52,46 @@ def recover(
     `steps` updates of `batch_size` rows. `sampling_steps` to `size` are those of
     `StableDiffusion.generate`. Parameters that are exactly zero stay zero. Returns a new UNet (the moving
     average) with the loss of each step; `unet` is left as it is. From `checkpoint` a killed run takes up
-    as if it had not been. Raises ValueError for no prompts, and what `generate` and `fit` raise.
+    as if it had not been.
+
+    Memory: an update adds up the gradients of `micro_batch` rows at a time, by default those of one call of
+    the UNet in `generate`. `recompute` computes activations again in the backward pass instead of keeping
+    them (default: for models whose own batch is below 16 images). `autocast` multiplies in bfloat16
+    (default: on CUDA); weights stay float32. What was recorded stays on the CPU.
+
+    Raises ValueError for no prompts and for micro-batches that do not divide a batch, UserError for a
+    quantized UNet, and what `generate` and `fit` raise.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("recovery needs at least one calibration prompt")
     if whole("steps", steps) < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    prunable_layers(unet, [""])  # refuses what cannot be trained: quantized layers, broken weights
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
-    prunable_layers(unet, [""])  # refuses kept masks, which a copy would lose
+    if whole("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    rows = (
+        math.gcd(batch_size, 2 * sd.batch_size) if micro_batch is None else whole("micro_batch", micro_batch)
+    )
+    if rows < 1 or batch_size % rows:
+        raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling = {
         "negative_prompt": negative_prompt, "steps": sampling_steps, "sampler": sampler,
         "guidance_scale": guidance_scale, "size": size, "seed": seed,
     }  # fmt: skip
     recorder = _Recorder(sd.unet)
     sd.replace(unet=recorder).generate(
-        prompts, batch_size=min(batch_size, len(prompts)), progress=progress, **sampling
+        prompts, batch_size=min(batch_size, sd.batch_size, len(prompts)), progress=progress, **sampling
     )
     student = copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student)
-    return fit(
+    _set_recompute(student, sd.batch_size < 16 if recompute is None else recompute)
+    half = sd.device.type == "cuda" if autocast is None else autocast
+    trained = fit(
         student,
-        _distillation_loss(student, recorder.calls, batch_size),
+        _distillation_loss(student, recorder.calls, batch_size, rows, half),
         steps,
         lr=lr,
         weight_decay=0.0,
@@ -88,34 +109,60 @@ def recover(
         progress=progress,
         desc="recover",
     )
+    _set_recompute(trained.module, False)
+    return trained
 
 
 class _Recorder(nn.Module):
-    """A UNet that remembers its calls: latents, timesteps, context, prediction."""
+    """A UNet that remembers its calls: latents, timestep, context, prediction, all on the CPU."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        self._context: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        predicted = self.unet(latents, timesteps, context)
-        # The context is one tensor for all steps of a batch, so this keeps it once.
-        self.calls.append((latents, timesteps, context, predicted))
+    def forward(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
+        predicted = self.unet(latents, timestep, context)
+        # One tensor for all steps of a batch, so it is kept once.
+        if self._context is None or self._context[0] is not context:
+            self._context = context, context.float().cpu()
+        self.calls.append((latents.float().cpu(), timestep, self._context[1], predicted.float().cpu()))
         return predicted
 
 
-def _distillation_loss(student: nn.Module, calls: list[tuple[Tensor, ...]], batch_size: int) -> Loss:
-    rows = [(call, i) for call in calls for i in range(len(call[0]))]
+def _distillation_loss(
+    student: nn.Module,
+    calls: list[tuple[Tensor, int, Tensor, Tensor]],
+    batch_size: int,
+    rows: int,
+    half: bool,
+) -> Loss:
+    """Losses of micro-batches of `rows`, drawn from the recorded calls, that add up to their batch's mean."""
+    recorded = [(call, i) for call in calls for i in range(len(call[0]))]
+    device = next(student.parameters()).device
 
-    def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        chosen = [rows[r] for r in rng.integers(len(rows), size=batch_size)]
-        latents, timesteps, context, target = (
-            torch.stack([call[k][i] for call, i in chosen]) for k in range(4)
-        )
-        return F.mse_loss(student(latents.float(), timesteps, context.float()), target.float())
+    def loss(rng: np.random.Generator, generator: torch.Generator) -> Iterator[Tensor]:
+        chosen = [recorded[r] for r in rng.integers(len(recorded), size=batch_size)]
+        for start in range(0, batch_size, rows):
+            some = chosen[start : start + rows]
+            latents, context, target = (
+                torch.stack([call[part][i] for call, i in some]).to(device) for part in (0, 2, 3)
+            )
+            timesteps = torch.tensor([call[1] for call, _ in some], device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                predicted = student(latents, timesteps, context)
+            yield F.mse_loss(predicted.float(), target) * (len(some) / batch_size)
 
     return loss
+
+
+def _set_recompute(unet: nn.Module, recompute: bool) -> None:
+    """Switch recomputation on or off, in our UNets and diffusers'."""
+    if hasattr(unet, "recompute"):
+        unet.recompute = recompute
+    elif hasattr(unet, "enable_gradient_checkpointing"):
+        (unet.enable_gradient_checkpointing if recompute else unet.disable_gradient_checkpointing)()
 
 
 def _hold_zeros(module: nn.Module) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
-from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers
-from sdcomp.pruning.masks import register_masks
+from sdcomp.pruning.layers import check_amount, find_parts, how_many, prunable_layers
 
 CRITERIA = {"l1": 1, "l2": 2}
 
@@ -21,18 +20,16 @@ def prune_structured(
     mode: str = "mask",
     *,
     n: float | None = None,
-    dim: int | None = None,
     criterion: str | None = None,
     parts: Sequence[str] | None = None,
-    keep_masks: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Take out the share `amount` (0 to below 1) of each layer's channels, or of each group's units.
 
     Mode "mask" is `torch.nn.utils.prune.ln_structured` on every convolution and linear layer below
-    `parts` (by default the UNet's blocks): the slices of the weight along `dim` (0, output channels, by
-    default) with the smallest L_`n` norm (2 by default) are set to zero. Biases and norms are left;
-    shapes stay, and nothing gets faster. `keep_masks` as in `prune_unstructured`.
+    `parts` (by default the UNet's blocks): the output channels with the smallest L_`n` norm (2 by default)
+    of their weights are set to zero, but never all. Biases and norms are left; shapes stay, and nothing
+    gets faster.
 
     Mode "remove" takes tensors that depend on each other apart together (`PruneGroup`): hidden channels
     of residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
@@ -42,31 +39,29 @@ def prune_structured(
     what was kept.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of
-    range, an unknown mode, criterion or part, and an argument of the other mode.
+    range, an unknown mode, criterion or part, an argument of the other mode, a quantized module, and
+    weights that are not finite.
     """
     check_amount(amount)
     if mode == "mask":
         if criterion is not None:
             raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
-        if dim not in (None, 0, 1):
-            raise ValueError(f"dim must be 0 (output channels) or 1 (input channels), not {dim!r}")
         prunable_layers(module, parts)  # before the copy, which may be of gigabytes
         module = module if inplace else copy.deepcopy(module)
         for layer in prunable_layers(module, parts):
-            _zero_channels(layer.weight, amount, 2 if n is None else n, dim or 0)
-            if keep_masks:
-                register_masks(layer, ("weight",))
+            _zero_channels(layer.weight, amount, 2 if n is None else n)
         return module
     if mode != "remove":
         raise ValueError(f"mode must be 'mask' or 'remove', not {mode!r}")
-    if n is not None or dim is not None or keep_masks:
-        raise ValueError("n, dim and keep_masks belong to mode 'mask'; for removal choose a criterion")
+    if n is not None:
+        raise ValueError("n belongs to mode 'mask'; for removal choose a criterion")
     if criterion not in (None, *CRITERIA):
         raise ValueError(f"criterion must be 'l1' or 'l2', not {criterion!r}")
+    prunable_layers(module, [""])  # refuses what cannot be pruned
     groups = _groups_below(module, parts)
     module = module if inplace else copy.deepcopy(module)
     for group in groups:
-        removed = min(round(amount * group.units), group.units - 1)
+        removed = how_many(amount, group.units)
         scores = unit_scores(module, group, CRITERIA[criterion or "l2"])
         kept = scores.argsort(stable=True)[removed:].sort().values
         keep_units(module, group, kept.tolist())
@@ -74,14 +69,13 @@ def prune_structured(
 
 
 @torch.no_grad()
-def _zero_channels(weight: Tensor, amount: float, n: float, dim: int) -> None:
+def _zero_channels(weight: Tensor, amount: float, n: float) -> None:
     # The very calls of torch.nn.utils.prune, so that ties and the last bit come out the same.
-    others = [d for d in range(weight.dim()) if d != dim]
-    norms = torch.norm(weight.contiguous(), p=n, dim=others)
-    kept = weight.shape[dim] - round(amount * weight.shape[dim])
+    norms = torch.norm(weight.contiguous(), p=n, dim=list(range(1, weight.dim())))
+    kept = len(weight) - how_many(amount, len(weight))
     pruned = torch.ones_like(norms, dtype=torch.bool)
     pruned[torch.topk(norms, kept).indices] = False
-    weight.index_fill_(dim, pruned.nonzero().flatten(), 0)
+    weight.index_fill_(0, pruned.nonzero().flatten(), 0)
 
 
 def _groups_below(module: nn.Module, parts: Sequence[str] | None) -> list[PruneGroup]:

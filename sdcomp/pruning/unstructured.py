@@ -8,18 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.pruning.layers import check_amount, prunable_layers
-from sdcomp.pruning.masks import register_masks
+from sdcomp.pruning.layers import check_amount, how_many, prunable_layers
 
 
 def prune_unstructured(
     module: nn.Module,
     amount: float,
     scope: str = "layer",
-    criterion: str = "l1",
     *,
     parts: Sequence[str] | None = None,
-    keep_masks: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Set the share `amount` (0 to below 1) of smallest magnitude to zero.
@@ -27,28 +24,22 @@ def prune_unstructured(
     Pruned are the weights and biases of every convolution and linear layer below `parts` (submodule
     names; by default the UNet's blocks, or everything in a module that has none): with scope "layer" in
     each tensor by itself, as `torch.nn.utils.prune.l1_unstructured` does, with "global" over all of them
-    together. Always exactly round(amount * count) go; of several magnitudes that tie for the last place
-    the first go, where PyTorch's choice is arbitrary. `criterion` is "l1" or "l2", which order single
-    weights alike.
+    together. Exactly round(amount * count) go, but never all; of several magnitudes that tie for the last
+    place the first go, where PyTorch's choice is arbitrary. Parameters that layers share count once.
 
-    Returns a pruned copy, or `module` itself with `inplace`. With `keep_masks` the zeros stay zero in
-    training, until `make_permanent`. Raises ValueError for an amount out of range, another scope or
-    criterion, or an unknown part.
+    Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of range,
+    another scope, an unknown part, a quantized module, and weights that are not finite.
     """
     check_amount(amount)
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global', not {scope!r}")
-    if criterion not in ("l1", "l2"):
-        raise ValueError(f"criterion must be 'l1' or 'l2', not {criterion!r}")
     prunable_layers(module, parts)  # before the copy, which may be of gigabytes
     module = module if inplace else copy.deepcopy(module)
     layers = prunable_layers(module, parts)
     tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    tensors = list({id(t): t for t in tensors}.values())  # layers may share them
     for together in [tensors] if scope == "global" else [[t] for t in tensors]:
-        _zero_smallest(together, round(amount * sum(t.numel() for t in together)))
-    if keep_masks:
-        for layer in layers:
-            register_masks(layer)
+        _zero_smallest(together, how_many(amount, sum(t.numel() for t in together)))
     return module
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.layers import is_quantized
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
 from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, normal_tensors, quantize_layer
 from sdcomp.quantization.quantizer import UniformSymmetricQuantizer
 from sdcomp.quantization.shortcuts import shortcut_splits
-from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument, is_quantized
+from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument
 
 if TYPE_CHECKING:
     import pandas as pd

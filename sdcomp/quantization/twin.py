@@ -105,8 +105,3 @@ class QuantizedTwin(nn.Module):
 
 def _interval(starts: Sequence[int], timestep: float) -> int:
     return sum(start <= timestep for start in starts) - 1
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module has layers that are quantized already, simulated or in integers."""
-    return any(hasattr(layer, "integer_weight") for layer in module.modules())

@@ -56,7 +56,7 @@ class SceneReader(nn.Module):
         features = self.features(2 * images - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, images: Tensor, threshold: float = 0.5, batch_size: int = 256) -> list[dict[str, str]]:
         """Read images `(N, 3, 64, 64)` in [0, 1] -> one dictionary each, in the form of `Scene.attributes`.
 

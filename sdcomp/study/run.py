@@ -201,9 +201,7 @@ class Run:
             "parameters": self.parameters,
             "commit": self._commit,
             "weights": self.weights(),
-            "device": _device_name(self.device),
-            "precision": precision_facts(self.device),
-            "threads": torch.get_num_threads(),
+            **precision_facts(self.device),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "seconds": round(time.time() - self._start, 1),
@@ -243,14 +241,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + ("-modified" if dirty.stdout.strip() else "")
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from sdcomp.errors import UserError
 from sdcomp.files import replacing
 
-Loss = Callable[[np.random.Generator, torch.Generator], Tensor]
+Loss = Callable[[np.random.Generator, torch.Generator], Tensor | Iterator[Tensor]]
+"""A step's loss, or the losses of its micro-batches, whose sum is the step's."""
 
 
 @dataclass
@@ -50,9 +51,9 @@ def fit(
     """Minimise `loss` over the parameters of `module`.
 
     `loss(rng, generator)` draws its batch and noise from the two generators that it is given and returns
-    a scalar. They are seeded by the step's number, so a run that was killed and takes up from
-    `checkpoint` goes on as if it had not been. AdamW with linear warm-up and a cosine to zero; gradients
-    are clipped at norm 1.
+    a scalar, or yields several, whose gradients are added up. The generators are seeded by the step's
+    number, so a run that was killed and takes up from `checkpoint` goes on as if it had not been. AdamW with
+    linear warm-up and a cosine to zero; gradients are clipped at norm 1.
 
     A checkpoint belongs to one training: `inputs` names what else the loss depends on (digests of data
     and of other parts). Raises UserError for a checkpoint of another training, and FloatingPointError
@@ -87,11 +88,10 @@ def fit(
         rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
-        losses.append(value.item())
+        found = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
+        losses.append(_backward(found))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"{desc}: the loss is {losses[-1]} at step {step}; lower the rate")
-        value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -111,6 +111,15 @@ def fit(
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
 
 
+def _backward(loss: Tensor | Iterator[Tensor]) -> float:
+    """Add the gradients of a step's losses; returns their sum."""
+    total = 0.0
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        part.backward()
+        total += part.item()
+    return total
+
+
 def _write(state: dict[str, Any], path: Path) -> None:
     with open(path, "wb") as file:
         try:
@@ -120,6 +129,8 @@ def _write(state: dict[str, Any], path: Path) -> None:
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file: a checkpoint cannot be read from it, nor written to it")
     try:
         return torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, UnpicklingError, OSError) as error:

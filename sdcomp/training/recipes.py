@@ -88,8 +88,7 @@ def diffusion_loss(
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         rows = rng.choice(len(data.scenes), batch, replace=False)
         texts = ["" if rng.random() < drop_text else caption(data.scenes[r], rng) for r in rows]
-        # A copy: autograd does not save inference tensors for the backward pass.
-        context = text_states(text_encoder, tokenizer, texts).clone()
+        context = text_states(text_encoder, tokenizer, texts)
         noise = torch.randn(2, batch, *means.shape[1:], generator=generator)
         clean = means[rows] + stds[rows] * noise[0]
         # Stratified timesteps: one draw in each of `batch` equal ranges.

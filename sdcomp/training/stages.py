@@ -77,7 +77,7 @@ class Latents:
     encoder: str
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_scenes(encoder: VAEEncoder, data: SceneSet, progress: bool = True) -> Latents:
     """Encode all training images."""
     device = next(encoder.parameters()).device
@@ -132,7 +132,7 @@ def train_unet(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def vae_round_trips(vae: nn.ModuleDict, images: Tensor) -> Tensor:
     """Images `(N, 3, H, W)` in [0, 1] encoded (to the mean) and decoded again, on the CPU."""
     device = next(vae.parameters()).device
