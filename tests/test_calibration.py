@@ -50,9 +50,11 @@ def equal(a, b) -> bool:
 def seen_inputs(sd, names, steps=4, prompts=PROMPTS, batch_size=3, **kwargs):
     """The inputs of some layers of the plain UNet at each call of the same generation: (timestep, input)."""
     seen = {name: [] for name in names}
-    handles = [
-        sd.unet.register_forward_pre_hook(lambda m, args: seen.setdefault("t", []).append(int(args[1][0])))
-    ]
+
+    def note(_: nn.Module, args: tuple) -> None:
+        seen.setdefault("t", []).append(int(torch.as_tensor(args[1]).flatten()[0]))
+
+    handles = [sd.unet.register_forward_pre_hook(note)]
     for name in names:
         hook = lambda m, args, n=name: seen[n].append((seen["t"][-1], args[0].clone()))  # noqa: E731
         handles.append(sd.unet.get_submodule(name).register_forward_pre_hook(hook))

@@ -115,21 +115,7 @@ class Calibrator:
             "batch_size": min(len(prompts), self.sd.batch_size) if batch_size is None else batch_size,
             "strength": strength,
         }
-        starts = model.starts
-
-        def run(quantized: bool, by_timestep: bool) -> None:
-            self._observe(quantized, by_timestep, prompts, image=image, progress=progress, **settings)
-
-        try:
-            run(self.quantized_inputs and not optimal, optimal)
-            if optimal:
-                model.set_starts(self._optimal_starts())
-                if self.quantized_inputs:
-                    run(True, False)
-            self._require_all_intervals()
-        except BaseException:
-            model.set_starts(starts)
-            raise
+        self._observe_passes(optimal, prompts, image=image, progress=progress, **settings)
         self._finish()
         model.calibration = {
             "act_scale_policy": self.act_scale_policy,
@@ -152,6 +138,20 @@ class Calibrator:
 
         rows = [(*key, *call) for key, seen in self._inputs.items() for call in seen.calls]
         return pd.DataFrame(rows, columns=["layer", "half", "timestep", "clip", "maximum"])
+
+    def _observe_passes(self, optimal: bool, prompts: list[str], **settings: object) -> None:
+        """Generate once, or twice where the first pass chooses the intervals for the second."""
+        model, starts = self.model, self.model.starts
+        try:
+            self._observe(self.quantized_inputs and not optimal, optimal, prompts, **settings)
+            if optimal:
+                model.set_starts(self._optimal_starts())
+                if self.quantized_inputs:
+                    self._observe(True, False, prompts, **settings)
+            self._require_all_intervals()
+        except BaseException:
+            model.set_starts(starts)
+            raise
 
     def _observe(self, quantized: bool, by_timestep: bool, prompts: list[str], **settings: object) -> None:
         """Generate with all inputs observed."""

@@ -37,8 +37,9 @@ class Int8Model(QuantizedTwin):
     calls raise what `TimeStepCalibratedQuantModel` raises. For inference only.
 
     NaN: integers cannot hold it, so the kernels' model gives NaN for the rows whose input has one. From
-    finite inputs nothing between the kernels makes NaN, as long as what is not quantized is finite, which
-    the constructor checks: norms, softmax and bounded integer products stay finite.
+    finite inputs nothing between the kernels makes NaN, short of values beyond float32's range, as long as
+    what is not quantized is finite, which the constructor checks: norms, softmax and bounded integer
+    products stay finite.
 
     Raises UserError for tensors that are not finite, which it names.
     """

@@ -77,20 +77,7 @@ class QuantModel(QuantizedTwin):
         self.state = QuantState()
 
         layers = [name for name, layer in module.named_modules() if is_quantizable(layer)]
-        self.left_out = {
-            name: pattern
-            for pattern in reversed(self.quant_filters)
-            for name in layers
-            if matches(pattern, name)
-        }
-        for pattern in self.quant_filters:
-            if not any(matches(pattern, name) for name in layers):
-                raise UserError(
-                    f"filter {pattern!r} matches no layer; names begin with"
-                    f" {', '.join(sorted({name.split('.')[0] for name in layers})) or 'nothing'}"
-                )
-        if len(self.left_out) == len(layers):
-            raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
+        self.left_out = _left_out(self.quant_filters, layers)
         splits = shortcut_splits(module) if split_shortcuts else {}
 
         with normal_tensors():
@@ -287,6 +274,20 @@ def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
     if not all(isinstance(pattern, str) for pattern in filters):
         raise TypeError("quant_filters must be a list of texts")
     return filters
+
+
+def _left_out(filters: list[str], layers: list[str]) -> dict[str, str]:
+    """The layers that filters leave out, each with the first filter that does."""
+    left_out = {name: pattern for pattern in reversed(filters) for name in layers if matches(pattern, name)}
+    for pattern in filters:
+        if not any(matches(pattern, name) for name in layers):
+            raise UserError(
+                f"filter {pattern!r} matches no layer; names begin with"
+                f" {', '.join(sorted({name.split('.')[0] for name in layers})) or 'nothing'}"
+            )
+    if len(left_out) == len(layers):
+        raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
+    return left_out
 
 
 def _params(quantizer: UniformSymmetricQuantizer | None) -> dict[str, object] | None:
