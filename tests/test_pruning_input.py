@@ -1,12 +1,14 @@
 """What pruning refuses, and what it never does: all of a tensor, or a shared tensor twice."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
+from sdcomp.pruning import channel_map, count_zeros, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
 
 PRUNE = {
@@ -29,26 +31,23 @@ def test_a_quantized_module_is_refused(small, how):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("how", PRUNE)
-def test_weights_that_are_not_finite_are_refused_by_name(small, how, bad, monkeypatch):
-    weight = small.unet.middle_block[0].in_layers[2].weight.data
-    monkeypatch.setitem(
-        small.unet.middle_block[0].in_layers[2]._parameters, "weight", nn.Parameter(weight.clone())
-    )
-    small.unet.middle_block[0].in_layers[2].weight.data[3, 0, 0, 0] = bad
-    with pytest.raises(
-        UserError, match="^the weight of middle_block.0.in_layers.2 has NaN or infinite values"
-    ):
-        PRUNE[how](small.unet, 0.3)
+def test_weights_that_are_not_finite_are_refused_by_name(small, how, bad):
+    unet = copy.deepcopy(small.unet)
+    with torch.no_grad():
+        unet.middle_block[0].in_layers[2].weight[3, 0, 0, 0] = bad
+    with pytest.raises(UserError, match="^the weight of middle_block.0.in_layers.2 has NaN or infinite"):
+        PRUNE[how](unet, 0.3)
 
 
-@pytest.mark.parametrize("how", PRUNE)
-def test_no_amount_takes_all(small, how):
-    unet = PRUNE[how](small.unet, 1 - 1e-9)
-    assert count_zeros(unet).nonzero > 0
-    if how != "global":
-        for layer in unet.middle_block.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                assert layer.weight.count_nonzero() > 0
+@pytest.mark.parametrize("how", ["layer", "global", "mask"])
+def test_an_amount_that_would_leave_nothing_is_refused(small, how):
+    with pytest.raises(UserError, match=r"^amount=0.999999999 rounds to all weights"):
+        PRUNE[how](small.unet, 1 - 1e-9)
+
+
+def test_removal_keeps_one_unit_of_each_group(small):
+    unet = prune_structured(small.unet, 1 - 1e-9, mode="remove")
+    assert {len(kept) for kept in channel_map(unet).values()} == {1}
 
 
 def test_any_real_number_is_an_amount_and_nan_is_none():
@@ -62,11 +61,7 @@ def test_any_real_number_is_an_amount_and_nan_is_none():
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_weights_that_layers_share_count_once(scope):
     torch.manual_seed(0)
-    first, second, other = (
-        nn.Linear(8, 8, bias=False),
-        nn.Linear(8, 8, bias=False),
-        nn.Linear(8, 8, bias=False),
-    )
+    first, second, other = (nn.Linear(8, 8, bias=False) for _ in range(3))
     second.weight = first.weight
     with torch.no_grad():
         other.weight.mul_(100)  # all of the smallest are shared ones
@@ -79,8 +74,6 @@ def test_weights_that_layers_share_count_once(scope):
 @pytest.mark.parametrize("how", PRUNE)
 def test_on_a_gpu_the_same_goes_as_on_a_cpu(small, how):
     wanted = PRUNE[how](small.unet, 0.4)
-    import copy
-
     found = PRUNE[how](copy.deepcopy(small.unet).cuda(), 0.4)
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[name].cpu(), tensor), name

@@ -21,9 +21,10 @@ def check_amount(amount: object) -> None:
         raise ValueError(f"amount must be a fraction from 0 to below 1, not {amount!r}")
 
 
-def how_many(amount: float, count: int) -> int:
-    """How many of `count` go: the nearest whole number, but never all of them."""
-    return min(round(amount * count), count - 1)
+def require_rest(amount: float, counts: Sequence[int]) -> None:
+    """Raise UserError where `amount` rounds to all of each of the `counts`."""
+    if all(round(amount * count) == count for count in counts):
+        raise UserError(f"amount={amount!r} rounds to all weights: give a smaller one")
 
 
 def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> list[nn.Conv2d | nn.Linear]:

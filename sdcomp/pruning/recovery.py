@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.model import StableDiffusion, weights_digest
+from sdcomp.model.requests import image_pixels, rows_at_once
 from sdcomp.model.samplers import whole
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.training.loop import Loss, Trained, fit
@@ -56,7 +57,7 @@ def recover(
 
     Memory: an update adds up the gradients of `micro_batch` rows at a time, by default those of one call of
     the UNet in `generate`. `recompute` computes activations again in the backward pass instead of keeping
-    them (default: for models whose own batch is below 16 images). `autocast` multiplies in bfloat16
+    them (default: where `generate` takes fewer than 16 images at a time). `autocast` multiplies in bfloat16
     (default: on CUDA); weights stay float32. What was recorded stays on the CPU.
 
     Raises ValueError for no prompts and for micro-batches that do not divide a batch, UserError for a
@@ -72,9 +73,8 @@ def recover(
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
     if whole("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    rows = (
-        math.gcd(batch_size, 2 * sd.batch_size) if micro_batch is None else whole("micro_batch", micro_batch)
-    )
+    own = rows_at_once(16, image_pixels(sd.config, size))
+    rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling = {
@@ -83,11 +83,11 @@ def recover(
     }  # fmt: skip
     recorder = _Recorder(sd.unet)
     sd.replace(unet=recorder).generate(
-        prompts, batch_size=min(batch_size, sd.batch_size, len(prompts)), progress=progress, **sampling
+        prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling
     )
     student = copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student)
-    _set_recompute(student, sd.batch_size < 16 if recompute is None else recompute)
+    _set_recompute(student, own < 16 if recompute is None else recompute)
     half = sd.device.type == "cuda" if autocast is None else autocast
     trained = fit(
         student,
@@ -113,13 +113,17 @@ def recover(
     return trained
 
 
+Call = tuple[Tensor, int, Tensor, Tensor]
+"""Latents, timestep, context and prediction of one call."""
+
+
 class _Recorder(nn.Module):
     """A UNet that remembers its calls: latents, timestep, context, prediction, all on the CPU."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        self.calls: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        self.calls: list[Call] = []
         self._context: tuple[Tensor, Tensor] | None = None
 
     def forward(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
@@ -131,13 +135,7 @@ class _Recorder(nn.Module):
         return predicted
 
 
-def _distillation_loss(
-    student: nn.Module,
-    calls: list[tuple[Tensor, int, Tensor, Tensor]],
-    batch_size: int,
-    rows: int,
-    half: bool,
-) -> Loss:
+def _distillation_loss(student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool) -> Loss:
     """Losses of micro-batches of `rows`, drawn from the recorded calls, that add up to their batch's mean."""
     recorded = [(call, i) for call in calls for i in range(len(call[0]))]
     device = next(student.parameters()).device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
-from sdcomp.pruning.layers import check_amount, find_parts, how_many, prunable_layers
+from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers, require_rest
 
 CRITERIA = {"l1": 1, "l2": 2}
 
@@ -28,8 +28,7 @@ def prune_structured(
 
     Mode "mask" is `torch.nn.utils.prune.ln_structured` on every convolution and linear layer below
     `parts` (by default the UNet's blocks): the output channels with the smallest L_`n` norm (2 by default)
-    of their weights are set to zero, but never all. Biases and norms are left; shapes stay, and nothing
-    gets faster.
+    of their weights are set to zero. Biases and norms are left; shapes stay, and nothing gets faster.
 
     Mode "remove" takes tensors that depend on each other apart together (`PruneGroup`): hidden channels
     of residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
@@ -46,7 +45,8 @@ def prune_structured(
     if mode == "mask":
         if criterion is not None:
             raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
-        prunable_layers(module, parts)  # before the copy, which may be of gigabytes
+        # Before the copy, which may be of gigabytes.
+        require_rest(amount, [len(layer.weight) for layer in prunable_layers(module, parts)])
         module = module if inplace else copy.deepcopy(module)
         for layer in prunable_layers(module, parts):
             _zero_channels(layer.weight, amount, 2 if n is None else n)
@@ -61,7 +61,7 @@ def prune_structured(
     groups = _groups_below(module, parts)
     module = module if inplace else copy.deepcopy(module)
     for group in groups:
-        removed = how_many(amount, group.units)
+        removed = min(round(amount * group.units), group.units - 1)
         scores = unit_scores(module, group, CRITERIA[criterion or "l2"])
         kept = scores.argsort(stable=True)[removed:].sort().values
         keep_units(module, group, kept.tolist())
@@ -72,7 +72,7 @@ def prune_structured(
 def _zero_channels(weight: Tensor, amount: float, n: float) -> None:
     # The very calls of torch.nn.utils.prune, so that ties and the last bit come out the same.
     norms = torch.norm(weight.contiguous(), p=n, dim=list(range(1, weight.dim())))
-    kept = len(weight) - how_many(amount, len(weight))
+    kept = len(weight) - round(amount * len(weight))
     pruned = torch.ones_like(norms, dtype=torch.bool)
     pruned[torch.topk(norms, kept).indices] = False
     weight.index_fill_(0, pruned.nonzero().flatten(), 0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.pruning.layers import check_amount, how_many, prunable_layers
+from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 
 
 def prune_unstructured(
@@ -24,23 +24,30 @@ def prune_unstructured(
     Pruned are the weights and biases of every convolution and linear layer below `parts` (submodule
     names; by default the UNet's blocks, or everything in a module that has none): with scope "layer" in
     each tensor by itself, as `torch.nn.utils.prune.l1_unstructured` does, with "global" over all of them
-    together. Exactly round(amount * count) go, but never all; of several magnitudes that tie for the last
+    together. Exactly round(amount * count) go; of several magnitudes that tie for the last
     place the first go, where PyTorch's choice is arbitrary. Parameters that layers share count once.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of range,
-    another scope, an unknown part, a quantized module, and weights that are not finite.
+    another scope, an unknown part, a quantized module, weights that are not finite, and where nothing would
+    be left.
     """
     check_amount(amount)
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global', not {scope!r}")
-    prunable_layers(module, parts)  # before the copy, which may be of gigabytes
+    _together(prunable_layers(module, parts), scope, amount)  # before the copy, which may be of gigabytes
     module = module if inplace else copy.deepcopy(module)
-    layers = prunable_layers(module, parts)
-    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
-    tensors = list({id(t): t for t in tensors}.values())  # layers may share them
-    for together in [tensors] if scope == "global" else [[t] for t in tensors]:
-        _zero_smallest(together, how_many(amount, sum(t.numel() for t in together)))
+    for tensors in _together(prunable_layers(module, parts), scope, amount):
+        _zero_smallest(tensors, round(amount * sum(t.numel() for t in tensors)))
     return module
+
+
+def _together(layers: list[nn.Conv2d | nn.Linear], scope: str, amount: float) -> list[list[Tensor]]:
+    """The tensors whose entries compete, each tensor once, also where layers share it."""
+    tensors = [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
+    tensors = list({id(t): t for t in tensors}.values())
+    groups = [tensors] if scope == "global" else [[t] for t in tensors]
+    require_rest(amount, [sum(t.numel() for t in group) for group in groups])
+    return groups
 
 
 @torch.no_grad()
