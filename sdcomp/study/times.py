@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sdcomp.evaluation import Estimate, component_times, interleaved_times, median
+from sdcomp.evaluation import Estimate, component_times, interleaved_times, median, peak_memory
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
@@ -41,8 +41,18 @@ class PairedTimes:
     def step(self, unet: nn.Module) -> tuple[Estimate, Estimate]:
         """Seconds of a call of `unet`, and their ratio to a call of the model's own in the same round."""
         calls = {"baseline": lambda: self.sd.unet(*self.inputs), "variant": lambda: unet(*self.inputs)}
-        seconds = interleaved_times(calls, self.repeats)
+        seconds = interleaved_times(calls, self.repeats, device=self.sd.device)
         return median(seconds["variant"]), median(seconds["variant"], seconds["baseline"])
+
+    @torch.no_grad()
+    def peak(self, unet: nn.Module) -> int | None:
+        """Bytes that a call of `unet` takes beyond the weights on a GPU, None elsewhere.
+
+        A CPU's process keeps and reuses memory, so only a process of its own could tell.
+        """
+        if self.sd.device.type != "cuda":
+            return None
+        return peak_memory(lambda: unet(*self.inputs), self.sd.device)
 
     def components(
         self, unet: nn.Module, prompts: list[str], **settings: Any
