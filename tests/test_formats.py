@@ -505,7 +505,7 @@ def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
         assert seen == [16, 16]
         seen.clear()
         # The least size that fills the memory of one image of 512x512 with two rows.
-        monkeypatch.setattr(pipeline, "_rows", lambda n, pixels: 2)
+        monkeypatch.setattr(pipeline, "rows_at_once", lambda n, pixels: 2)
         plain.decode_latents(torch.zeros(6, 4, 16, 16))
         assert seen == [2, 2, 2]
     finally:
@@ -533,7 +533,7 @@ def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single,
     [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
 )
 def test_rows_divide_the_batch(n, size, rows):
-    assert pipeline._rows(n, (size, size)) == rows
+    assert rows_at_once(n, (size, size)) == rows
 
 
 def test_parameters_at_the_size_of_stable_diffusion():
