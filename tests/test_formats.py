@@ -533,7 +533,7 @@ def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single,
     [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
 )
 def test_rows_divide_the_batch(n, size, rows):
-    assert rows_at_once(n, (size, size)) == rows
+    assert pipeline.rows_at_once(n, (size, size)) == rows
 
 
 def test_parameters_at_the_size_of_stable_diffusion():

@@ -14,6 +14,7 @@ from sdcomp.files import find
 from sdcomp.model.channels import apply_channel_map
 from sdcomp.model.checkpoint import finite, listed, read_json, read_safetensors
 from sdcomp.model.config import UNetConfig, from_dict
+from sdcomp.model.device import check_device
 from sdcomp.model.layers import Linear
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.execution import DTYPES as _DTYPES
@@ -107,6 +108,7 @@ def load_int8(
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module;
     UserError where the kernels are wanted and cannot be had.
     """
+    check_device(device)
     folder = find(folder)
     for file in (CONFIG, TENSORS):
         if not os.path.lexists(folder / file):
