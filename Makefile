@@ -65,7 +65,7 @@ lab: $(READY)
 	$(PY) -m jupyterlab
 
 goldens: $(READY)
-	$(PY) tests/goldens.py
+	$(PY) tools/goldens.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

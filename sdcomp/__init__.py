@@ -2,10 +2,10 @@
 
 import warnings
 
-# Of another package's import, where ipywidgets are not installed: progress bars are text then, as ours are.
+# Silence tqdm's warning when ipywidgets is missing.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-from sdcomp.compressed import load, save  # noqa: E402
+from sdcomp.integer import to_int8  # noqa: E402
 from sdcomp.model import (  # noqa: E402
     SD15,
     TINY,
@@ -16,6 +16,7 @@ from sdcomp.model import (  # noqa: E402
     load_from_standard_weights,
 )
 from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel  # noqa: E402
+from sdcomp.saving import load, save  # noqa: E402
 
 __all__ = [
     "SD15",
@@ -30,4 +31,5 @@ __all__ = [
     "load",
     "load_from_standard_weights",
     "save",
+    "to_int8",
 ]

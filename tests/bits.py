@@ -14,6 +14,7 @@ import warnings
 import conftest
 import torch
 
+from sdcomp.integer import to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel, int8_kernels
@@ -46,9 +47,9 @@ def main() -> None:
     unets = {"plain": sd.unet, "simulated": simulated}
     unets["removed"] = prune_structured(sd.unet, 0.3, mode="remove")  # widths that no kernel is made for
     if int8_kernels.missing() is None:
-        unets["int8"] = simulated.to_int8()
+        unets["int8"] = to_int8(simulated)
         small = TimeStepCalibratedQuantModel(unets["removed"], timesteps=2, k=2)
-        unets["removed, int8"] = Calibrator(sd, small).calibrate([PROMPT], steps=2).to_int8()
+        unets["removed, int8"] = to_int8(Calibrator(sd, small).calibrate([PROMPT], steps=2))
     found = {}
     for threads in map(int, sys.argv[1:]):
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
-from sdcomp.model.stable_diffusion import StableDiffusion
+from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.text import build_text_encoder, word_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sdcomp.model.config import UNetConfig, VAEConfig
-from sdcomp.model.names import unet_name, vae_name
+from sdcomp.model.files.names import unet_name, vae_name
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -26,8 +26,9 @@ from transformers import CLIPTokenizer
 
 import sdcomp
 from sdcomp.errors import NonFiniteError, UserError
+from sdcomp.integer import to_int8
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
-from sdcomp.model.stable_diffusion import StableDiffusion
+from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.text import build_clip, word_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
@@ -67,15 +68,15 @@ def make_models(folder: Path) -> None:
             tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=24),
         )  # fmt: skip
     pruned = prune_structured(whole.unet, 0.3, mode="remove")
-    whole.replace(config=CONFIG, clip=clip, unet=pruned).save(folder / "plain", torch.float16)
+    sdcomp.save(whole.replace(config=CONFIG, clip=clip, unet=pruned), folder / "plain", torch.float16)
     q = TimeStepCalibratedQuantModel(whole.unet, timesteps=4, k=2, quant_filters=["time_embed"])
     Calibrator(whole, q).calibrate(PROMPTS, steps=4, batch_size=1)
     sdcomp.save(whole.replace(unet=q), folder / "quantized")
-    sdcomp.save(whole.replace(unet=q.to_int8()), folder / "int8")
-    whole.save(folder / "diffusers", format="diffusers")
+    sdcomp.save(whole.replace(unet=to_int8(q)), folder / "int8")
+    sdcomp.save(whole, folder / "diffusers", format="diffusers")
     for name in ("safetensors", "pickle"):
         shutil.copytree(folder / "quantized", folder / name, ignore=lambda _, names: set(names) - WORDS)
-    whole.save(folder / "safetensors" / "model.safetensors")
+    sdcomp.save(whole, folder / "safetensors" / "model.safetensors")
     torch.save(load_file(folder / "safetensors" / "model.safetensors"), folder / "pickle" / "model.ckpt")
 
 

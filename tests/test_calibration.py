@@ -22,10 +22,12 @@ from sdcomp.quantization import (
     QuantModel,
     TimeStepCalibratedQuantModel,
     UniformSymmetricQuantizer,
+    describe,
     load_quant_model,
+    save_quant_model,
 )
-from sdcomp.quantization.histogram import MagnitudeHistogram
 from sdcomp.quantization.intervals import group_costs, optimal_groups, optimal_starts
+from sdcomp.quantization.ranges import MagnitudeHistogram
 
 PROMPTS = ["a red star on a navy background", "a blue circle", "a green square left of a red star"]
 SIX = {"n_bits": 6}
@@ -128,7 +130,7 @@ def test_one_interval_is_the_plain_model(small):
         assert equal(plain, aware) and plain.intervals == aware.intervals == [(0, 999)]
         images = [small.replace(unet=q).generate(PROMPTS, steps=1, seed=1) for q in (plain, aware)]
         assert torch.equal(*images)
-        assert plain.describe().act_clipped.equals(aware.describe().act_clipped)
+        assert describe(plain).act_clipped.equals(describe(aware).act_clipped)
 
 
 def test_forty_ddpm_steps_serve_twenty_of_ddim(small):
@@ -336,7 +338,7 @@ def saved(small, tmp_path_factory):
         quant_filters=["*.to_v"], split_shortcuts=True,
     )  # fmt: skip
     calibrate(small, q, steps=6, act_scale_policy="mse", seed=range(3))
-    return q, q.save(tmp_path_factory.mktemp("saved") / "deep" / "folder")
+    return q, save_quant_model(q, tmp_path_factory.mktemp("saved") / "deep" / "folder")
 
 
 def test_what_was_saved_computes_the_same(small, saved):
@@ -344,14 +346,14 @@ def test_what_was_saved_computes_the_same(small, saved):
     loaded = load_quant_model(folder, small.unet)
     assert type(loaded) is type(q) and loaded.calibrated
     assert loaded.intervals == q.intervals != TimeStepCalibratedQuantModel(small.unet, k=3).intervals
-    assert loaded.describe().equals(q.describe())
+    assert describe(loaded).equals(describe(q))
     assert {p.name for p in folder.iterdir()} == {"quantization.json", "quantization.safetensors"}
     images = [small.replace(unet=m).generate(PROMPTS, steps=3) for m in (q, loaded)]
     assert torch.equal(*images)
     # Switches too, and a plain model.
     plain = calibrate(small, QuantModel(small.unet, quant_filters="published"), steps=1).model
     plain.set_use_quant(weights=False)
-    loaded = load_quant_model(plain.save(folder.parent / "plain"), small.unet)
+    loaded = load_quant_model(save_quant_model(plain, folder.parent / "plain"), small.unet)
     assert torch.equal(*[small.replace(unet=m).generate(PROMPTS, steps=1) for m in (plain, loaded)])
     assert loaded.left_out == plain.left_out
 

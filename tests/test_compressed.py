@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import sdcomp
+from sdcomp.integer import to_int8
+from sdcomp.integer.conversion import Int8Model
 from sdcomp.pruning import prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
-from sdcomp.quantization.int8 import Int8Model
 
 SETTINGS = {"steps": 3, "batch_size": 1, "seed": 5}
 PROMPTS = ["a small red star on a navy background"]
@@ -20,7 +21,7 @@ PROMPTS = ["a small red star on a navy background"]
 @pytest.fixture(scope="module")
 def loaded(small, tmp_path_factory):
     """The small model, its weights laid out as loading does."""
-    return sdcomp.load(small.save(tmp_path_factory.mktemp("small")))
+    return sdcomp.load(sdcomp.save(small, tmp_path_factory.mktemp("small")))
 
 
 def compressed(sd, how):
@@ -29,7 +30,7 @@ def compressed(sd, how):
     if "quantized" in how or "int8" in how:
         unet = TimeStepCalibratedQuantModel(unet, timesteps=4, k=2, quant_filters=["time_embed"])
         Calibrator(sd, unet, act_scale_policy="mse").calibrate(PROMPTS, steps=4, batch_size=1)
-    return sd.replace(unet=unet.to_int8() if "int8" in how else unet)
+    return sd.replace(unet=to_int8(unet) if "int8" in how else unet)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def compressed(sd, how):
 )
 def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, how):
     sd = compressed(loaded, how)
-    folder = sdcomp.save(sd, tmp_path / "model", {"prompt accuracy": 0.9})
+    folder = sdcomp.save(sd, tmp_path / "model", record={"prompt accuracy": 0.9})
     moved = folder.rename(tmp_path / "elsewhere")
     again = sdcomp.load(moved)
     assert type(again.unet) is type(sd.unet)
@@ -62,7 +63,7 @@ def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path):
     assert isinstance(sdcomp.load(tmp_path).unet, Int8Model)
     sdcomp.save(loaded, tmp_path)
     assert type(sdcomp.load(tmp_path).unet) is type(loaded.unet)
-    loaded.save(tmp_path)
+    sdcomp.save(loaded, tmp_path)
     assert not (tmp_path / "compression.json").exists()
 
 

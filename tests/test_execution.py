@@ -10,10 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdcomp
 from sdcomp.errors import UserError
+from sdcomp.integer import to_int8
+from sdcomp.integer.execution import choose_execution
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
-from sdcomp.quantization import QuantModel, TimeStepCalibratedQuantModel, int8_kernels, load_int8
-from sdcomp.quantization.execution import choose_execution
+from sdcomp.quantization import (
+    QuantModel,
+    TimeStepCalibratedQuantModel,
+    int8_kernels,
+    load_int8,
+    save_quant_model,
+)
 
 needs_kernels = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 PROMPT = "a small red star"
@@ -56,17 +63,17 @@ def test_kernels_need_a_cpu_that_has_them_and_a_type_that_they_take(monkeypatch,
 
 def test_other_executions_and_types_are_refused(q):
     with pytest.raises(ValueError, match="execution must be one of auto, kernels, dequantized, not 'fast'"):
-        q.to_int8(execution="fast")
+        to_int8(q, execution="fast")
     with pytest.raises(ValueError, match=r"dtype must be .*float16, not torch\.float64"):
-        q.to_int8(torch.float64, "dequantized")
+        to_int8(q, torch.float64, "dequantized")
 
 
 def test_without_kernels_weights_are_dequantized_which_the_text_says(small, no_kernels):
     call = small_call(small)
     q = calibrate(QuantModel(small.unet, split_shortcuts=True), call)
     with pytest.raises(UserError, match="PyTorch 1 has no integer operators; execution='dequantized' runs"):
-        q.to_int8(execution="kernels")
-    m = q.to_int8()
+        to_int8(q, execution="kernels")
+    m = to_int8(q)
     assert m.execution == "dequantized" and "dequantized layer by layer" in repr(m)
     assert decibels(m(*call), q(*call)) > 100
     assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
@@ -80,7 +87,7 @@ def test_without_kernels_weights_are_dequantized_which_the_text_says(small, no_k
 def test_dequantized_models_compute_in_half_precision(small, kind, dtype, least):
     call = small_call(small)
     q = calibrate(build(small.unet, kind), call)
-    m = q.to_int8(dtype, "dequantized")
+    m = to_int8(q, dtype, "dequantized")
     assert m.dtype is dtype and {p.dtype for p in m.parameters()} == {dtype}
     assert m(*call).dtype is torch.float32
     half = m(call[0].to(dtype), call[1], call[2].to(dtype))
@@ -90,7 +97,7 @@ def test_dequantized_models_compute_in_half_precision(small, kind, dtype, least)
 
 def test_a_model_in_half_precision_stays_in_it(small, q):
     half = copy.deepcopy(q).to(torch.float16)
-    m = half.to_int8()
+    m = to_int8(half)
     assert (m.dtype, m.execution) == (torch.float16, "dequantized")
     call = [x.half() if isinstance(x, torch.Tensor) else x for x in small_call(small)]
     assert m(*call).dtype is torch.float16 and m(*call).isfinite().all()
@@ -98,13 +105,13 @@ def test_a_model_in_half_precision_stays_in_it(small, q):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_the_type_follows_the_whole_model(small, q, tmp_path, execution):
-    sd = copy.deepcopy(small).replace(unet=q.to_int8(execution=execution))
+    sd = copy.deepcopy(small).replace(unet=to_int8(q, execution=execution))
     before = sd.generate(PROMPT, steps=2)
     sd.to(torch.bfloat16)
     assert sd.unet.dtype is torch.bfloat16 and "torch.bfloat16" in repr(sd.unet)
     after = sd.generate(PROMPT, steps=2)
     assert 12 < decibels(after, before) < 60
-    again = load_int8(sd.unet.save(tmp_path), execution=execution)
+    again = load_int8(save_quant_model(sd.unet, tmp_path), execution=execution)
     assert repr(again) == repr(sd.unet)
     assert torch.equal(again(*small_call(small)), sd.unet(*small_call(small)))
     sd.to(torch.float32)
@@ -114,7 +121,7 @@ def test_the_type_follows_the_whole_model(small, q, tmp_path, execution):
 @needs_kernels
 @pytest.mark.parametrize("where", [torch.float16, torch.float64, "meta"])
 def test_packed_weights_stay_where_their_kernels_are(small, q, where):
-    sd = copy.deepcopy(small).replace(unet=q.to_int8())
+    sd = copy.deepcopy(small).replace(unet=to_int8(q))
     expected = sd.generate(PROMPT, steps=1)
     with pytest.raises(UserError, match="not (in|on) .* load or make it anew with execution='dequantized'"):
         sd.to(where)
@@ -129,20 +136,20 @@ def test_packed_weights_stay_where_their_kernels_are(small, q, where):
 
 def test_no_type_that_a_file_cannot_have(q):
     with pytest.raises(ValueError, match="dtype must be"):
-        q.to_int8(execution="dequantized").to(torch.float64)
+        to_int8(q, execution="dequantized").to(torch.float64)
 
 
 # Devices
 
 
 def test_a_dequantized_model_moves(q):
-    m = q.to_int8(execution="dequantized").to("meta")
+    m = to_int8(q, execution="dequantized").to("meta")
     assert {t.device.type for t in m.state_dict().values()} == {"meta"}
 
 
 def test_a_saved_model_is_loaded_where_it_is_wanted(small, q, tmp_path):
     # The meta device stands for CUDA: it has no integer kernels either.
-    folder = sdcomp.save(small.replace(unet=q.to_int8()), tmp_path)
+    folder = sdcomp.save(small.replace(unet=to_int8(q)), tmp_path)
     sd = sdcomp.load(folder, device="meta")
     assert sd.unet.execution == "dequantized"
     assert {t.device.type for t in sd.unet.state_dict().values()} == {"meta"}
@@ -153,16 +160,16 @@ def test_a_saved_model_is_loaded_where_it_is_wanted(small, q, tmp_path):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_the_execution_of_a_saved_model_is_chosen_anew(small, q, tmp_path, execution):
     call = small_call(small)
-    folder = sdcomp.save(small.replace(unet=q.to_int8(execution="dequantized")), tmp_path)
+    folder = sdcomp.save(small.replace(unet=to_int8(q, execution="dequantized")), tmp_path)
     sd = sdcomp.load(folder, execution=execution)
     assert sd.unet.execution == execution
-    assert torch.equal(sd.unet(*call), q.to_int8(execution=execution)(*call))
+    assert torch.equal(sd.unet(*call), to_int8(q, execution=execution)(*call))
     assert sdcomp.load(folder, dtype=torch.bfloat16).generate(PROMPT, steps=1).isfinite().all()
 
 
 def test_other_models_have_no_execution_to_choose(small, tmp_path):
     with pytest.raises(UserError, match="holds no int8 model: leave execution='dequantized' out"):
-        sdcomp.load(small.save(tmp_path), execution="dequantized")
+        sdcomp.load(sdcomp.save(small, tmp_path), execution="dequantized")
 
 
 # NaN
@@ -170,7 +177,7 @@ def test_other_models_have_no_execution_to_choose(small, tmp_path):
 
 def models(q: QuantModel) -> list:
     ways = ["dequantized"] if int8_kernels.missing() else ["kernels", "dequantized"]
-    return [q, *(q.to_int8(execution=way) for way in ways), q.to_int8(torch.bfloat16)]
+    return [q, *(to_int8(q, execution=way) for way in ways), to_int8(q, torch.bfloat16)]
 
 
 def test_nan_of_an_input_is_nan_in_its_rows_and_no_others(small, q):
@@ -207,7 +214,7 @@ def test_integers_do_not_hide_what_is_not_finite(small, name):
     with torch.no_grad():
         unet.get_parameter(name).view(-1)[1] = float("inf")
     with pytest.raises(UserError, match=f"^{name} has NaN or infinite values"):
-        q.to_int8()
+        to_int8(q)
 
 
 # Rows
@@ -241,7 +248,7 @@ class Operators(TorchDispatchMode):
 
 def test_the_interval_of_a_plain_number_needs_no_tensor(q):
     x = torch.zeros(1)
-    for m in (q, q.to_int8(execution="dequantized")):
+    for m in (q, to_int8(q, execution="dequantized")):
         with Operators() as operators:
             for t, interval in ((0, 0), (499, 0), (500, 1), (999.0, 1)):
                 m._enter((x, t, x), {})
@@ -272,7 +279,7 @@ def test_models_can_be_exported(randomize, called_before):
     q = TimeStepCalibratedQuantModel(randomize(Layers(), 0), k=2, split_shortcuts=True)
     x = random(2, 6, 5, 5)
     calibrate(q, (0.5 * x, 100), (x, 900))
-    for m in (q, q.to_int8(execution="dequantized")):
+    for m in (q, to_int8(q, execution="dequantized")):
         for t in (100, 900):
             expected = (m if called_before else copy.deepcopy(m))(x, t)
             program = torch.export.export(m, (x, t), strict=False)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sdcomp
 from sdcomp.model import (
     SD15,
     ModelError,
@@ -23,7 +24,7 @@ from sdcomp.model import (
     load,
     load_from_standard_weights,
 )
-from sdcomp.model import stable_diffusion as pipeline
+from sdcomp.model import pipeline as pipeline
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.text import build_clip, build_text_encoder, save_tokenizer, tokenize
 from sdcomp.pruning import prune_structured
@@ -41,7 +42,7 @@ def plain(small) -> StableDiffusion:
 @pytest.fixture(scope="module")
 def single(plain, tmp_path_factory) -> Path:
     """A single file with its tokenizer beside it; nobody writes into it."""
-    file = plain.save(tmp_path_factory.mktemp("single") / "model.safetensors")
+    file = sdcomp.save(plain, tmp_path_factory.mktemp("single") / "model.safetensors")
     save_tokenizer(plain.tokenizer, file.parent)
     return file
 
@@ -49,7 +50,7 @@ def single(plain, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def made(plain, tmp_path_factory) -> Path:
     """A diffusers folder; nobody writes into it."""
-    return plain.save(tmp_path_factory.mktemp("made") / "model", format="diffusers")
+    return sdcomp.save(plain, tmp_path_factory.mktemp("made") / "model", format="diffusers")
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_text_encoder_with_and_without_its_prefix(plain, single, tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_come_as_stored_or_as_asked_for(plain, tmp_path, stored):
-    file = plain.save(tmp_path / "model.safetensors", stored)
+    file = sdcomp.save(plain, tmp_path / "model.safetensors", stored)
     options = {"config": plain.config, "tokenizer": plain.tokenizer}
     assert load(file, dtype=None, **options).unet.out[2].weight.dtype == stored
     rounded = {name: t.to(stored).float() for name, t in states(plain).items()}
@@ -158,13 +159,13 @@ def test_diffusers_generates_what_we_do_from_the_folder(plain, made, diffusers):
 
 def test_original_to_diffusers_to_original_gives_the_same_bytes(plain, single, tmp_path, diffusers):
     a = load(single, config=plain.config)
-    b = load(a.save(tmp_path / "ours", format="diffusers"))
-    assert b.save(tmp_path / "b.safetensors").read_bytes() == single.read_bytes()
+    b = load(sdcomp.save(a, tmp_path / "ours", format="diffusers"))
+    assert sdcomp.save(b, tmp_path / "b.safetensors").read_bytes() == single.read_bytes()
     # And through diffusers' own hands, as it and transformers write today.
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     c = load(tmp_path / "theirs")
-    assert c.save(tmp_path / "c.safetensors").read_bytes() == single.read_bytes()
+    assert sdcomp.save(c, tmp_path / "c.safetensors").read_bytes() == single.read_bytes()
     assert c.config == b.config
     assert torch.equal(tokenize(c.tokenizer, PROMPTS), tokenize(plain.tokenizer, PROMPTS))
 
@@ -265,7 +266,7 @@ def test_standard_weights_load_strictly(plain, single, made, kind, tmp_path, sma
     if kind == "base":
         clip = randomize(build_clip(small.config), 5)
         config = dataclasses.replace(small.config, reader=False)
-        path = small.replace(config=config, clip=clip, text_encoder=clip.text_model).save(tmp_path)
+        path = sdcomp.save(small.replace(config=config, clip=clip, text_encoder=clip.text_model), tmp_path)
     parts = load_from_standard_weights(path, config=plain.config)
     assert list(parts) == ["clip", "encoder", "decoder", "diffusion"]
     modules = {
@@ -288,9 +289,9 @@ def test_saving_over_the_file_that_a_model_is_mapped_from(single, plain, tmp_pat
     file = Path(shutil.copy(single, tmp_path))
     options = {"config": plain.config, "tokenizer": plain.tokenizer}
     sd = load(file, **options)
-    sd.save(file, torch.float16)
+    sdcomp.save(sd, file, torch.float16)
     assert_same(states(sd), states(plain))
-    sd.save(file)
+    sdcomp.save(sd, file)
     assert file.read_bytes() == single.read_bytes()
     # Weights that are changed in place change no file.
     with torch.no_grad():
@@ -302,11 +303,11 @@ def test_a_model_that_a_format_cannot_hold_is_refused_before_anything_is_written
     removed = plain.replace(unet=prune_structured(plain.unet, 0.5, mode="remove"))
     for name, format in (("a.safetensors", None), ("d", "diffusers")):
         with pytest.raises(ModelError, match="lost channels"):
-            removed.save(tmp_path / name, format=format)
+            sdcomp.save(removed, tmp_path / name, format=format)
     other = plain.replace(unet=nn.Sequential(plain.unet))
     for name, format in (("a.safetensors", None), ("d", "diffusers"), ("e", None)):
         with pytest.raises(ModelError, match="the model's unet does not fit its configuration"):
-            other.save(tmp_path / name, format=format)
+            sdcomp.save(other, tmp_path / name, format=format)
     for name, format in (
         ("a.ckpt", None),
         ("b.bin", None),
@@ -314,24 +315,24 @@ def test_a_model_that_a_format_cannot_hold_is_refused_before_anything_is_written
         ("d", "original"),
     ):
         with pytest.raises(ModelError, match=r"give a name ending in \.safetensors"):
-            plain.save(tmp_path / name, format=format)
+            sdcomp.save(plain, tmp_path / name, format=format)
     with pytest.raises(ValueError, match="format must be"):
-        plain.save(tmp_path / "x", format="pickle")
+        sdcomp.save(plain, tmp_path / "x", format="pickle")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_unet_that_lost_channels_comes_back_from_our_folder(plain, tmp_path):
     unet = prune_structured(plain.unet, 0.5, mode="remove")
     sd = plain.replace(unet=unet)
-    loaded = load(sd.save(tmp_path / "a"))
+    loaded = load(sdcomp.save(sd, tmp_path / "a"))
     assert_same(states(loaded), states(sd))
     assert sum(p.numel() for p in loaded.unet.parameters()) < sum(p.numel() for p in plain.unet.parameters())
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 24, 32)
     torch.testing.assert_close(loaded.unet(x, 5, context), unet(x, 5, context), atol=1e-5, rtol=1e-4)
     # A whole model over it leaves no record behind.
-    plain.save(tmp_path / "a")
+    sdcomp.save(plain, tmp_path / "a")
     assert_same(states(load(tmp_path / "a")), states(plain))
-    sd.save(tmp_path / "a")
+    sdcomp.save(sd, tmp_path / "a")
     (tmp_path / "a" / "unet_channels.json").write_text('{"middle_block": [0]}', encoding="utf-8")
     with pytest.raises(ModelError, match="middle_block"):
         load(tmp_path / "a")
@@ -341,13 +342,13 @@ def test_a_model_without_its_image_encoder_is_saved_without(small, randomize, tm
     clip = randomize(build_clip(small.config), 5)
     config = dataclasses.replace(small.config, reader=False)
     whole = small.replace(config=config, clip=clip, text_encoder=clip.text_model)
-    loaded = load(whole.replace(clip=None).save(tmp_path))
+    loaded = load(sdcomp.save(whole.replace(clip=None), tmp_path))
     assert loaded.clip is None and loaded.config.vision is None
     assert_same(states(loaded), states(whole))
 
 
 def test_an_empty_configuration_is_refused_before_anything_is_allocated(plain, tmp_path):
-    folder = plain.save(tmp_path / "model")
+    folder = sdcomp.save(plain, tmp_path / "model")
     (folder / "config.json").write_text("{}", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sdcomp
 from sdcomp.files import regular
 from sdcomp.model import ModelError, load
-from sdcomp.model.checkpoint import read_tensors
+from sdcomp.model.files.checkpoint import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +301,7 @@ def test_parts_that_are_not_there_are_named(tmp_path, state):
 
 
 def test_weights_that_are_no_floating_point_numbers_are_refused(small, tmp_path):
-    folder = small.replace().save(tmp_path / "model", format="diffusers")
+    folder = sdcomp.save(small.replace(), tmp_path / "model", format="diffusers")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = {name: t.clone() for name, t in load_file(file).items()}
     for kind in (torch.int8, torch.float8_e4m3fn, torch.bool):

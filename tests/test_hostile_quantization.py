@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sdcomp
 from sdcomp.errors import UserError
+from sdcomp.integer import to_int8
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
 
 PROMPTS = ["a small red star"]
@@ -26,7 +27,7 @@ def saved(small, tmp_path_factory) -> dict[str, Path]:
     small = small.replace(config=dataclasses.replace(small.config, vision=None, reader=False))
     return {
         "quantization": sdcomp.save(small.replace(unet=q), folder / "quantization"),
-        "int8": sdcomp.save(small.replace(unet=q.to_int8()), folder / "int8"),
+        "int8": sdcomp.save(small.replace(unet=to_int8(q)), folder / "int8"),
     }
 
 

@@ -9,6 +9,9 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.integer import save_int8, to_int8
+from sdcomp.integer.conversion import load_int8
+from sdcomp.integer.layers import Int8Layer
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import prune_structured
@@ -20,8 +23,6 @@ from sdcomp.quantization import (
     int8_kernels,
     int8_model,
 )
-from sdcomp.quantization.int8 import load_int8
-from sdcomp.quantization.int8_layers import Int8Layer
 
 pytestmark = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 
@@ -86,7 +87,7 @@ def test_a_layer_is_its_simulation(randomize, name, bits):
     q = QuantModel(layer, weight_quant_params={"n_bits": bits[0]}, act_quant_params={"n_bits": bits[1]})
     x = random(*shape)
     calibrate(q, (x,), margin=0.6)  # so that values are clipped at both ends
-    got = q.to_int8()(x)
+    got = to_int8(q)(x)
     assert got.dtype == torch.float32
     assert relative(got, q(x)) < 1e-5
 
@@ -107,20 +108,20 @@ def test_other_weight_scales(randomize, kind):
     x = random(2, 12, 6, 6)
     layer = randomize(nn.Conv2d(12, 20, 3), 0)
     q = calibrate(QuantModel(layer, weight_quant_params=params), (x,))
-    assert relative(q.to_int8()(x), q(x)) < 1e-5
+    assert relative(to_int8(q)(x), q(x)) < 1e-5
 
 
 def test_inputs_are_clipped_alike_at_both_ends(randomize):
     # Two's complement has one more negative integer, which symmetric quantization does not use.
     q = calibrate(QuantModel(randomize(nn.Linear(3, 2, bias=False), 0)), (torch.ones(1, 3),))
-    m = q.to_int8()
+    m = to_int8(q)
     assert torch.equal(m(torch.full((1, 3), 99.0)), -m(torch.full((1, 3), -99.0)))
     assert relative(m(torch.full((1, 3), -99.0)), m(-torch.ones(1, 3))) == 0
 
 
 def test_memory_formats_and_strides_do_not_matter(randomize):
     q = calibrate(QuantModel(randomize(nn.Conv2d(6, 8, 3), 0)), (random(2, 6, 8, 8),))
-    m, x = q.to_int8(), random(2, 6, 8, 8)
+    m, x = to_int8(q), random(2, 6, 8, 8)
     wanted = m(x)
     assert torch.equal(m(x.contiguous(memory_format=torch.channels_last)), wanted)
     assert torch.equal(m(torch.cat([x, x], 1)[:, :6]), wanted)
@@ -134,12 +135,12 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     layer, shape = LAYERS[name]
     x, onto = random(*shape), layer(random(*shape, seed=1)).detach()
     q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
-    convolution = q.to_int8().module
-    monkeypatch.setattr("sdcomp.quantization.int8_layers._WIDE", 1)
-    product = q.to_int8().module
+    convolution = to_int8(q).module
+    monkeypatch.setattr("sdcomp.integer.layers._WIDE", 1)
+    product = to_int8(q).module
     kinds = [type(module._packed[0]).__name__ for module in (convolution, product)]
     plain = name not in ("strided", "dilated", "grouped")
-    assert kinds == ["PackedConv2d", "PackedPixels" if plain else "PackedConv2d"]
+    assert kinds == ["PackedConv2d", "PackedConvAsMatmul" if plain else "PackedConv2d"]
     assert torch.equal(product.integer_weight(), convolution.integer_weight())
     assert relative(product(x), convolution(x)) < 1e-6
     assert product(x).is_contiguous(memory_format=torch.channels_last)
@@ -165,7 +166,7 @@ def test_split_shortcuts_are_two_integer_convolutions(randomize):
     x = random(2, 10, 6, 6)
     x[:, 6:] *= 30
     q = calibrate(QuantModel(randomize(Shortcut(), 0), split_shortcuts=True), (x,))
-    m = q.to_int8()
+    m = to_int8(q)
     assert relative(m(x), q(x)) < 1e-5
     assert torch.equal(m.conv.integer_weight(), q.module.conv.integer_weight())
 
@@ -206,7 +207,7 @@ def test_unets_are_as_close_to_the_exact_simulation_as_the_simulation(small):
         for memory_format in formats:
             run = copy.deepcopy(q).to(memory_format=memory_format)
             simulated.append(decibels(torch.stack([run(*call) for call in calls]), wanted))
-        ours.append(decibels(torch.stack([q.to_int8()(*call) for call in calls]), wanted))
+        ours.append(decibels(torch.stack([to_int8(q)(*call) for call in calls]), wanted))
     assert sum(ours) / len(ours) > sum(simulated) / len(simulated) - 1
     assert min(ours) > 15
 
@@ -216,7 +217,7 @@ def test_every_layer_of_a_unet_is_its_simulation(small, kind):
     q = build(small.unet, kind)
     call = small_call(small)
     calibrate(q, call, small_call(small, 1, 100))
-    m = q.to_int8()
+    m = to_int8(q)
     found = {layer.name: layer for layer in m.modules() if isinstance(layer, Int8Layer)}
     errors = {}
 
@@ -237,10 +238,10 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
     calls = [small_call(small), small_call(small, 1)]
     for kind in KINDS:
         q = calibrate(build(small.unet, kind), *calls)
-        m = q.to_int8()
+        m = to_int8(q)
         with monkeypatch.context() as patch:
             patch.setattr(int8_model, "specialize", lambda module: None)
-            plain = q.to_int8()
+            plain = to_int8(q)
         assert type(plain.middle_block[0]) is not type(m.middle_block[0])
         for call in calls:
             inputs = [copy.deepcopy(part) for part in call]
@@ -253,10 +254,10 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_images_take_the_same_way(small, monkeypatch, kind, dtype):
     call = small_call(small)
-    m = calibrate(build(small.unet, kind), call).to_int8(dtype)
+    m = to_int8(calibrate(build(small.unet, kind), call), dtype)
     wanted = m(*call)
-    monkeypatch.setattr("sdcomp.quantization.int8_blocks._LARGE", 1)
-    monkeypatch.setattr("sdcomp.quantization.int8_blocks._ROWS", 7)
+    monkeypatch.setattr("sdcomp.integer.blocks._LARGE", 1)
+    monkeypatch.setattr("sdcomp.integer.blocks._ROWS", 7)
     assert decibels(m(*call), wanted) > 80
     # One text for all, as the plain UNet takes it.
     x, t, context = call
@@ -266,28 +267,28 @@ def test_large_images_take_the_same_way(small, monkeypatch, kind, dtype):
 def test_blocks_by_themselves_leave_their_inputs_alone(small):
     block, x, context = small.unet.middle_block[1].transformer_blocks[0], random(2, 9, 32), random(2, 5, 32)
     q = calibrate(QuantModel(block), (x, context))
-    m, before = q.to_int8(), x.clone()
+    m, before = to_int8(q), x.clone()
     assert decibels(m(x, context), q(x, context)) > 30
     assert torch.equal(x, before)
     q = calibrate(QuantModel(block.ff), (x,))
     crosswise = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert relative(q.to_int8()(crosswise), q(x)) < 1e-4
+    assert relative(to_int8(q)(crosswise), q(x)) < 1e-4
 
 
 def test_generating_leaves_the_model_as_it_is(small, tmp_path):
     call = small_call(small)
-    m = calibrate(QuantModel(small.unet, quant_filters=["input_blocks.0"]), call).to_int8()
+    m = to_int8(calibrate(QuantModel(small.unet, quant_filters=["input_blocks.0"]), call))
     wanted = m(*call)
     small.replace(unet=m).generate(["a small red star"], steps=1)
     assert torch.equal(m(*call), wanted)
-    assert torch.equal(load_int8(m.save(tmp_path))(*call), wanted)
+    assert torch.equal(load_int8(save_int8(m, tmp_path))(*call), wanted)
 
 
 def test_each_interval_has_its_scales_and_its_errors(small):
     q = TimeStepCalibratedQuantModel(small.unet, k=2)
     x, _, context = small_call(small)
     calibrate(q, (0.1 * x, 100, context), (x, 900, context))
-    m = q.to_int8()
+    m = to_int8(q)
     assert m.intervals == q.intervals
     for t in (100, torch.tensor([900, 900, 999]), torch.tensor(600.0)):
         assert decibels(m(x, t, context), q(x, t, context)) > 15
@@ -310,7 +311,7 @@ def test_a_block_gets_its_timestep_beside_its_arguments(randomize):
     for layer in q.quantized_layers():
         layer.set_act_scales(torch.tensor([0.01, 0.1]), torch.zeros(2))
     q.is_calibrated.fill_(True)
-    m = q.to_int8()
+    m = to_int8(q)
     for t in (3, 997):
         assert relative(m(x, t=t), q(x, t=t)) < 1e-5
     assert relative(m(x, t=3), m(x, t=997)) > 0.1
@@ -320,7 +321,7 @@ def test_the_plain_model_stays_as_it_was_and_only_integers_are_kept(small):
     call = small_call(small)
     q = calibrate(QuantModel(small.unet, quant_filters=["out"]), call)
     before, wanted = copy.deepcopy(q.state_dict()), q(*call)
-    m = q.to_int8()
+    m = to_int8(q)
     assert torch.equal(q(*call), wanted)
     assert all(torch.equal(t, before[name]) for name, t in q.state_dict().items())
     state = m.module.state_dict()
@@ -333,7 +334,7 @@ def test_the_plain_model_stays_as_it_was_and_only_integers_are_kept(small):
 
 def test_it_is_called_like_the_module(small):
     x, t, context = small_call(small)
-    m = calibrate(QuantModel(small.unet), (x, t, context)).to_int8()
+    m = to_int8(calibrate(QuantModel(small.unet), (x, t, context)))
     wanted = m(x, t, context)
     assert torch.equal(m(latents=x, timesteps=t, context=context), wanted)
     assert not wanted.requires_grad
@@ -348,7 +349,7 @@ def test_it_is_called_like_the_module(small):
 def test_bfloat16_in_between(small):
     x, t, context = small_call(small)
     q = calibrate(QuantModel(small.unet, quant_filters=["out"]), (x, t, context))
-    m = q.to_int8(torch.bfloat16)
+    m = to_int8(q, torch.bfloat16)
     got = m(x, t, context)
     assert got.dtype is torch.float32 and m.out[2].weight.dtype is torch.bfloat16
     assert m(x.bfloat16(), t, context).dtype is torch.bfloat16
@@ -364,14 +365,14 @@ def test_the_text_says_what_is_integer(small):
     for bits in (4, 8):
         q = calibrate(QuantModel(small.unet, weight_quant_params={"n_bits": bits}), call)
         texts |= {
-            repr(q.to_int8()),
-            repr(q.to_int8(torch.bfloat16)),
-            repr(q.to_int8(execution="dequantized")),
+            repr(to_int8(q)),
+            repr(to_int8(q, torch.bfloat16)),
+            repr(to_int8(q, execution="dequantized")),
         }
     q = calibrate(TimeStepCalibratedQuantModel(small.unet, k=2), call, small_call(small, 0, 10))
-    texts.add(repr(q.to_int8()))
+    texts.add(repr(to_int8(q)))
     assert len(texts) == 7
-    assert "[(0, 499), (500, 999)]" in repr(q.to_int8())
+    assert "[(0, 499), (500, 999)]" in repr(to_int8(q))
 
 
 def test_diffusers_unet(diffusers, randomize):
@@ -384,7 +385,7 @@ def test_diffusers_unet(diffusers, randomize):
     call = (random(2, 4, 16, 16), 500, random(2, 7, 12, seed=1))
     q = calibrate(TimeStepCalibratedQuantModel(unet, k=2, split_shortcuts=True), call, (call[0], 10, call[2]))
     for dtype, least in ((torch.float32, 15), (torch.bfloat16, 12)):
-        got = q.to_int8(dtype)(*call).sample
+        got = to_int8(q, dtype)(*call).sample
         assert got.dtype is torch.float32
         assert decibels(got, q(*call).sample) > least
 
@@ -392,16 +393,16 @@ def test_diffusers_unet(diffusers, randomize):
 def test_what_cannot_be_converted(small):
     q = QuantModel(small.unet)
     with pytest.raises(NotCalibratedError, match="calibrate the model before"):
-        q.to_int8()
+        to_int8(q)
     for side in ("weight", "act"):
         with pytest.raises(UserError, match="needs weights and activations quantized"):
-            QuantModel(small.unet, **{f"{side}_quant_params": None}).to_int8()
+            to_int8(QuantModel(small.unet, **{f"{side}_quant_params": None}))
     calibrate(q, small_call(small))
     for dtype in (torch.float64, torch.int8, "float32"):
         with pytest.raises(ValueError, match="dtype must be"):
-            q.to_int8(dtype)
+            to_int8(q, dtype)
     with pytest.raises(UserError, match="CPUs only, not on meta"):
-        q.to_int8()(torch.empty(1, 4, 16, 16, device="meta"), 5, torch.empty(1, 24, 32, device="meta"))
+        to_int8(q)(torch.empty(1, 4, 16, 16, device="meta"), 5, torch.empty(1, 24, 32, device="meta"))
 
 
 def test_a_layer_that_did_not_run_while_calibrating_is_named():
@@ -409,15 +410,15 @@ def test_a_layer_that_did_not_run_while_calibrating_is_named():
     q.is_calibrated.fill_(True)
     q.quantized_layers()[0].set_act_scales(torch.ones(1), torch.zeros(1))
     with pytest.raises(NotCalibratedError, match="layer 1 has no scale"):
-        q.to_int8()(torch.ones(1, 3))
+        to_int8(q)(torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_hold_the_model_in_a_quarter(small, tmp_path, kind):
     call = small_call(small)
     q = calibrate(build(small.unet, kind), call, small_call(small, 1, 100))
-    m = q.to_int8()
-    assert m.save(tmp_path / "m") == tmp_path / "m"
+    m = to_int8(q)
+    assert save_int8(m, tmp_path / "m") == tmp_path / "m"
     for module in (None, q.module, copy.deepcopy(q.module).to("meta")):
         loaded = load_int8(tmp_path / "m", None if module is None else unquantized(module))
         assert torch.equal(loaded(*call), m(*call))
@@ -443,7 +444,7 @@ def unquantized(module: nn.Module) -> nn.Module:
 
 def test_files_of_another_model_or_damaged_are_refused(small, tmp_path):
     q = calibrate(QuantModel(small.unet), small_call(small))
-    folder = q.to_int8(torch.bfloat16).save(tmp_path / "m")
+    folder = save_int8(to_int8(q, torch.bfloat16), tmp_path / "m")
     assert load_int8(folder).dtype is torch.bfloat16
     with pytest.raises(QuantizationFileError, match="another module"):
         load_int8(folder, nn.Linear(3, 3))
@@ -489,7 +490,7 @@ def test_stable_diffusion_15_is_as_close_to_its_simulation_as_that_to_itself():
     unet = UNet(SD15.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     call = (random(2, 4, 32, 32), 500, random(2, 77, 768, seed=1))
     q = calibrate(TimeStepCalibratedQuantModel(unet, k=2), call, (call[0], 100, call[2]))
-    simulated, integer = q(*call), q.to_int8()(*call)
+    simulated, integer = q(*call), to_int8(q)(*call)
     # The same simulation, its convolutions by the kernels for the other memory format.
     again = q.to(memory_format=torch.contiguous_format)(*call)
     assert not torch.equal(again, simulated)

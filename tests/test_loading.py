@@ -84,7 +84,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
     sd = complete(tiny, randomize)
-    assert sd.save(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert sdcomp.save(sd, tmp_path / "a" / "b") == tmp_path / "a" / "b"
     loaded = sdcomp.load(tmp_path / "a" / "b")
     assert loaded.config == sd.config == TINY
     assert loaded.text_encoder is loaded.clip.text_model
@@ -104,14 +104,14 @@ def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize,
 
 
 def test_saving_what_was_loaded_gives_the_same_files(saved, tmp_path):
-    again = load(saved).save(tmp_path)
+    again = sdcomp.save(load(saved), tmp_path)
     assert {path.name for path in again.iterdir()} == FILES
     for name in FILES:
         assert (again / name).read_bytes() == (saved / name).read_bytes(), name
 
 
 def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path):
-    half = whole.save(tmp_path, torch.float16)
+    half = sdcomp.save(whole, tmp_path, torch.float16)
     for name in WEIGHTS:
         full = (saved / f"{name}.safetensors").stat().st_size
         assert 0.45 * full < (half / f"{name}.safetensors").stat().st_size < 0.6 * full
@@ -133,7 +133,7 @@ def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path)
 def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tmp_path):
     config = dataclasses.replace(small.config, vision=None, reader=False)
     sd = small.replace(config=config)
-    folder = sd.save(tmp_path)
+    folder = sdcomp.save(sd, tmp_path)
     assert {path.name for path in folder.iterdir()} == (
         FILES - {"clip.safetensors", "reader.safetensors"} | {"text_encoder.safetensors"}
     )
@@ -156,11 +156,11 @@ def test_saving_over_the_folder_that_a_model_came_from_leaves_the_model_usable(f
     sd = load(folder)
     before = {name: tensor.clone() for name, tensor in states(sd).items()}
     pruned = sd.replace(unet=prune_unstructured(sd.unet, 0.5))
-    pruned.save(folder, torch.float16)
+    sdcomp.save(pruned, folder, torch.float16)
     assert_same(states(sd), before)
     assert sd.generate(PROMPTS, steps=1, batch_size=1).isfinite().all()
     # Over itself.
-    sd.save(folder)
+    sdcomp.save(sd, folder)
     assert_same(states(load(folder)), before)
     assert {path.name for path in folder.iterdir()} == FILES
 
@@ -173,14 +173,14 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, fo
         (folder / name).unlink()
         (folder / name).mkdir()
         with pytest.raises(UserError, match="cannot be written") as caught:
-            other.save(folder)
+            sdcomp.save(other, folder)
         assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value)
         assert {path.name for path in folder.iterdir()} == FILES
         (folder / name).rmdir()
         (folder / name).write_bytes(good[name])
     # A file stands where the folder should be.
     with pytest.raises(UserError, match="cannot be written"):
-        other.save(folder / "config.json")
+        sdcomp.save(other, folder / "config.json")
     # The configuration is the last that is written.
     assert (folder / "config.json").read_bytes() == good["config.json"]
     assert_same(states(load(folder)), states(whole))
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left") as caught:
-        whole.save(folder)
+        sdcomp.save(whole, folder)
     assert str(folder / "unet.safetensors") in str(caught.value) and "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
 def test_a_text_encoder_that_clip_does_not_know_is_not_lost_silently(whole, tmp_path):
     other = whole.replace(text_encoder=copy.deepcopy(whole.text_encoder))
     with pytest.raises(ModelError, match="the text encoder was replaced, but clip was not"):
-        other.save(tmp_path)
+        sdcomp.save(other, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +218,7 @@ def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
-            whole.save(folder)
+            sdcomp.save(whole, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
@@ -260,7 +260,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read():
 
 
 def test_the_stored_type_is_kept_where_another_unet_is_given(whole, tmp_path):
-    folder = whole.save(tmp_path, torch.float16)
+    folder = sdcomp.save(whole, tmp_path, torch.float16)
     unet = nn.Identity()
     sd = load(folder, dtype=None, unet=unet)
     assert sd.unet is unet and sd.dtype == torch.float16

@@ -9,8 +9,8 @@ from diffusers_keys import diffusers_scheduler, diffusers_unet, diffusers_vae, u
 from torch import nn
 
 from sdcomp.errors import NonFiniteError
+from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLERS, make_sampler
-from sdcomp.model.stable_diffusion import StableDiffusion
 
 # diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.integer import to_int8
 from sdcomp.pruning import channel_map, count_zeros, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
 
@@ -26,7 +27,7 @@ def test_a_quantized_module_is_refused(small, how):
         PRUNE[how](quantized, 0.3)
     Calibrator(small, quantized).calibrate(["a star"], steps=2)
     with pytest.raises(UserError, match="^this module is quantized already: prune the plain one first"):
-        PRUNE[how](quantized.to_int8(execution="dequantized"), 0.3)
+        PRUNE[how](to_int8(quantized, execution="dequantized"), 0.3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

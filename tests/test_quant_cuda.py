@@ -9,6 +9,7 @@ from test_int8 import calibrate, decibels, random
 
 import sdcomp
 from sdcomp.errors import UserError
+from sdcomp.integer import to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.quantization import (
     Calibrator,
@@ -17,6 +18,7 @@ from sdcomp.quantization import (
     fake_quantize,
     int8_kernels,
     load_quant_model,
+    save_quant_model,
 )
 
 pytestmark = pytest.mark.cuda
@@ -69,7 +71,7 @@ def test_nan_stays_nan():
 def test_nan_of_an_input_is_nan_in_its_rows(tiny, q):
     x, t, context = call(tiny)
     x[1, 0, 2, 3] = float("nan")
-    for m in (q, q.to_int8()):
+    for m in (q, to_int8(q)):
         rows = m(x, t, context).isnan().flatten(1).any(1)
         assert rows.tolist() == [False, True]
 
@@ -86,19 +88,19 @@ def test_scales_found_on_the_device_are_those_found_on_the_cpu(q):
 
 
 def test_int8_weights_are_dequantized_there(tiny, q):
-    m = q.to_int8()
+    m = to_int8(q)
     assert (m.execution, devices(m)) == ("dequantized", {DEVICE})
     assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
     assert decibels(m(*call(tiny)), q(*call(tiny))) > 30
     images = tiny.replace(unet=m).generate(PROMPTS, **SETTINGS)
     assert decibels(images, tiny.generate(PROMPTS, **SETTINGS)) > 15
     with pytest.raises(UserError, match="the int8 kernels run on CPUs only, not on cuda"):
-        q.to_int8(execution="kernels")
+        to_int8(q, execution="kernels")
 
 
 @pytest.mark.parametrize("how", ["int8", "quantized"])
 def test_a_saved_model_is_the_same_there(tiny, q, tmp_path, how):
-    unet = q.to_int8() if how == "int8" else q
+    unet = to_int8(q) if how == "int8" else q
     sd = tiny.replace(unet=unet)
     again = sdcomp.load(sdcomp.save(sd, tmp_path), device=DEVICE)
     assert type(again.unet) is type(unet) and devices(again.unet.module) == {DEVICE}
@@ -108,22 +110,22 @@ def test_a_saved_model_is_the_same_there(tiny, q, tmp_path, how):
 
 def test_a_model_saved_on_a_cpu_runs_there_and_the_other_way_round(tiny, q, tmp_path):
     cpu = sdcomp.load("data/tiny")
-    on_cpu = load_quant_model(q.save(tmp_path / "scales"), cpu.unet)
-    folder = sdcomp.save(cpu.replace(unet=on_cpu.to_int8()), tmp_path / "model")
+    on_cpu = load_quant_model(save_quant_model(q, tmp_path / "scales"), cpu.unet)
+    folder = sdcomp.save(cpu.replace(unet=to_int8(on_cpu)), tmp_path / "model")
     there = sdcomp.load(folder, device=DEVICE)
     assert decibels(there.unet(*call(tiny)), q(*call(tiny))) > 25
     back = sdcomp.load(sdcomp.save(there, tmp_path / "back"))
-    assert back.unet.execution == on_cpu.to_int8().execution
+    assert back.unet.execution == to_int8(on_cpu).execution
     x, t, context = call(tiny)
-    assert torch.equal(back.unet(x.cpu(), t, context.cpu()), on_cpu.to_int8()(x.cpu(), t, context.cpu()))
+    assert torch.equal(back.unet(x.cpu(), t, context.cpu()), to_int8(on_cpu)(x.cpu(), t, context.cpu()))
 
 
 @pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 def test_packed_weights_do_not_move_and_dequantized_ones_do(q):
     cpu = copy.deepcopy(q).to("cpu")
     with pytest.raises(UserError, match="not on cuda.* load or make it anew with execution='dequantized'"):
-        cpu.to_int8().to(DEVICE)
-    assert devices(cpu.to_int8(execution="dequantized").to(DEVICE)) == {DEVICE}
+        to_int8(cpu).to(DEVICE)
+    assert devices(to_int8(cpu, execution="dequantized").to(DEVICE)) == {DEVICE}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -131,9 +133,9 @@ def test_half_precision(q, tiny, dtype):
     sd = sdcomp.load("data/tiny", device=DEVICE, dtype=dtype)
     sd = sd.replace(unet=copy.deepcopy(q).to(dtype))
     expected = q(*call(tiny))
-    int8 = sd.unet.to_int8()
+    int8 = to_int8(sd.unet)
     assert int8.dtype is dtype
-    for unet in (sd.unet, int8, q.to_int8().to(dtype)):
+    for unet in (sd.unet, int8, to_int8(q).to(dtype)):
         made = unet(*call(tiny, dtype))
         assert made.dtype is dtype and decibels(made, expected) > 12
         assert sd.replace(unet=unet).generate(PROMPTS, **SETTINGS).isfinite().all()
@@ -154,8 +156,8 @@ def test_offloading_leaves_nothing_on_the_device(q):
     assert not torch.equal(sd.generate(PROMPTS, **SETTINGS), images)
     if int8_kernels.missing() is None:
         with pytest.raises(UserError, match="CPUs only, not on cuda"):
-            sd.replace(unet=sd.unet.to_int8()).generate(PROMPTS, **SETTINGS)
-    unet = sd.unet.to_int8(execution="dequantized")
+            sd.replace(unet=to_int8(sd.unet)).generate(PROMPTS, **SETTINGS)
+    unet = to_int8(sd.unet, execution="dequantized")
     assert sd.replace(unet=unet).generate(PROMPTS, **SETTINGS).isfinite().all()
 
 

@@ -11,6 +11,7 @@ from diffusers_keys import diffusers_unet, unet_name, unet_state
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.integer import to_int8
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
 from sdcomp.quantization import (
@@ -20,6 +21,7 @@ from sdcomp.quantization import (
     QuantModel,
     TimeStepCalibratedQuantModel,
     build,
+    describe,
 )
 from sdcomp.quantization.filters import matches
 from sdcomp.quantization.shortcuts import shortcut_splits
@@ -296,7 +298,7 @@ def test_filters_match_whole_components(pattern, name, expected):
 
 def test_filtered_layers_are_left_plain(small):
     q = QuantModel(small.unet, quant_filters=["time_embed", "out", "*.to_v"])
-    table = q.describe().set_index("name")
+    table = describe(q).set_index("name")
     left = {name for name in table.index if table.left_out[name]}
     layers = [name for name, m in small.unet.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert left == {n for n in layers if n.startswith(("time_embed.", "out.")) or n.endswith(".to_v")}
@@ -375,8 +377,8 @@ def test_what_is_quantized_already_is_refused(small):
         q,
         q.module,
         nn.Sequential(nn.Linear(2, 2), q),
-        q.to_int8(execution="dequantized"),
-        q.to_int8(),
+        to_int8(q, execution="dequantized"),
+        to_int8(q),
     ):
         for kind in (QuantModel, TimeStepCalibratedQuantModel):
             with pytest.raises(
@@ -530,7 +532,7 @@ def test_subclasses_with_their_own_forward_are_left_alone():
     q = QuantModel(
         nn.Sequential(Doubled(2, 2), nn.Linear(2, 2), nn.ConvTranspose2d(2, 2, 1)), act_quant_params=None
     )
-    table = q.describe().set_index("name")
+    table = describe(q).set_index("name")
     assert [layer.name for layer in q.quantized_layers()] == ["1"]
     assert table.left_out.tolist() == [
         "neither nn.Conv2d nor nn.Linear",
@@ -545,7 +547,7 @@ def test_the_description_says_what_is_clipped():
         layer.weight.normal_(generator=torch.Generator().manual_seed(0))
     for method in ("max", "mse"):
         q = QuantModel(layer, weight_quant_params={"n_bits": 3, "scale_method": method})
-        row = q.describe().iloc[0]
+        row = describe(q).iloc[0]
         clip = 3 * q.quantized_layers()[0].weight_scale[:, None]
         expected = (layer.weight.abs() > clip * 1.000001).float().mean().item()
         assert row.weight_clipped == expected and (expected == 0) == (method == "max")

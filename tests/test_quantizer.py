@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdcomp.errors import UserError
 from sdcomp.quantization import UniformSymmetricQuantizer, fake_quantize
-from sdcomp.quantization.histogram import BINS, MagnitudeHistogram
+from sdcomp.quantization.ranges import BINS, MagnitudeHistogram
 
 finite = st.floats(-1e4, 1e4, width=32)
 bits = st.integers(2, 8)

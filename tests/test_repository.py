@@ -24,10 +24,10 @@ def _load(path: Path):
 
 
 def test_tables_are_those_of_the_reports():
-    builder = _load(ROOT / "reports" / "build_readme.py")
+    builder = _load(ROOT / "tools" / "build_readme.py")
     for path in builder.PAGES:
         text = path.read_text(encoding="utf-8")
-        assert builder.build(text) == text, f"run reports/build_readme.py: {path.name} is out of date"
+        assert builder.build(text) == text, f"run tools/build_readme.py: {path.name} is out of date"
 
 
 # A number in the README is a result if it is a decimal or has a unit.
@@ -65,7 +65,7 @@ def typed_results(page: str) -> list[str]:
 
 def test_no_result_in_the_readme_is_typed_by_hand():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert typed_results(readme) == [], "write them as reports/build_readme.py says"
+    assert typed_results(readme) == [], "write them as tools/build_readme.py says"
     assert [words for words in NO_RESULTS if words not in readme] == []
 
 
@@ -103,7 +103,7 @@ def test_each_interval_in_the_readme_is_a_row_of_a_report():
 
 
 def test_a_changed_digit_in_the_readme_is_noticed():
-    builder = _load(ROOT / "reports" / "build_readme.py")
+    builder = _load(ROOT / "tools" / "build_readme.py")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page = f"{readme}\nZeroing 30 % costs {MARK} points.\n"
     built = builder.build(page)
@@ -127,14 +127,14 @@ def test_a_changed_digit_in_the_readme_is_noticed():
     ],
 )
 def test_a_mark_that_names_no_row_or_several_is_an_error(mark):
-    builder = _load(ROOT / "reports" / "build_readme.py")
+    builder = _load(ROOT / "tools" / "build_readme.py")
     with pytest.raises(ValueError, match="rows fit"):
         builder.build(f"<!-- value: {mark} -->1<!-- end -->")
 
 
 def test_direct_comparisons_have_names_of_their_own(tmp_path):
     """A variant's difference to the model is not taken for its difference to another variant."""
-    builder = _load(ROOT / "reports" / "build_readme.py")
+    builder = _load(ROOT / "tools" / "build_readme.py")
     builder.ROOT = tmp_path
     folder = tmp_path / "reports" / "01_quantization"
     folder.mkdir(parents=True)

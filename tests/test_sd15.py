@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sdcomp
 from sdcomp.files import sha256
 from sdcomp.model import SD15, StableDiffusion, UNet, VAEDecoder, VAEEncoder, load
 from sdcomp.model.text import build_text_encoder, load_tokenizer, tokenize
@@ -34,12 +35,12 @@ def folder(randomize, tmp_path_factory) -> Path:
     with torch.no_grad():  # a trained encoder's posterior is narrow
         sd.encoder.quant_conv.weight[4:] *= 0.1
         sd.encoder.quant_conv.bias[4:] -= 8
-    sd.save(folder / "model.safetensors")
-    sd.save(folder / "half.safetensors", torch.float16)
+    sdcomp.save(sd, folder / "model.safetensors")
+    sdcomp.save(sd, folder / "half.safetensors", torch.float16)
     from safetensors.torch import load_file
 
     torch.save({"state_dict": load_file(folder / "model.safetensors")}, folder / "model.ckpt")
-    sd.save(folder / "diffusers", format="diffusers")
+    sdcomp.save(sd, folder / "diffusers", format="diffusers")
     return folder
 
 
@@ -103,10 +104,10 @@ def test_images_agree_with_diffusers(ours, theirs, diffusers, kind):
 
 def test_there_and_back_gives_the_same_bytes(ours, folder, theirs, tmp_path):
     expected = sha256(folder / "model.safetensors")
-    assert sha256(load(folder / "diffusers").save(tmp_path / "a.safetensors")) == expected
+    assert sha256(sdcomp.save(load(folder / "diffusers"), tmp_path / "a.safetensors")) == expected
     theirs.save_pretrained(tmp_path / "theirs")
-    assert sha256(load(tmp_path / "theirs").save(tmp_path / "a.safetensors")) == expected
-    assert sha256(load(folder / "model.ckpt").save(tmp_path / "a.safetensors")) == expected
+    assert sha256(sdcomp.save(load(tmp_path / "theirs"), tmp_path / "a.safetensors")) == expected
+    assert sha256(sdcomp.save(load(folder / "model.ckpt"), tmp_path / "a.safetensors")) == expected
 
 
 # In a process of its own: the most anonymous memory while loading, beyond what was there before.

@@ -1,12 +1,12 @@
 """The latent diffusion model: Stable Diffusion 1.x's architecture, loaded, sampled and saved."""
 
 from sdcomp.model.bridge import as_diffusers_unet, from_diffusers_unet
-from sdcomp.model.checkpoint import ModelError
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from sdcomp.model.loading import load, load_from_standard_weights, save, weights_digest
+from sdcomp.model.files.checkpoint import ModelError
+from sdcomp.model.files.loading import load, load_from_standard_weights, save, weights_digest
+from sdcomp.model.pipeline import StableDiffusion, Trace
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
-from sdcomp.model.stable_diffusion import StableDiffusion, Trace
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.checkpoint import ModelError, Part, check, one_line
 from sdcomp.model.config import SD15, ModelConfig
-from sdcomp.model.diffusers_config import unet_config, unet_settings
-from sdcomp.model.names import unet_name
+from sdcomp.model.files.checkpoint import ModelError, Part, check, one_line
+from sdcomp.model.files.diffusers_config import unet_config, unet_settings
+from sdcomp.model.files.names import unet_name
 from sdcomp.model.unet import UNet
 
 

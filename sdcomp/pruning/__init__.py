@@ -1,11 +1,11 @@
 """Pruning of any `nn.Module`: masks, physically smaller networks, recovery, and what each saves on disk."""
 
 from sdcomp.model.channels import apply_channel_map, channel_map
-from sdcomp.pruning.recovery import recover
 from sdcomp.pruning.sizes import disk_sizes
 from sdcomp.pruning.sparsity import ZeroCount, count_zeros, sparsity_table
 from sdcomp.pruning.structured import prune_structured
 from sdcomp.pruning.unstructured import prune_unstructured
+from sdcomp.training.recovery import recover
 
 __all__ = [
     "ZeroCount",

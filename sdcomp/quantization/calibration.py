@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.model.stable_diffusion import StableDiffusion
-from sdcomp.quantization.histogram import MagnitudeHistogram
+from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.quantization.intervals import optimal_starts
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.quantizer import SCALE_METHODS
+from sdcomp.quantization.ranges import MagnitudeHistogram
 
 if TYPE_CHECKING:
     import pandas as pd

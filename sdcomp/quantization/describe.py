@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def describe(model: QuantModel) -> pd.DataFrame:
-    """The table that `QuantModel.describe` documents."""
+    """A table of a model's convolutions and linear layers, quantized or not.
+
+    Columns: `name`, `kind`, `shape` of the weight, `weight_bits`, `act_bits`, `weight_scale` (median over
+    channels), `act_scale` (as text: the lowest and highest over the intervals), the `weight_clipped` and
+    `act_clipped` shares of values beyond the range, `split` (channels of the first half) and `left_out`:
+    the reason why a layer is not quantized.
+    """
     import pandas as pd
 
     rows = []

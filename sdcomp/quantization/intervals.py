@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from sdcomp.quantization.histogram import BINS, CANDIDATES, MagnitudeHistogram, error_table
+from sdcomp.quantization.ranges import BINS, CANDIDATES, MagnitudeHistogram, error_table
 
 
 def uniform_starts(k: int, train_timesteps: int) -> list[int]:

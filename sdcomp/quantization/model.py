@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +16,13 @@ from sdcomp.quantization.intervals import uniform_starts
 from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, normal_tensors, quantize_layer
 from sdcomp.quantization.quantizer import UniformSymmetricQuantizer
 from sdcomp.quantization.shortcuts import shortcut_splits
-from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument
+from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from sdcomp.quantization.int8 import Int8Model
+    pass
 
 
-class QuantModel(QuantizedTwin):
+class QuantModel(QuantizedWrapper):
     """A module with simulated n-bit weights and activations, called like the module itself.
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
@@ -157,18 +154,6 @@ class QuantModel(QuantizedTwin):
             for side, quantizer, on in sides
         )
 
-    def describe(self) -> pd.DataFrame:
-        """A table of all convolutions and linear layers, quantized or not.
-
-        Columns: `name`, `kind`, `shape` of the weight, `weight_bits`, `act_bits`, `weight_scale` (median
-        over channels), `act_scale` (as text: the lowest and highest over the intervals), the
-        `weight_clipped` and `act_clipped` shares of values beyond the range, `split` (channels of the
-        first half) and `left_out`: the reason why a layer is not quantized.
-        """
-        from sdcomp.quantization.describe import describe
-
-        return describe(self)
-
     def arguments(self) -> dict[str, object]:
         """The constructor's arguments by name, without the module, ready for JSON."""
         return {
@@ -177,18 +162,6 @@ class QuantModel(QuantizedTwin):
             "quant_filters": self.quant_filters,
             "split_shortcuts": self.split_shortcuts,
         }
-
-    def to_int8(self, dtype: torch.dtype | None = None, execution: str = "auto") -> Int8Model:
-        """The calibrated model with int8 weights; see `sdcomp.quantization.int8.to_int8`."""
-        from sdcomp.quantization.int8 import to_int8
-
-        return to_int8(self, dtype, execution)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write scales and settings; see `sdcomp.quantization.storage.save`."""
-        from sdcomp.quantization.storage import save
-
-        return save(self, folder)
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)

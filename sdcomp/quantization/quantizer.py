@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.quantization.histogram import channel_clips
+from sdcomp.quantization.ranges import channel_clips
 
 SCALE_METHODS = ("max", "mse")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.files import find, replacing
-from sdcomp.model.checkpoint import listed, read_json, read_safetensors
+from sdcomp.model.files.checkpoint import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.quantizer import SCALE_METHODS
@@ -90,7 +90,7 @@ def _buffers(model: QuantModel) -> dict[str, Tensor]:
     return buffers
 
 
-def save(model: QuantModel, folder: str | Path) -> Path:
+def save_quant_model(model: QuantModel, folder: str | Path) -> Path:
     """Write `quantization.json` and `quantization.safetensors` into a folder; returns it.
 
     The weights stay where they are: `load_quant_model` is given the module. Raises UserError where the

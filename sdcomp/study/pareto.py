@@ -15,9 +15,9 @@ from torch import nn
 
 from sdcomp.evaluation import weight_bytes
 from sdcomp.files import ROOT
+from sdcomp.integer.conversion import Int8Model
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import PRESETS, QuantModel
-from sdcomp.quantization.int8 import Int8Model
 from sdcomp.quantization.layers import QuantLayer
 
 if TYPE_CHECKING:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.evaluation.timing import median
+from sdcomp.integer import load_int8, save_int8, to_int8
 from sdcomp.model import SD15, TINY
-from sdcomp.model.diffusers_config import unet_settings
+from sdcomp.model.files.diffusers_config import unet_settings
 from sdcomp.model.unet import UNet
 from sdcomp.quantization import QuantModel
-from sdcomp.quantization.int8 import load_int8
 
 MODELS = {"tiny": (TINY, 16), "sd15": (SD15, 2)}  # configuration, rows
 
@@ -52,7 +52,7 @@ def build(model: str) -> UNet:
     return UNet(MODELS[model][0].unet).eval().requires_grad_(False)
 
 
-def save_int8(model: str, folder: str) -> None:
+def save_models(model: str, folder: str) -> None:
     """A model quantized to 8 bits, calibrated on the largest magnitudes of one call, as files."""
     q = QuantModel(build(model)).set_use_quant(False, False)
 
@@ -67,7 +67,7 @@ def save_int8(model: str, folder: str) -> None:
         layer._forward_pre_hooks.clear()
     q.is_calibrated.fill_(True)
     for dtype in (torch.float32, torch.bfloat16):
-        q.to_int8(dtype, "kernels").save(Path(folder) / str(dtype))
+        save_int8(to_int8(q, dtype, "kernels"), Path(folder) / str(dtype))
 
 
 Step = Callable[[], object]
@@ -263,7 +263,7 @@ def main() -> None:
         folder = args.keep or temporary
         wanted = any("sdcomp int8" in name for name in args.variants)
         if wanted and not (Path(folder) / str(torch.bfloat16) / "int8.json").exists():
-            process = multiprocessing.Process(target=save_int8, args=(args.model, folder))
+            process = multiprocessing.Process(target=save_models, args=(args.model, folder))
             process.start()
             process.join()
         settings = (args.model, folder, args.threads)

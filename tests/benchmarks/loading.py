@@ -58,10 +58,10 @@ def write(folder: Path, small: bool) -> None:
         text_encoder=build_text_encoder(config),
         tokenizer=load_tokenizer(sdcomp.files.find("data/tiny" if small else "data/clip_tokenizer"), config),
     )
-    sd.save(folder / "model.safetensors")
-    sd.save(folder / "half.safetensors", torch.float16)
+    sdcomp.save(sd, folder / "model.safetensors")
+    sdcomp.save(sd, folder / "half.safetensors", torch.float16)
     torch.save({"state_dict": load_file(folder / "model.safetensors")}, folder / "model.ckpt")
-    sd.save(folder / "diffusers", format="diffusers")
+    sdcomp.save(sd, folder / "diffusers", format="diffusers")
 
 
 def load_ours(path: Path, dtype: torch.dtype, small: bool) -> list[nn.Module]:

@@ -20,42 +20,56 @@ from torch import nn
 from sdcomp import model
 from sdcomp.errors import UserError
 from sdcomp.files import find, write_text
+from sdcomp.integer import Int8Model, files, load_int8, save_int8
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channels import apply_channel_map, channel_map
-from sdcomp.quantization import QuantModel, int8, load_quant_model, storage
+from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
 
 RECORD = "compression.json"
 
 
-def save(sd: StableDiffusion, folder: str | Path, record: dict[str, Any] | None = None) -> Path:
-    """Write a model whose UNet may be pruned, quantized or int8; returns the folder.
+def save(
+    sd: StableDiffusion,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    format: str | None = None,
+    record: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model, whose UNet may be plain, pruned, quantized or int8; returns the path.
 
-    `record` is whatever should be known of it later, ready for JSON: where it comes from, the evaluation
-    that it passed. Raises UserError for a folder that cannot be written, ModelError for a quantized UNet
-    that is not ours.
+    `dtype` and `format` ("sdcomp", "original" or "diffusers") are those of `sdcomp.model.save`; a quantized
+    or int8 UNet takes the first format only, and keeps its type. `record` is whatever should be known of
+    the model later, ready for JSON: where it comes from, the evaluation that it passed.
+
+    Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold.
     """
-    folder = Path(folder).expanduser()
-    unet = sd.unet
-    if isinstance(unet, int8.Int8Model):
-        model.save(sd.replace(unet=None), folder)
-        (folder / "unet.safetensors").unlink(missing_ok=True)
-    elif isinstance(unet, QuantModel):
-        model.save(sd.replace(unet=_plain(unet)), folder)
-    else:
-        model.save(sd, folder)
-    about = {
-        "unet": type(unet).__name__,
-        "weights": weights_digest(unet),
-        "quantization": _quantization(unet),
-        "sdcomp": importlib.metadata.version("sdcomp"),
-        "torch": torch.__version__,
-        "record": record or {},
-    }
-    write_text(folder / RECORD, json.dumps(about, indent=2) + "\n")
+    path, unet = Path(path).expanduser(), sd.unet
+    quantized = isinstance(unet, Int8Model | QuantModel)
+    if (quantized or record is not None) and (format or "sdcomp") != "sdcomp":
+        raise ModelError(f"the {format} format holds plain models without a record: save a folder of ours")
+    if isinstance(unet, Int8Model):
+        sd = sd.replace(unet=None)
+    elif quantized:
+        sd = sd.replace(unet=_plain(unet))
+    path = model.save(sd, path, dtype, "sdcomp" if quantized else format)
+    if isinstance(unet, Int8Model):
+        (path / "unet.safetensors").unlink(missing_ok=True)
+    if quantized or record is not None:
+        about = {
+            "unet": type(unet).__name__,
+            "weights": weights_digest(unet),
+            "quantization": _quantization(unet),
+            "sdcomp": importlib.metadata.version("sdcomp"),
+            "torch": torch.__version__,
+            "record": record or {},
+        }
+        write_text(path / RECORD, json.dumps(about, indent=2) + "\n")
     # Last, so that a killed save is not taken for a whole one.
-    if isinstance(unet, int8.Int8Model | QuantModel):
-        unet.save(folder)
-    return folder
+    if isinstance(unet, Int8Model):
+        save_int8(unet, path)
+    elif quantized:
+        save_quant_model(unet, path)
+    return path
 
 
 def load(path: str | Path, *, execution: str = "auto", **options: Any) -> StableDiffusion:
@@ -63,17 +77,17 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
 
     A folder that `sdcomp.save` wrote gives the quantized or int8 UNet that it was written with. An int8
     UNet keeps the type that it was saved in, `dtype` is then of the other parts; `device` and `execution`
-    choose how it runs, see `sdcomp.quantization.execution.choose_execution`.
+    choose how it runs, see `sdcomp.integer.execution.choose_execution`.
 
     Raises UserError for an execution that cannot be had there, or of a model that is not int8.
     """
     folder = find(path)
     # Where one of the two is missing, loading says so.
-    if any(os.path.lexists(folder / name) for name in (int8.CONFIG, int8.TENSORS)):
+    if any(os.path.lexists(folder / name) for name in (files.CONFIG, files.TENSORS)):
         # The other parts first: they check the device.
         sd = model.load(path, unet=nn.Identity(), **options)
-        sd = sd.replace(unet=int8.load_int8(folder, device=sd.device, execution=execution))
-        _check(sd, folder / int8.CONFIG)
+        sd = sd.replace(unet=load_int8(folder, device=sd.device, execution=execution))
+        _check(sd, folder / files.CONFIG)
         return sd
     if execution != "auto":
         raise UserError(f"{path} holds no int8 model: leave execution={execution!r} out")
@@ -104,7 +118,7 @@ def _quantization(unet: nn.Module) -> dict[str, Any] | None:
     if isinstance(unet, QuantModel):
         bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
         left_out = list(unet.left_out)
-    elif isinstance(unet, int8.Int8Model):
+    elif isinstance(unet, Int8Model):
         bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
         plain = (nn.Conv2d, nn.Linear)
         left_out = [name for name, layer in unet.module.named_modules() if isinstance(layer, plain)]

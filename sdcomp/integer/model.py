@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing
-from sdcomp.model.channels import channel_map
-from sdcomp.model.unet import UNet
-from sdcomp.quantization.execution import choose_execution, why_no_kernels
-from sdcomp.quantization.int8_blocks import specialize
-from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
+from sdcomp.integer.blocks import specialize
+from sdcomp.integer.execution import choose_execution, why_no_kernels
+from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
 from sdcomp.quantization.layers import normal_tensors
-from sdcomp.quantization.twin import QuantizedTwin, TimestepArgument
-
-CONFIG, TENSORS = "int8.json", "int8.safetensors"
+from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 
 
-class Int8Model(QuantizedTwin):
-    """A quantized model with int8 weights, called like the module; made by `QuantModel.to_int8`.
+class Int8Model(QuantizedWrapper):
+    """A quantized model with int8 weights, called like the module; made by `to_int8`.
 
-    `execution` is "kernels" or "dequantized": see `sdcomp.quantization.execution.choose_execution`. All but
+    `execution` is "kernels" or "dequantized": see `sdcomp.integer.execution.choose_execution`. All but
     the quantized layers is computed in `dtype`: floating-point arguments of two and more dimensions are
     converted to it, and results back to the type of the first of them. `to` changes both, within what the
     execution allows. The scales are those of the timestep's interval where the model is timestep-aware;
@@ -110,24 +101,6 @@ class Int8Model(QuantizedTwin):
         self.settings["dtype"] = str(made.dtype).removeprefix("torch.")
         return self
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `int8.json` and `int8.safetensors` into a folder; returns it.
-
-        Integers, scales, and what is not quantized in the model's `dtype`: about a quarter of float32.
-        `load_int8` reads them. Raises UserError where the folder cannot be written.
-        """
-        folder = Path(folder).expanduser()
-        settings = {name: value for name, value in self.settings.items() if name != "execution"}
-        if isinstance(self.module, UNet):
-            settings["unet"] = dataclasses.asdict(self.module.config)
-            settings["channels"] = channel_map(self.module)
-        state = self.module.state_dict()
-        with replacing(folder / TENSORS) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
-        with replacing(folder / CONFIG) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return folder
-
     def extra_repr(self) -> str:
         s = self.settings
         how = "int8 kernels" if self.execution == "kernels" else "weights dequantized layer by layer"
@@ -158,6 +131,15 @@ def _assemble(
             kind = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
             memo[id(layer)] = kind(layer, name, tensors, splits.get(name), state)
     return copy.deepcopy(module, memo)
+
+
+def float_tensors(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:
+    """The tensors of a module's state dict that do not belong to the layers in `integers`."""
+    return [
+        (name, tensor)
+        for name, tensor in module.state_dict().items()
+        if name.rpartition(".")[0] not in integers
+    ]
 
 
 def _check_finite(module: nn.Module) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.integer import kernels as kernels
 from sdcomp.model.layers import linear
-from sdcomp.quantization import int8_kernels as kernels
 from sdcomp.quantization.layers import calibrated
 from sdcomp.quantization.quantizer import fake_quantize
 
@@ -176,7 +176,7 @@ class Int8Conv2d(Int8Layer):
     def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Packed:
         plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
         if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return kernels.PackedPixels(weight, scale, self._padding)
+            return kernels.PackedConvAsMatmul(weight, scale, self._padding)
         geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
         return kernels.PackedConv2d(weight, scale, *geometry)
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,17 +127,6 @@ class StableDiffusion:
                 f"a model has no part {unknown[0]!r}; it has {', '.join(self.__dataclass_fields__)}"
             )
         return dataclasses.replace(self, **parts)
-
-    def save(self, path: str | Path, dtype: torch.dtype | None = None, format: str | None = None) -> Path:
-        """Write the model so that `sdcomp.load` reads it; weights are converted to `dtype` if given.
-
-        `format` is "sdcomp" (a folder, with everything), "original" (one file in Stable Diffusion's own
-        layout; the default for a path ending in `.safetensors`) or "diffusers" (a folder for
-        `StableDiffusionPipeline.from_pretrained`). See `sdcomp.model.save`.
-        """
-        from sdcomp.model.loading import save
-
-        return save(self, path, dtype, format)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:

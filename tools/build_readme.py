@@ -1,6 +1,6 @@
 """Rewrite tables and numbers of README.md and data/README.md from reports and files: nobody retypes one.
 
-python reports/build_readme.py
+python tools/build_readme.py
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A number stands in its line, after one of
 

@@ -50,7 +50,7 @@ class TimestepArgument:
         return kwargs[self.name], kwargs
 
 
-class QuantizedTwin(nn.Module):
+class QuantizedWrapper(nn.Module):
     """A module that stands for `module`, and has `state`, `starts` and `train_timesteps`.
 
     `_argument`: where a timestep-aware model takes its timesteps, else None.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.integer.layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 from sdcomp.model.layers import silu
 from sdcomp.model.unet import (
     GEGLU,
@@ -22,7 +23,6 @@ from sdcomp.model.unet import (
     TransformerBlock,
     Upsample,
 )
-from sdcomp.quantization.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 
 _ROWS = 1024
 """Tokens of a feed-forward at a time: at SD 1.5's widths their middle stays in the cache."""

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from sdcomp.files import write_text
-from sdcomp.model.checkpoint import Part, Source, read_json, read_tensors, write_tensors
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.files.checkpoint import Part, Source, read_json, read_tensors, write_tensors
 from sdcomp.model.text import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
 
-# Beside these, the UNet is quantized (`sdcomp.compressed`).
+# Beside these, the UNet is quantized (`sdcomp.saving`).
 _QUANTIZED = (
     "compression.json",
     *(f"{name}.{kind}" for name in ("int8", "quantization") for kind in ("json", "safetensors")),

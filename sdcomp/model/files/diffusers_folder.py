@@ -13,7 +13,8 @@ from transformers import CLIPTokenizer
 
 from sdcomp.errors import UserError
 from sdcomp.files import write_text
-from sdcomp.model.checkpoint import (
+from sdcomp.model.config import ModelConfig
+from sdcomp.model.files.checkpoint import (
     ModelError,
     Part,
     Source,
@@ -22,8 +23,7 @@ from sdcomp.model.checkpoint import (
     read_tensors,
     write_tensors,
 )
-from sdcomp.model.config import ModelConfig
-from sdcomp.model.diffusers_config import (
+from sdcomp.model.files.diffusers_config import (
     WANTED,
     latent_size,
     schedule_config,
@@ -35,8 +35,8 @@ from sdcomp.model.diffusers_config import (
     vae_config,
     vae_settings,
 )
-from sdcomp.model.names import modern_vae_name, unet_name, vae_name
-from sdcomp.model.original import text_state
+from sdcomp.model.files.names import modern_vae_name, unet_name, vae_name
+from sdcomp.model.files.original import text_state
 from sdcomp.model.text import save_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder

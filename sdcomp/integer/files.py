@@ -1,31 +1,32 @@
-"""From calibrated models to int8 ones, and int8 models from their files."""
+"""Models with int8 weights as files: integers and scales in safetensors, everything else in JSON."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdcomp.errors import UserError
-from sdcomp.files import find
-from sdcomp.model.channels import apply_channel_map
-from sdcomp.model.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.files import find, replacing
+from sdcomp.integer.execution import DTYPES, choose_execution
+from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
+from sdcomp.integer.model import Int8Model, float_tensors
+from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
+from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
 from sdcomp.model.layers import Linear
 from sdcomp.model.unet import UNet
-from sdcomp.quantization.execution import DTYPES as _DTYPES
-from sdcomp.quantization.execution import choose_execution
-from sdcomp.quantization.int8_layers import Int8Conv2d, Int8Layer, Int8Linear
-from sdcomp.quantization.int8_model import CONFIG, TENSORS, Int8Model
-from sdcomp.quantization.layers import NotCalibratedError, QuantConv2d, QuantLinear
-from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.layers import QuantConv2d, QuantLinear
 from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
 from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
 
+CONFIG, TENSORS = "int8.json", "int8.safetensors"
 _KINDS: dict[type, type[Int8Layer]] = {
     nn.Conv2d: Int8Conv2d,
     nn.Linear: Int8Linear,
@@ -37,7 +38,7 @@ _TENSORS = ("weight", "weight_scale", "act_scale", "bias")
 _SETTINGS: dict[str, Rule] = {
     "weight_bits": Whole(2, 8),
     "act_bits": Whole(2, 8),
-    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in _DTYPES)),
+    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
     "train_timesteps": TRAIN_TIMESTEPS,
     "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
     "splits": TableOf(Whole(1, 2**31)),
@@ -45,51 +46,23 @@ _SETTINGS: dict[str, Rule] = {
 """What a file's settings must be."""
 
 
-def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str = "auto") -> Int8Model:
-    """A calibrated model as one with int8 weights, on the same device; `model` stays as it is.
+def save_int8(model: Int8Model, folder: str | Path) -> Path:
+    """Write `int8.json` and `int8.safetensors` into a folder; returns it.
 
-    Weights and activations of any number of bits up to 8 run on the 8-bit kernels. `dtype`, float32,
-    bfloat16 or float16, is what is between them: norms, activation functions, layers left out; by default
-    the model's own. Attention's products stay in float32 in our UNet: CPUs without matrix units are no
-    faster in bfloat16. On identical inputs a float32 layer agrees with its simulation to 1e-5 relative.
-
-    `execution`: see `sdcomp.quantization.execution.choose_execution`. By default a CPU that has the integer
-    kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
-    layer: that saves memory and no time.
-
-    Raises UserError where the kernels are wanted and cannot be had, and for a model that is not calibrated
-    or whose weights or activations are not quantized; ValueError for another dtype or execution.
+    Integers, scales, and what is not quantized in the model's `dtype`: about a quarter of float32.
+    `load_int8` reads them. Raises UserError where the folder cannot be written.
     """
-    if model.weight_quantizer is None or model.act_quantizer is None:
-        side = "weights" if model.weight_quantizer is None else "activations"
-        raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
-    if not model.calibrated:
-        raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
-    weight = model.quantized_layers()[0].weight
-    dtype = weight.dtype if dtype is None else dtype
-    execution = choose_execution(weight.device, dtype, execution)
-    layers = {layer.name: layer for layer in model.quantized_layers()}
-    integers = {
-        name: {
-            "weight": layer.integer_weight(),
-            "weight_scale": layer.weight_scale,
-            "act_scale": layer.act_scale,
-            "bias": None if layer.bias is None else layer.bias.detach().float(),
-        }
-        for name, layer in layers.items()
-    }
-    timestep_aware = isinstance(model, TimeStepCalibratedQuantModel)
-    settings = {
-        "weight_bits": model.weight_quantizer.n_bits,
-        "act_bits": model.act_quantizer.n_bits,
-        "dtype": str(dtype).removeprefix("torch."),
-        "execution": execution,
-        "starts": list(model.starts),
-        "train_timesteps": model.train_timesteps,
-        "timestep_arg": model.timestep_arg if timestep_aware else None,
-        "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
-    }
-    return Int8Model(model.module, integers, dict(_floats(model.module, layers)), settings)
+    folder = Path(folder).expanduser()
+    settings = {name: value for name, value in model.settings.items() if name != "execution"}
+    if isinstance(model.module, UNet):
+        settings["unet"] = dataclasses.asdict(model.module.config)
+        settings["channels"] = channel_map(model.module)
+    state = model.module.state_dict()
+    with replacing(folder / TENSORS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
 def load_int8(
@@ -99,7 +72,7 @@ def load_int8(
     device: torch.device | str = "cpu",
     execution: str = "auto",
 ) -> Int8Model:
-    """The model that `Int8Model.save` wrote; on one machine its outputs are the saved one's bit for bit.
+    """The model that `save_int8` wrote; on one machine its outputs are the saved one's bit for bit.
 
     `module`: one of the same architecture, whose weights do not matter, or the configuration of our UNet.
     Our UNet's files name theirs, pruned channels included, so it may be left out. `device` and `execution`
@@ -145,7 +118,7 @@ def _check(
     file: Path, module: nn.Module, integers: Mapping, floats: Mapping[str, Tensor], settings: Mapping
 ) -> None:
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the settings say."""
-    wanted = dict(_floats(module, integers))
+    wanted = dict(float_tensors(module, integers))
     layers = dict(module.named_modules())
     wrong = [name for name in wanted.keys() | floats.keys() if name not in wanted or name not in floats]
     for name in wanted.keys() & floats.keys():
@@ -192,12 +165,3 @@ def _sound(tensors: Mapping[str, Tensor | None]) -> bool:
     _, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
     finite_values = all(finite(t) for t in (scale, act_scale, bias) if t is not None)
     return finite_values and bool((scale > 0).all() and (act_scale >= 0).all())
-
-
-def _floats(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:
-    """What is in a module's state dict beside the layers that become integers."""
-    return [
-        (name, tensor)
-        for name, tensor in module.state_dict().items()
-        if name.rpartition(".")[0] not in integers
-    ]

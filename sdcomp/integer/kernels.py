@@ -92,7 +92,7 @@ class PackedConv2d(Packed):
         )
 
 
-class PackedPixels(PackedLinear):
+class PackedConvAsMatmul(PackedLinear):
     """A `PackedConv2d` of stride 1 as one product with the matrix of what each output pixel sees."""
 
     def __init__(self, weight: Tensor, scale: Tensor, padding: tuple[int, int]) -> None:

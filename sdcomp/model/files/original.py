@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdcomp.files import find
-from sdcomp.model.checkpoint import ModelError, Part, Source, read_tensors, write_tensors
 from sdcomp.model.config import SD15, ModelConfig
+from sdcomp.model.files.checkpoint import ModelError, Part, Source, read_tensors, write_tensors
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
