@@ -28,10 +28,12 @@ from sdcomp.evaluation import (
     kid_values,
     load_prompts,
     paired_difference,
+    peak_memory,
     psnr,
     scores,
     ssim,
 )
+from sdcomp.evaluation.statistics import require_finite
 from sdcomp.model.text import build_clip
 from sdcomp.scenes import Scene, SceneReader, render, sample_scenes
 
@@ -113,24 +115,27 @@ def test_what_does_not_apply_is_left_out():
     assert (bootstrap(kept, groups=groups).value, bootstrap(kept, groups=groups).n) == (2.0, 2)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_no_score_of_a_broken_variant_is_made_from_what_is_left_of_it(bad):
-    scores = torch.tensor([1.0, bad, 3.0, 2.0])
+    values = torch.tensor([1.0, bad, 3.0, 2.0])
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     broken, features = images.clone(), images.flatten(1)
     broken[2, 0, 0, 0] = bad
     spoiled = broken.flatten(1)
     calls = [
-        lambda: bootstrap(scores),
-        lambda: estimate(scores),
-        lambda: paired_difference(scores, torch.ones(4)),
-        lambda: paired_difference(torch.ones(4), scores),
+        lambda: bootstrap(values),
+        lambda: estimate(values),
+        lambda: paired_difference(values, torch.ones(4)),
+        lambda: paired_difference(torch.ones(4), values),
         lambda: psnr(broken, images),
         lambda: psnr(images, broken),
         lambda: ssim(broken, images),
         lambda: kid_values(spoiled, features),
         lambda: kid_values(features, spoiled),
-        lambda: frechet_distance(torch.cat([features[:, :2], spoiled[:, :2]]), features[:, :2]),
+        lambda: frechet_distance(features[:, :2], spoiled[:, :2]),
+        lambda: frechet_distance(spoiled[:, :2], features[:, :2]),
+        lambda: clip_scores(None, broken, ["a star"] * 4),
+        lambda: scores(None, broken, Prompts(["a star"] * 4)),
     ]
     for call in calls:
         with pytest.raises(NonFiniteError, match="are not finite; record the variant as failed"):
@@ -142,6 +147,29 @@ def test_ssim_takes_one_image_at_a_time():
     noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     together = structural_similarity_index_measure(noisy, images, data_range=1.0, reduction="none")
     torch.testing.assert_close(ssim(noisy, images), together)
+
+
+def test_scores_to_a_baseline_take_little_memory():
+    baseline = torch.rand(32, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    images = 0.9 * baseline
+    if (checked := peak_memory(lambda: require_finite("pixels", images, baseline))) is None:
+        pytest.skip("this system does not tell how much memory a process had")
+    assert checked < 2**22
+    assert peak_memory(lambda: psnr(images, baseline)) < images.nbytes
+    # SSIM takes 60 MB for one of these, 1.5 GB for all at once.
+    assert peak_memory(lambda: ssim(images, baseline)) < 2**28
+
+
+def test_values_that_do_not_go_together_are_refused():
+    values = torch.arange(4.0)
+    for baseline in (torch.zeros(1), torch.zeros(5)):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            paired_difference(values, baseline)
+    with pytest.raises(ValueError, match="3 groups for 4 values"):
+        bootstrap(values, groups=["a", "b", "c"])
+    images = torch.rand(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="floating point"):
+        ssim((255 * images).byte(), images)
 
 
 def test_a_share_on_which_all_agree_has_wilsons_interval():

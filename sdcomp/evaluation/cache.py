@@ -81,11 +81,17 @@ def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -
 
 @cache
 def _source() -> str:
-    """A digest of the code that can have a part in an image: all but what judges and reports."""
+    """A digest of the code that can have a part in an image: all but what judges and reports.
+
+    Taken once: files that change later are not what this process has imported.
+    """
     package = Path(sdcomp.__file__).parent
-    judges = (package / "evaluation", package / "study")
-    files = [file for file in package.rglob("*.py") if not any(file.is_relative_to(j) for j in judges)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        name = file.relative_to(package).as_posix()
+        if not name.startswith(("evaluation/", "study/")):
+            digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _exact(value: object) -> str:

@@ -65,7 +65,9 @@ class Clip:
             raise ValueError("images must be floating point in [0, 1]")
         found = []
         for batch in images.split(batch_size):
-            pixels = self.pixels(batch.float()).to(self.model.device, self.model.dtype)
+            # Images become small here one by one: 128 of 512x512 take more memory than the network.
+            pixels = torch.cat([self.pixels(image.float()) for image in batch.split(1)])
+            pixels = pixels.to(self.model.device, self.model.dtype)
             found.append(self.model.get_image_features(pixels).pooler_output.float().cpu())
         return torch.cat(found)
 

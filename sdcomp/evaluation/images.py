@@ -42,6 +42,7 @@ def _load_image(file: Path, side: int) -> Tensor:
     try:
         with Image.open(file) as opened:
             pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
-    except (UnidentifiedImageError, OSError) as error:
+    # Pillow raises a SyntaxError for some damaged PNG files.
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
     return center_crop(pixels[None], side)

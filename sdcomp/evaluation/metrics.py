@@ -21,10 +21,11 @@ def clip_scores(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
     """CLIP score of each image with its prompt, `(N,)`: 100 x cosine, at least 0 (Hessel et al. 2021).
 
     The scale is torchmetrics'. `images` `(N, 3, H, W)` in [0, 1]. Raises ValueError for images that are
-    not floating point and for another number of prompts.
+    not floating point and for another number of prompts, and NonFiniteError for pixels that are not finite.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one for each")
+    require_finite("pixels", images)
     cosine = F.cosine_similarity(clip.embed_images(images), clip.embed_texts(prompts))
     return 100 * cosine.clamp(min=0)
 
@@ -35,11 +36,7 @@ def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = N
     The squared error is averaged over images before it becomes decibels. Raises ValueError for images
     that are not floating point or not of the baseline's shape, and NonFiniteError.
     """
-    if not (images.is_floating_point() and baseline.is_floating_point()):
-        raise ValueError("images must be floating point in [0, 1]")
-    if images.shape != baseline.shape:
-        raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
-    require_finite("pixels", images, baseline)
+    _check_pairs(images, baseline)
     errors = torch.stack([(a.double() - b).square().mean() for a, b in zip(images, baseline, strict=True)])
     return bootstrap(errors, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
 
@@ -47,16 +44,23 @@ def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = N
 def ssim(images: Tensor, baseline: Tensor) -> Tensor:
     """Structural similarity of each image `(N, 3, H, W)` in [0, 1] to its baseline, `(N,)`.
 
-    Wang et al. 2004, by torchmetrics. Raises ValueError for images of different shapes, and NonFiniteError.
+    Wang et al. 2004, by torchmetrics. Raises ValueError for images that are not floating point or not of the
+    baseline's shape, and NonFiniteError.
     """
-    if images.shape != baseline.shape:
-        raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
-    require_finite("pixels", images, baseline)
+    _check_pairs(images, baseline)
     # One at a time: torchmetrics keeps five filtered copies of all that it is given.
     pairs = zip(images.split(1), baseline.split(1), strict=True)
     return torch.cat(
         [structural_similarity_index_measure(a, b, data_range=1.0, reduction="none") for a, b in pairs]
     )
+
+
+def _check_pairs(images: Tensor, baseline: Tensor) -> None:
+    if not (images.is_floating_point() and baseline.is_floating_point()):
+        raise ValueError("images must be floating point in [0, 1]")
+    if images.shape != baseline.shape:
+        raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
+    require_finite("pixels", images, baseline)
 
 
 def scores(

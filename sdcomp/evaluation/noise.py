@@ -25,13 +25,18 @@ def noise_mse(
 
     `trace` is of `sd.generate(prompts, ...)`: `unet` is asked for its prediction at the very latents that
     the full UNet met on its way, so that what is measured is one step's error, not where it led.
-    `batch_size` is by default the model's own.
+    `batch_size` is by default the model's own. Raises ValueError for another number of prompts than the
+    trace has images.
     """
+    steps, n = trace.latents.shape[:2]
+    if len(prompts) != n:
+        raise ValueError(
+            f"{len(prompts)} prompts for a trace of {n} images: give those that it was made with"
+        )
     batch_size = batch_size or sd.batch_size
     scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     variant = sd.replace(unet=unet)
     errors = []
-    steps, n = trace.latents.shape[:2]
     bar = tqdm(total=-(-n // batch_size) * steps, desc="noise MSE", disable=not progress)
     for start in range(0, n, batch_size):
         rows = slice(start, start + batch_size)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 def fix_precision() -> None:
-    """Compute float32 products and convolutions in float32 on GPUs too, for this whole process.
+    """Compute float32 products and convolutions in float32, on GPUs and CPUs, for this whole process.
 
-    PyTorch's default rounds the inputs of convolutions to TF32, 10 bits of mantissa, and those of matrix
-    products not, so two variants would differ by more than their compression.
+    On a GPU PyTorch's default rounds the inputs of convolutions to TF32, 10 bits of mantissa, and those of
+    matrix products not, so two variants would differ by more than their compression. On a CPU
+    `torch.set_float32_matmul_precision("medium")` rounds them to bfloat16.
     """
-    # The older switches: after the newer ones, `fp32_precision`, packages that read the older ones fail.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # While one of the newer switches is set, the older ones raise errors or have no effect: reset them.
+    for backend in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn.conv):
+        backend.fp32_precision = "none"
+    # The older switches: other packages read them, and that fails once the newer ones are set.
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
@@ -28,15 +33,28 @@ def precision_facts(device: torch.device | str = "cpu") -> dict[str, object]:
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "tf32": {
-            "matmul": torch.backends.cuda.matmul.fp32_precision == "tf32",
-            "convolution": torch.backends.cudnn.conv.fp32_precision == "tf32",
+            "matmul": _rounds(torch.backends.cuda.matmul),
+            "convolution": _rounds(torch.backends.cudnn.conv),
+        },
+        "cpu_rounds_float32": {
+            "matmul": _rounds(torch.backends.mkldnn.matmul),
+            "convolution": _rounds(torch.backends.mkldnn.conv),
         },
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
-_VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""They choose the instruction sets of the CPU's libraries."""
+_VARIABLES = (
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
+    "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
+)  # fmt: skip
+"""Environment variables that choose instruction sets or rounding in the libraries under PyTorch."""
+
+
+def _rounds(operator: Any) -> bool:
+    """Whether an operator of `torch.backends` rounds float32 inputs to a narrower type."""
+    return operator.fp32_precision in ("tf32", "bf16")
 
 
 def device_name(device: torch.device | str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -50,25 +51,44 @@ def component_times(
     for turn in range(repeats + 1):
         for name, sd in variants.items():
             parts = {"text encoder": sd.text_encoder, "UNet": sd.unet, "decoder": sd.decoder}
-            clocks = {part: _Clock(module, sd.device) for part, module in parts.items()}
-            begin = clock(sd.device)
-            sd.generate(prompts, **settings)
-            total = clock(sd.device) - begin
-            seconds = {part: timed.stop() for part, timed in clocks.items()}
+            seconds, total = _time_parts(parts, sd.device, lambda sd=sd: sd.generate(prompts, **settings))
             if turn > 0:
                 rows.append({"variant": name, **seconds, "total": total})
     return pd.DataFrame(rows)
 
 
-class _Clock:
-    """Adds up the seconds that a module's calls take, until it is stopped.
+def _time_parts(
+    parts: Mapping[str, nn.Module], device: torch.device, call: Callable[[], Any]
+) -> tuple[dict[str, float], float]:
+    """Seconds of `call` in each of the modules that it calls, and in all."""
+    with _clocks(parts, device) as clocks:
+        begin = clock(device)
+        call()
+        total = clock(device) - begin
+    return {name: timed.seconds() for name, timed in clocks.items()}, total
 
-    On CUDA events are recorded beside the work and read when it is done: waiting around every layer would
-    make the device idle in between.
+
+@contextmanager
+def _clocks(parts: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, _Clock]]:
+    """A clock at each module; none of them stays there, also after an error."""
+    clocks = {name: _Clock(module, device) for name, module in parts.items()}
+    try:
+        yield clocks
+    finally:
+        for timed in clocks.values():
+            timed.remove()
+
+
+class _Clock:
+    """Marks when a module's calls begin and end.
+
+    On CUDA the marks are events, which are recorded beside the work and read when it is done: waiting around
+    every layer would make the device idle in between.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.device, self.marks = device, []
+        self.device = device
+        self.marks: list[Any] = []  # begin, end, begin, end, ...: seconds, or events
         self._hooks = (
             module.register_forward_pre_hook(lambda *_: self._mark()),
             module.register_forward_hook(lambda *_: self._mark()),
@@ -82,10 +102,12 @@ class _Clock:
         event.record(torch.cuda.current_stream(self.device))
         self.marks.append(event)
 
-    def stop(self) -> float:
-        """The seconds of all calls."""
+    def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def seconds(self) -> float:
+        """The seconds of all calls."""
         calls = zip(self.marks[::2], self.marks[1::2], strict=True)
         if self.device.type != "cuda":
             return sum(end - begin for begin, end in calls)
@@ -99,36 +121,22 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
     Columns: `name`, `kind`, `block` (the first two parts of the name), `seconds` (median over repeats),
     `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). An
     attention's row is its products of queries, keys and values: its time less that of its linear layers.
-    The device is that of the first tensor among `args`.
-    The row `rest` is what no layer accounts for: activations, additions, concatenations.
+    The row `rest` is what no layer accounts for: activations, additions, concatenations. The clock waits for
+    the device of the first tensor among `args`. Raises ValueError for fewer than one repeat.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
     attentions = {
         name: sub
         for name, sub in module.named_modules()
         if type(sub).__name__ in ("CrossAttention", "Attention")
     }
     layers = {name: sub for name, sub in module.named_modules() if _kind(sub)} | attentions
-    costs: dict[str, tuple[int, int]] = {}
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, inputs, out, name=name: costs.__setitem__(name, _cost(layer, inputs, out))
-        )
-        for name, layer in layers.items()
-    ]
-    runs: dict[str, list[float]] = defaultdict(list)
     device = next((x.device for x in args if isinstance(x, Tensor)), torch.device("cpu"))
     with torch.no_grad():
-        module(*args)
-        for hook in hooks:
-            hook.remove()
-        for _ in range(repeats):
-            clocks = {name: _Clock(layer, device) for name, layer in layers.items()}
-            begin = clock(device)
-            module(*args)
-            runs[""].append(clock(device) - begin)
-            for name, timed in clocks.items():
-                runs[name].append(timed.stop())
-    seconds = {name: sorted(values)[len(values) // 2] for name, values in runs.items()}
+        costs = _costs(module, layers, args)
+        runs = [_time_parts(layers, device, lambda: module(*args)) for _ in range(repeats)]
+    seconds = {name: float(np.median([parts[name] for parts, _ in runs])) for name in layers}
     for name in attentions:
         seconds[name] -= sum(s for other, s in seconds.items() if other.startswith(f"{name}."))
     rows = [
@@ -143,9 +151,25 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
         for name, layer in layers.items()
         if name in costs
     ]
-    rest = seconds[""] - sum(row["seconds"] for row in rows)
+    rest = float(np.median([total for _, total in runs])) - sum(row["seconds"] for row in rows)
     rows.append({"name": "", "kind": "rest", "block": "", "seconds": rest, "flops": 0, "bytes": 0})
     return pd.DataFrame(rows)
+
+
+def _costs(module: nn.Module, layers: Mapping[str, nn.Module], args: tuple) -> dict[str, tuple[int, int]]:
+    """What one call of the module makes each layer compute and move, as `_cost` counts it."""
+    costs: dict[str, tuple[int, int]] = {}
+
+    def count(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda layer, inputs, out: costs.update({name: _cost(layer, inputs, out)})
+
+    hooks = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    try:
+        module(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return costs
 
 
 def _kind(layer: nn.Module) -> str | None:
@@ -172,29 +196,42 @@ def _cost(layer: nn.Module, inputs: tuple, out: Tensor) -> tuple[int, int]:
     return 4 * batch * tokens * context.shape[1] * dim, moved
 
 
-def machine_peaks(repeats: int = 5, n: int = 2048) -> dict[str, float]:
-    """What this machine's CPU reaches: products in GFLOP/s (GOP/s for int8), memory in GB/s.
+def machine_peaks(
+    repeats: int = 5, n: int | None = None, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """What a device reaches: products in GFLOP/s (GOP/s for int8), memory in GB/s.
 
-    "fp32" and "bf16": square matrix products of size `n`; "int8": the same through oneDNN, where
-    PyTorch has it; "memory": a copy of 64 n^2 bytes, reads and writes added.
+    "fp32", "bf16", and on a GPU "fp16": square matrix products of size `n` (2048 on a CPU, 4096 on a GPU).
+    "int8", on a CPU only: the same through oneDNN, where PyTorch has it. "memory": a copy of 64 n^2 bytes,
+    reads and writes added. On a GPU "fp32" may round to TF32: call `fix_precision` first.
     """
+    device = torch.device(device)
+    n = n or (2048 if device.type == "cpu" else 4096)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device.type != "cpu":
+        types["fp16"] = torch.float16
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator) for _ in range(2))
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    source, target = torch.ones(16 * n * n), torch.empty(16 * n * n)
-    calls: dict[str, Callable[[], Any]] = {
-        "fp32": lambda: a @ b,
-        "bf16": lambda: a16 @ b16,
-        "memory": lambda: target.copy_(source),
-    }
-    if hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        # Unsigned: signed inputs fall to a kernel that is a thousand times slower.
-        integers = (10 * a + 128).clamp(0, 255).to(torch.uint8)
-        packed = torch.ops.onednn.qlinear_prepack((10 * b).clamp(-127, 127).to(torch.int8), None)
-        ones, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int32)
-        calls["int8"] = lambda: torch.ops.onednn.qlinear_pointwise(
-            integers, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-    work = {"fp32": 2 * n**3, "bf16": 2 * n**3, "int8": 2 * n**3, "memory": 2 * source.nbytes}
-    times = interleaved_times(calls, repeats)
+    calls = {name: _product(a.to(device, dtype), b.to(device, dtype)) for name, dtype in types.items()}
+    if device.type == "cpu" and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        calls["int8"] = _int8_product(a, b)
+    work = dict.fromkeys(calls, 2 * n**3)
+    source, target = (torch.ones(16 * n * n, device=device) for _ in range(2))
+    calls["memory"], work["memory"] = lambda: target.copy_(source), 2 * source.nbytes
+    times = interleaved_times(calls, repeats, device=device)
     return {name: work[name] / values.min() / 1e9 for name, values in times.items()}
+
+
+def _product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    return lambda: a @ b
+
+
+def _int8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """The product of two matrices, rounded to integers, by oneDNN."""
+    # Unsigned: signed inputs fall to a kernel that is a thousand times slower.
+    integers = (10 * a + 128).clamp(0, 255).to(torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack((10 * b).clamp(-127, 127).to(torch.int8), None)
+    ones, zeros = torch.ones(len(b)), torch.zeros(len(b), dtype=torch.int32)
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        integers, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )

@@ -37,10 +37,13 @@ def bootstrap(
 
     Images are resampled with replacement (Efron 1979); where `groups` names what each image shows, whole
     groups are, since images of one scene are not independent. For a paired comparison give the differences.
-    One group alone has no interval (NaN). Raises ValueError for no values, and NonFiniteError for values that
-    are not finite: a broken variant has failed, and is not judged by what is left of it (see `applicable`).
+    One group alone has no interval (NaN). Raises ValueError for no values and for another number of groups,
+    and NonFiniteError for values that are not finite: a broken variant has failed, and is not judged by what
+    is left of it (see `applicable`).
     """
     require_finite("scores", values)
+    if groups and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} values: give one for each")
     data = values.double().cpu().numpy()
     labels = np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(data.size)
     if data.size == 0:
@@ -59,10 +62,13 @@ def bootstrap(
 def require_finite(what: str, *values: Tensor) -> None:
     """Raise NonFiniteError, which says `what` they are, for values that are infinite or NaN."""
     for tensor in values:
-        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
-            bad = int((~finite).sum())
+        # `isfinite` copies all values. The extremes need no copy, and they are NaN where any value is.
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not all(extreme.isfinite() for extreme in tensor.detach().aminmax()):
+            bad = sum(int((~part.isfinite()).sum()) for part in tensor.reshape(-1).split(2**20))
             raise NonFiniteError(
-                f"{bad} of {finite.numel()} {what} are not finite; record the variant as failed"
+                f"{bad} of {tensor.numel()} {what} are not finite; record the variant as failed"
             )
 
 
@@ -95,8 +101,11 @@ def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashabl
     """The mean of `values` less `baseline`, image by image; of shares (bool) in percentage points.
 
     Where no answer differs a bootstrap sees no spread: the interval then reaches as far as the rate of an
-    event that was not seen in n groups can, with 97.5 % confidence on each side.
+    event that was not seen in n groups can, with 97.5 % confidence on each side. Raises ValueError for
+    another number of values than the baseline has, and NonFiniteError.
     """
+    if values.shape != baseline.shape:
+        raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")
     if values.dtype != torch.bool:
         return bootstrap(values.double() - baseline.double(), groups=groups)
     change = bootstrap(100 * (values.double() - baseline.double()), groups=groups)

@@ -71,8 +71,8 @@ def clock(device: torch.device | str = "cpu") -> float:
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
     """Bytes that memory grows by at most during `call`: the device's, or on a CPU the process's resident set.
 
-    None where the system does not tell (it takes Linux on a CPU). On a CPU memory that the process holds
-    already, and reuses, does not count, so measure in a fresh process.
+    None where the system does not tell: a CPU needs Linux, and of other devices only CUDA tells. On a CPU
+    memory that the process holds already, and reuses, does not count, so measure in a fresh process.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -82,14 +82,21 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak to what is held now
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
+    if device.type != "cpu" or not _reset_peak():
         call()
         return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> bool:
+    """Set this process's peak to what it holds now; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return False
+    return True
 
 
 def _status(name: str) -> int:

@@ -1,0 +1,44 @@
+"""The crop that judges see, and files that hold no image."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdcomp.errors import UserError
+from sdcomp.evaluation import load_images
+from sdcomp.evaluation.images import center_crop
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(40, 64, 24), (64, 40, 24), (97, 97, 31), (20, 33, 48)]
+)
+def test_the_crop_is_that_of_pillow(height, width, side):
+    # Pillow's bicubic filter, with antialiasing, is the one that CLIP's preprocessing uses.
+    rows, columns = torch.meshgrid(torch.linspace(0, 9, height), torch.linspace(0, 7, width), indexing="ij")
+    waves = torch.stack([rows.sin(), columns.cos(), (rows + columns).sin()]).add(1).div(2)
+    pixels = (255 * waves).round().byte()
+    size = [max(side, round(length * side / min(height, width))) for length in (width, height)]
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    wanted = np.array(picture.crop((left, top, left + side, top + side)))
+    found = center_crop(pixels[None] / 255, side)
+    assert found.shape == (1, 3, side, side)
+    # Pillow rounds twice, once after each direction.
+    assert np.abs(255 * found[0].permute(1, 2, 0).numpy() - wanted).max() < 1.6
+
+
+def test_a_file_that_holds_no_whole_image_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.effect_noise((400, 400), 50).save(path)
+    whole = path.read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    for content in (whole[:500], whole[:10], whole[:second] + b"\0\1\2\3" + whole[second + 4 :]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.png cannot be read as an image") as caught:
+            load_images(tmp_path, 8)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
+        load_images(tmp_path, 8)
