@@ -1,9 +1,15 @@
 """Profiling: counts against arithmetic done by hand, times that add up."""
 
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
-from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, weight_bytes
+from sdcomp.errors import NonFiniteError
+from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, timing, weight_bytes
 from sdcomp.model.unet import CrossAttention
 
 
@@ -15,6 +21,14 @@ def test_macs_of_known_layers():
     projections = 2 * (9 * 16 * 16 + 2 * 5 * 12 * 16 + 9 * 16 * 16)
     scores_and_values = 2 * 2 * 9 * 5 * 16
     assert macs(attention, x, context) == projections + scores_and_values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_macs_need_no_values_and_do_not_depend_on_the_type(small, dtype):
+    inputs = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
+    shapes = [part.to("meta", dtype) if isinstance(part, torch.Tensor) else part for part in inputs]
+    unet = copy.deepcopy(small.unet).to("meta", dtype)
+    assert macs(unet, *shapes) == macs(small.unet, *inputs) > 0
 
 
 def test_weight_bytes_count_shared_weights_once():
@@ -37,6 +51,37 @@ def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     assert first.block == "input_blocks.0"
     assert first.bytes == 4 * (2 * 4 * 256 + 2 * 16 * 256 + 16 * 4 * 9)
     assert table.seconds.sum() > 0 and not any(m._forward_hooks for m in small.unet.modules())
+
+
+def test_a_layers_time_is_that_between_its_marks(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
+    table = layer_profile(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 4), repeats=3
+    )
+    # Looks at the clock: 0 begins, 1 and 2 are the first layer's, 3 and 4 the last's, 5 ends; the second of
+    # three repeats, 6 to 11, has the median of times that grow.
+    assert dict(zip(table.name, table.seconds, strict=True)) == {
+        "0": 8**2 - 7**2,
+        "2": 10**2 - 9**2,
+        "": 11**2 - 6**2 - (8**2 - 7**2) - (10**2 - 9**2),
+    }
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        layer_profile(nn.Linear(4, 4), torch.ones(1, 4), repeats=0)
+
+
+def test_no_clock_stays_at_a_model_that_fails(small, monkeypatch):
+    def broken(*_, **__):
+        raise NonFiniteError("step 1 of 2 gives values that are not finite")
+
+    monkeypatch.setattr(type(small), "generate", broken)
+    with pytest.raises(NonFiniteError):
+        component_times({"a": small}, ["a star"], repeats=1)
+    with pytest.raises(RuntimeError):
+        layer_profile(small.unet, torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 31))
+    parts = (small.unet, small.text_encoder, small.decoder)
+    left = [m for part in parts for m in part.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not left
 
 
 def test_components_add_up_to_less_than_the_whole(small):

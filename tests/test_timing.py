@@ -68,6 +68,30 @@ def test_the_peak_is_that_of_the_call_alone():
     assert peak_memory(lambda: None) < 2**24
 
 
+def test_a_call_that_fails_is_not_made_again():
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise FileNotFoundError("no such image")
+
+    for device in ("cpu", "meta"):
+        with pytest.raises(FileNotFoundError):
+            peak_memory(call, device)
+    assert len(calls) == 2 and peak_memory(lambda: None, "meta") is None
+
+
+@pytest.mark.parametrize("device", ["cuda:1", torch.device("cuda", 1)])
+def test_every_look_at_the_clock_waits_for_the_device_that_is_named(monkeypatch, device):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    interleaved_times({"a": lambda: waits.append("call")}, repeats=2, warmup=0, device=device)
+    assert waits == 2 * [torch.device("cuda:1"), "call", torch.device("cuda:1")]
+    waits.clear()
+    interleaved_times({"a": lambda: None}, repeats=1, device="cpu")
+    assert not waits
+
+
 @pytest.mark.cuda
 def test_the_clock_waits_for_the_device_that_computes():
     last = torch.device("cuda", torch.cuda.device_count() - 1)
