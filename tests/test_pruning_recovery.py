@@ -18,11 +18,11 @@ from sdcomp.pruning import (
     disk_sizes,
     prune_structured,
     prune_unstructured,
-    recover,
     sparsity_table,
 )
 from sdcomp.pruning.sizes import sparse_state
 from sdcomp.quantization import QuantModel
+from sdcomp.training import recover
 
 PROMPTS = ["a small red star on gray", "a large blue ring on white"]
 SETTINGS = {"sampling_steps": 3, "batch_size": 8, "lr": 1e-3, "progress": False}

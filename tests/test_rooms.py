@@ -8,10 +8,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "sdcomp"
 LEVELS = (
-    {"errors", "files", "settings"},
+    {"errors"},
+    {"files"},
+    {"settings"},
     {"scenes"},
     {"model"},
-    {"training", "quantization", "pruning"},
+    {"quantization", "pruning"},
+    {"training"},
     {"integer"},
     {"saving"},
     {"evaluation"},

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sdcomp
 from sdcomp.evaluation.precision import precision_facts
 from sdcomp.files import ROOT, replacing
 from sdcomp.model import StableDiffusion, Trace, weights_digest
@@ -85,7 +84,7 @@ def _source() -> str:
 
     Taken once: files that change later are not what this process has imported.
     """
-    package = Path(sdcomp.__file__).parent
+    package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         name = file.relative_to(package).as_posix()

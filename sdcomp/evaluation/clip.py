@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation.images import center_crop
@@ -37,8 +37,6 @@ class Clip:
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> Clip:
         """Another one, from a folder or a hub name that transformers knows. Raises UserError."""
-        from transformers import CLIPTokenizer
-
         place = find(path)
         source = str(place) if place.exists() else path
         try:

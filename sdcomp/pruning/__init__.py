@@ -1,11 +1,10 @@
-"""Pruning of any `nn.Module`: masks, physically smaller networks, recovery, and what each saves on disk."""
+"""Pruning of any `nn.Module`: zeroed weights, physically smaller networks, and their sizes on disk."""
 
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.pruning.sizes import disk_sizes
 from sdcomp.pruning.sparsity import ZeroCount, count_zeros, sparsity_table
 from sdcomp.pruning.structured import prune_structured
 from sdcomp.pruning.unstructured import prune_unstructured
-from sdcomp.training.recovery import recover
 
 __all__ = [
     "ZeroCount",
@@ -15,6 +14,5 @@ __all__ = [
     "disk_sizes",
     "prune_structured",
     "prune_unstructured",
-    "recover",
     "sparsity_table",
 ]

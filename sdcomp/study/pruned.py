@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sdcomp.evaluation import load_prompts
-from sdcomp.pruning import prune_structured, prune_unstructured, recover
+from sdcomp.pruning import prune_structured, prune_unstructured
+from sdcomp.training import recover
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion

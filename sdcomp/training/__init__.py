@@ -1,7 +1,8 @@
-"""How the base model is made: the rendered training set, the losses, and one training loop."""
+"""Training: the tiny model from its rendered scenes, and the recovery of compressed UNets."""
 
 from sdcomp.training.data import SceneSet, scene_set
 from sdcomp.training.loop import Trained, fit
+from sdcomp.training.recovery import recover
 from sdcomp.training.stages import (
     Latents,
     caption_tokenizer,
@@ -20,6 +21,7 @@ __all__ = [
     "caption_tokenizer",
     "encode_scenes",
     "fit",
+    "recover",
     "scene_set",
     "train_clip",
     "train_reader",

@@ -48,12 +48,11 @@ def fit(
     progress: bool = True,
     desc: str = "train",
 ) -> Trained:
-    """Minimise `loss` over the parameters of `module`.
+    """Minimise `loss` over the parameters of `module`: AdamW, linear warm-up, cosine decay to zero.
 
-    `loss(rng, generator)` draws its batch and noise from the two generators that it is given and returns
-    a scalar, or yields several, whose gradients are added up. The generators are seeded by the step's
-    number, so a run that was killed and takes up from `checkpoint` goes on as if it had not been. AdamW with
-    linear warm-up and a cosine to zero; gradients are clipped at norm 1.
+    `loss(rng, generator)` draws its batch and noise from the two generators. It returns a scalar, or yields
+    several, whose gradients are added up. The generators are seeded by the step's number, so a killed run
+    resumes from `checkpoint` with the same result. Gradients are clipped at norm 1.
 
     A checkpoint belongs to one training: `inputs` names what else the loss depends on (digests of data
     and of other parts). Raises UserError for a checkpoint of another training, and FloatingPointError
@@ -67,31 +66,19 @@ def fit(
         module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
     )
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    stateful = {"module": module, "average": average, "optimizer": optimizer}
     start, losses, seconds = 0, [], 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = _read(checkpoint, next(module.parameters()).device)
-        for key, value in recipe.items():
-            if (there := state.get("recipe", {}).get(key)) != value:
-                raise UserError(
-                    f"{checkpoint} is of another training ({key} is {there} there and {value} here); "
-                    "delete it, or train in another folder"
-                )
-        module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, losses, seconds = state["step"], state["losses"], state["seconds"]
+        start, losses, seconds = _resume(checkpoint, recipe, stateful)
 
     module.train()
     begun = saved = time.monotonic()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, disable=not progress)
     for step in bar:
-        rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         found = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
-        losses.append(_backward(found))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"{desc}: the loss is {losses[-1]} at step {step}; lower the rate")
+        losses.append(_backward(found, f"{desc}, step {step}"))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -100,38 +87,47 @@ def fit(
         average.update_parameters(module)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
         if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step == steps - 1):
-            state = {
-                "recipe": recipe, "module": module.state_dict(), "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses,
-                "seconds": seconds + time.monotonic() - begun,
-            }  # fmt: skip
-            with replacing(checkpoint) as partial:
-                _write(state, partial)
+            so_far = {"step": step + 1, "losses": losses, "seconds": seconds + time.monotonic() - begun}
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            _write({"recipe": recipe} | states | so_far, checkpoint)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
 
 
-def _backward(loss: Tensor | Iterator[Tensor]) -> float:
-    """Add the gradients of a step's losses; returns their sum."""
+def _backward(loss: Tensor | Iterator[Tensor], where: str) -> float:
+    """Add the gradients of a step's losses; returns the sum of the losses, which must be finite."""
     total = 0.0
     for part in [loss] if isinstance(loss, Tensor) else loss:
         part.backward()
         total += part.item()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"{where}: the loss is {total}; lower the learning rate")
     return total
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    with open(path, "wb") as file:
+    with replacing(path) as partial, open(partial, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # of PyTorch's writer, which goes on after a full disk's OSError
             raise error.__context__ or error from None
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
+def _resume(path: Path, recipe: dict[str, Any], stateful: dict[str, Any]) -> tuple[int, list[float], float]:
+    """Load a checkpoint of the same recipe into its parts; returns the next step, losses and seconds."""
+    device = next(stateful["module"].parameters()).device
     if not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no file: a checkpoint cannot be read from it, nor written to it")
     try:
-        return torch.load(path, weights_only=True, map_location=device)
+        state = torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; delete it to begin anew") from error
+    for key, value in recipe.items():
+        if (there := state.get("recipe", {}).get(key)) != value:
+            raise UserError(
+                f"{path} belongs to another training ({key} is {there} there and {value} here); "
+                "delete it, or train in another folder"
+            )
+    for name, part in stateful.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["losses"], state["seconds"]

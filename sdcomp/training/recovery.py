@@ -1,4 +1,4 @@
-"""Recovery: a pruned UNet learns again to predict what the whole one predicts. No images are needed."""
+"""Recovery: train a pruned UNet to predict what the dense one predicts. No images are needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,7 @@ def recover(
     *,
     lr: float = 1e-4,
     batch_size: int = 32,
-    negative_prompt: str = "",
     sampling_steps: int = 20,
-    sampler: str = "ddim",
-    guidance_scale: float | None = None,
-    size: tuple[int, int] | None = None,
     seed: int = 0,
     micro_batch: int | None = None,
     recompute: bool | None = None,
@@ -42,75 +39,65 @@ def recover(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 120.0,
     progress: bool = True,
+    **sampling: Any,
 ) -> Trained:
     """Train a pruned copy of `sd.unet` to predict the same noise as `sd.unet` itself.
 
-    The distillation loss on outputs of BK-SDM (Kim et al. 2023): the squared distance of the two
-    predictions. Its inputs are those that the whole model meets when it generates `prompts`, at every
-    step, with the prompt and with the negative one; its targets are what it then predicts. Both are
-    recorded in one generation, so training runs the pruned UNet alone; a resumed run records them again.
+    The loss is BK-SDM's distillation loss on outputs (Kim et al. 2023): the mean squared distance of the
+    two predictions. One generation of `prompts` records the latents that the dense model meets at every
+    step, with the prompt and with the negative prompt, and its predictions. Training then runs the pruned
+    UNet alone. The generation takes `sampling_steps` steps; `sampling` are further arguments of
+    `StableDiffusion.generate`: `negative_prompt`, `sampler`, `guidance_scale`, `size`.
 
-    `steps` updates of `batch_size` rows. `sampling_steps` to `size` are those of
-    `StableDiffusion.generate`. Parameters that are exactly zero stay zero. Returns a new UNet (the moving
-    average) with the loss of each step; `unet` is left as it is. From `checkpoint` a killed run takes up
-    as if it had not been.
+    There are `steps` updates of `batch_size` rows. Parameters that are exactly zero stay zero. Returns a
+    new UNet (the moving average) with the loss of each step; `unet` is not changed. A killed run resumes
+    from `checkpoint` with the same result.
 
-    Memory: an update adds up the gradients of `micro_batch` rows at a time, by default those of one call of
-    the UNet in `generate`. `recompute` computes activations again in the backward pass instead of keeping
-    them (default: where `generate` takes fewer than 16 images at a time). `autocast` multiplies in bfloat16
-    (default: on CUDA); weights stay float32. What was recorded stays on the CPU.
+    Memory: an update adds up gradients of `micro_batch` rows at a time (default: the rows of one UNet call
+    in `generate`). `recompute` recomputes activations in the backward pass instead of storing them
+    (default: if `generate` takes fewer than 16 images at a time). `autocast` multiplies in bfloat16
+    (default: on CUDA); weights stay float32. The recorded tensors stay on the CPU.
 
-    Raises ValueError for no prompts and for micro-batches that do not divide a batch, UserError for a
-    quantized UNet, and what `generate` and `fit` raise.
+    Raises ValueError for no prompts, for another type than float32, and for micro-batches that do not
+    divide a batch; UserError for a quantized UNet; and what `generate` and `fit` raise.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    _check(unet, prompts, steps, batch_size)
+    own = rows_at_once(16, image_pixels(sd.config, sampling.get("size")))
+    rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole("micro_batch", micro_batch)
+    if rows < 1 or batch_size % rows:
+        raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
+    sampling |= {"steps": sampling_steps, "seed": seed}
+    recorder, at_once = _Recorder(sd.unet), min(own, len(prompts))
+    sd.replace(unet=recorder).generate(prompts, batch_size=at_once, progress=progress, **sampling)
+    student = copy.deepcopy(unet).requires_grad_(True)
+    _hold_zeros(student)
+    _set_recompute(student, own < 16 if recompute is None else recompute)
+    inputs = {
+        "pruned": weights_digest(unet), "dense": weights_digest(sd.unet), "prompts": _digest(prompts),
+        "sampling": _digest(sampling), "batch_size": batch_size,
+    }  # fmt: skip
+    loss = _distillation_loss(student, recorder.calls, batch_size, rows, autocast)
+    trained = fit(
+        student, loss, steps, lr=lr, warmup=max(1, min(100, steps // 10)), weight_decay=0.0, seed=seed,
+        checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, inputs=inputs, progress=progress,
+        desc="recover",
+    )  # fmt: skip
+    _set_recompute(trained.module, False)
+    return trained
+
+
+def _check(unet: nn.Module, prompts: list[str], steps: int, batch_size: int) -> None:
+    """Raise ValueError or UserError for what cannot be recovered."""
     if not prompts:
         raise ValueError("recovery needs at least one calibration prompt")
     if whole("steps", steps) < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    prunable_layers(unet, [""])  # refuses what cannot be trained: quantized layers, broken weights
+    prunable_layers(unet, [""])  # refuses quantized layers and weights that are not finite
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
     if whole("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    own = rows_at_once(16, image_pixels(sd.config, size))
-    rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole("micro_batch", micro_batch)
-    if rows < 1 or batch_size % rows:
-        raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
-    sampling = {
-        "negative_prompt": negative_prompt, "steps": sampling_steps, "sampler": sampler,
-        "guidance_scale": guidance_scale, "size": size, "seed": seed,
-    }  # fmt: skip
-    recorder = _Recorder(sd.unet)
-    sd.replace(unet=recorder).generate(
-        prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling
-    )
-    student = copy.deepcopy(unet).requires_grad_(True)
-    _hold_zeros(student)
-    _set_recompute(student, own < 16 if recompute is None else recompute)
-    half = sd.device.type == "cuda" if autocast is None else autocast
-    trained = fit(
-        student,
-        _distillation_loss(student, recorder.calls, batch_size, rows, half),
-        steps,
-        lr=lr,
-        weight_decay=0.0,
-        warmup=max(1, min(100, steps // 10)),
-        seed=seed,
-        checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds,
-        inputs={
-            "pruned": weights_digest(unet),
-            "dense": weights_digest(sd.unet),
-            "prompts": _digest(prompts),
-            "sampling": _digest(sampling),
-            "batch_size": batch_size,
-        },
-        progress=progress,
-        desc="recover",
-    )
-    _set_recompute(trained.module, False)
-    return trained
 
 
 Call = tuple[Tensor, int, Tensor, Tensor]
@@ -135,10 +122,13 @@ class _Recorder(nn.Module):
         return predicted
 
 
-def _distillation_loss(student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool) -> Loss:
+def _distillation_loss(
+    student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool | None
+) -> Loss:
     """Losses of micro-batches of `rows`, drawn from the recorded calls, that add up to their batch's mean."""
     recorded = [(call, i) for call in calls for i in range(len(call[0]))]
     device = next(student.parameters()).device
+    half = device.type == "cuda" if half is None else half
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Iterator[Tensor]:
         chosen = [recorded[r] for r in rng.integers(len(recorded), size=batch_size)]

@@ -199,14 +199,7 @@ def save(
     UserError for a file that cannot be written, and for a model that the format cannot hold.
     """
     path = Path(path)
-    if format is None:
-        format = "original" if path.suffix == ".safetensors" else "sdcomp"
-    if format not in ("sdcomp", "original", "diffusers"):
-        raise ValueError(f"format must be 'sdcomp', 'original' or 'diffusers', not {format!r}")
-    if path.suffix in (".ckpt", ".bin", ".pt", ".pth") or (format == "original") != (
-        path.suffix == ".safetensors"
-    ):
-        raise ModelError(f"{path}: give a name ending in .safetensors for a single file, or else a folder")
+    format = _format(path, format)
     # What the model does not have any more is not promised.
     config = dataclasses.replace(
         sd.config, vision=sd.config.vision if sd.clip is not None else None, reader=sd.reader is not None
@@ -240,6 +233,18 @@ def save(
     if format == "diffusers":
         return write_diffusers(config, states, sd.tokenizer, path, dtype)
     return write_folder(config, states, channels, sd.tokenizer, path, dtype)
+
+
+def _format(path: Path, format: str | None) -> str:
+    """The format to save in, by default that of the path. Raises ModelError where the two do not fit."""
+    if format is None:
+        format = "original" if path.suffix == ".safetensors" else "sdcomp"
+    if format not in ("sdcomp", "original", "diffusers"):
+        raise ValueError(f"format must be 'sdcomp', 'original' or 'diffusers', not {format!r}")
+    single = path.suffix == ".safetensors"
+    if path.suffix in (".ckpt", ".bin", ".pt", ".pth") or (format == "original") != single:
+        raise ModelError(f"{path}: give a name ending in .safetensors for a single file, or else a folder")
+    return format
 
 
 def weights_digest(*modules: nn.Module) -> str:
