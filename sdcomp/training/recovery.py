@@ -59,7 +59,7 @@ def recover(
     (default: on CUDA); weights stay float32. The recorded tensors stay on the CPU.
 
     Raises ValueError for no prompts, for another type than float32, and for micro-batches that do not
-    divide a batch; UserError for a quantized UNet; and what `generate` and `fit` raise.
+    divide a batch; UserError for a quantized UNet; what `generate` and `fit` raise.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(unet, prompts, steps, batch_size)
@@ -73,10 +73,8 @@ def recover(
     student = copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student)
     _set_recompute(student, own < 16 if recompute is None else recompute)
-    inputs = {
-        "pruned": weights_digest(unet), "dense": weights_digest(sd.unet), "prompts": _digest(prompts),
-        "sampling": _digest(sampling), "batch_size": batch_size,
-    }  # fmt: skip
+    inputs = {"pruned": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
+    inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
     loss = _distillation_loss(student, recorder.calls, batch_size, rows, autocast)
     trained = fit(
         student, loss, steps, lr=lr, warmup=max(1, min(100, steps // 10)), weight_decay=0.0, seed=seed,
