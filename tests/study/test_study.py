@@ -49,7 +49,7 @@ def test_results_go_where_out_says_or_to_a_folder_named_by_the_parameters(tmp_pa
     monkeypatch.setattr(files, "ROOT", tmp_path / "repository")
     (tmp_path / "repository" / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "repository" / "notebooks")
-    model = str(Path(__file__).resolve().parents[1] / "data" / "tiny")
+    model = str(Path(__file__).resolve().parents[2] / "data" / "tiny")
     run = Run(STUDY, notebook({"out": "reports/here", "model": model}))
     assert run.folder == tmp_path / "repository" / "reports" / "here"
 

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_rules import NOTEBOOKS, namespace, parameters_cell
+from notebook_parameters import NOTEBOOKS, namespace, parameters_cell
 
 from sdcomp.study import ParameterError, read_parameters
 from sdcomp.study.rules import STUDIES

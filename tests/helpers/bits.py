@@ -1,7 +1,7 @@
 """Whether an image is the same, bit for bit, wherever its prompt stands: one process, one instruction set.
 
-`python tests/bits.py 1 2` prints a line of JSON: for one and for two threads, and each case, the largest
-difference that a prompt's place makes. The environment chooses the instruction set; libraries read it once,
+`python tests/helpers/bits.py 1 2` prints a line of JSON: the largest difference that a prompt's place makes,
+for each case and for one and two threads. The environment chooses the instruction set; libraries read it once,
 when they are loaded.
 """
 
@@ -14,10 +14,10 @@ import warnings
 import conftest
 import torch
 
-from sdcomp.integer import to_int8
+from sdcomp.integer import kernels, to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.pruning import prune_structured
-from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel, int8_kernels
+from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
 
 PROMPT = "a small red star on a navy background"
 OTHERS = ("a large striped blue circle above a small green square", "a star", "")
@@ -46,7 +46,7 @@ def main() -> None:
     Calibrator(sd, simulated).calibrate([PROMPT], steps=2)
     unets = {"plain": sd.unet, "simulated": simulated}
     unets["removed"] = prune_structured(sd.unet, 0.3, mode="remove")  # widths that no kernel is made for
-    if int8_kernels.missing() is None:
+    if kernels.missing() is None:
         unets["int8"] = to_int8(simulated)
         small = TimeStepCalibratedQuantModel(unets["removed"], timesteps=2, k=2)
         unets["removed, int8"] = to_int8(Calibrator(sd, small).calibrate([PROMPT], steps=2))

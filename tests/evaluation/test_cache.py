@@ -1,7 +1,5 @@
 """The key of cached images: whatever may change an image is in it, and nothing that only judges is."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -54,7 +52,7 @@ def source(tmp_path, monkeypatch):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"# {name}")
-    monkeypatch.setattr(cache, "sdcomp", SimpleNamespace(__file__=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "evaluation" / "cache.py"))
     return cache._source.__wrapped__
 
 

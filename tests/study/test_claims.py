@@ -18,7 +18,7 @@ from sdcomp.study import claims
 from sdcomp.study.claims import FAILS, HOLDS, IN_PART, MISSING, UNKNOWN, Part, read_reports, read_rows, select
 from sdcomp.study.run import COLUMNS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "05_claims.ipynb"
 NAN = math.nan
 

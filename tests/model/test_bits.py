@@ -8,9 +8,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from sdcomp.files import ROOT
 
 SETTINGS = {
     "default": {},
@@ -25,11 +26,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_image_is_the_same_wherever_its_prompt_stands_on_any_instruction_set(setting):
-    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, str(here / "bits.py"), "1", "2"],
+        [sys.executable, str(ROOT / "tests" / "helpers" / "bits.py"), "1", "2"],
         env={**os.environ, **SETTINGS[setting]},
-        cwd=here.parent, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import sdcomp
-from sdcomp.integer import to_int8
-from sdcomp.integer.conversion import Int8Model
+from sdcomp.integer import Int8Model, to_int8
 from sdcomp.pruning import prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
 

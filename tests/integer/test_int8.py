@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
+from quantized_models import build, calibrate, decibels, random, small_call
 from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.integer import save_int8, to_int8
-from sdcomp.integer.conversion import load_int8
+from sdcomp.integer import kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.layers import Int8Layer
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
@@ -20,41 +20,9 @@ from sdcomp.quantization import (
     QuantizationFileError,
     QuantModel,
     TimeStepCalibratedQuantModel,
-    int8_kernels,
-    int8_model,
 )
 
-pytestmark = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
-
-
-def calibrate(q: QuantModel, *calls: tuple, margin: float = 1.0) -> QuantModel:
-    """Give each layer the largest magnitude of its inputs over the calls as range, times `margin`."""
-    q.set_use_quant(False, False)
-
-    def widen(layer, args):
-        x, row = args[0], q.state.interval
-        parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
-        scales = layer.act_scale.clone()
-        found = torch.tensor([margin * part.abs().max().item() / q.act_quantizer.levels for part in parts])
-        scales[row] = torch.maximum(scales[row], found.view_as(scales[row]))
-        layer.set_act_scales(scales, torch.zeros_like(scales))
-
-    handles = [layer.register_forward_pre_hook(widen) for layer in q.quantized_layers()]
-    for call in calls:
-        q(*call)
-    for handle in handles:
-        handle.remove()
-    q.is_calibrated.fill_(True)
-    return q.set_use_quant()
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double(), b.double()
-    return (10 * torch.log10(b.square().mean() / (a - b).square().mean())).item()
+pytestmark = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -171,24 +139,6 @@ def test_split_shortcuts_are_two_integer_convolutions(randomize):
     assert torch.equal(m.conv.integer_weight(), q.module.conv.integer_weight())
 
 
-def small_call(sd, seed: int = 0, timestep: int = 500, batch: int = 3) -> tuple:
-    return random(batch, 4, 16, 16, seed=seed), timestep, random(batch, 24, 32, seed=seed + 100)
-
-
-def build(unet: nn.Module, kind: str) -> QuantModel:
-    if kind == "plain":
-        return QuantModel(unet)
-    if kind == "filters":
-        # Leaves out parts of blocks, so that each way through them is taken.
-        names = ["time_embed", "input_blocks.0", "out", "*.to_v", "*.proj_in", "*.conv", "*.op", "*.net.0"]
-        return QuantModel(unet, quant_filters=[*names, "middle_block.0.in_layers", "*.skip_connection"])
-    if kind == "intervals":
-        return TimeStepCalibratedQuantModel(unet, k=2)
-    if kind == "split":
-        return QuantModel(unet, split_shortcuts=True)
-    return QuantModel(prune_structured(unet, 0.3, mode="remove"))
-
-
 KINDS = ["plain", "filters", "intervals", "split", "removed"]
 
 
@@ -240,7 +190,7 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
         q = calibrate(build(small.unet, kind), *calls)
         m = to_int8(q)
         with monkeypatch.context() as patch:
-            patch.setattr(int8_model, "specialize", lambda module: None)
+            patch.setattr("sdcomp.integer.model.specialize", lambda module: None)
             plain = to_int8(q)
         assert type(plain.middle_block[0]) is not type(m.middle_block[0])
         for call in calls:

@@ -4,25 +4,23 @@ import copy
 
 import pytest
 import torch
-from test_int8 import build, calibrate, decibels, random, small_call
+from quantized_models import Layers, build, calibrate, decibels, random, small_call
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.integer import to_int8
+from sdcomp.integer import kernels, load_int8, to_int8
 from sdcomp.integer.execution import choose_execution
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
 from sdcomp.quantization import (
     QuantModel,
     TimeStepCalibratedQuantModel,
-    int8_kernels,
-    load_int8,
     save_quant_model,
 )
 
-needs_kernels = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
+needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
 PROMPT = "a small red star"
 EXECUTIONS = [pytest.param("kernels", marks=needs_kernels), "dequantized"]
 
@@ -36,7 +34,7 @@ def q(small):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(int8_kernels, "missing", lambda: "PyTorch 1 has no integer operators")
+    monkeypatch.setattr(kernels, "missing", lambda: "PyTorch 1 has no integer operators")
 
 
 # The choice
@@ -46,7 +44,7 @@ def no_kernels(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "meta"])
 @pytest.mark.parametrize("there", [True, False])
 def test_kernels_need_a_cpu_that_has_them_and_a_type_that_they_take(monkeypatch, device, dtype, there):
-    monkeypatch.setattr(int8_kernels, "missing", lambda: None if there else "no operators here")
+    monkeypatch.setattr(kernels, "missing", lambda: None if there else "no operators here")
     expected = "kernels" if there and device == "cpu" and dtype != torch.float16 else "dequantized"
     assert choose_execution(device, dtype) == choose_execution(device, dtype, "auto") == expected
     assert choose_execution(device, dtype, "dequantized") == "dequantized"
@@ -176,7 +174,7 @@ def test_other_models_have_no_execution_to_choose(small, tmp_path):
 
 
 def models(q: QuantModel) -> list:
-    ways = ["dequantized"] if int8_kernels.missing() else ["kernels", "dequantized"]
+    ways = ["dequantized"] if kernels.missing() else ["kernels", "dequantized"]
     return [q, *(to_int8(q, execution=way) for way in ways), to_int8(q, torch.bfloat16)]
 
 
@@ -257,21 +255,6 @@ def test_the_interval_of_a_plain_number_needs_no_tensor(q):
         for t in (torch.tensor(500), torch.tensor([500]), torch.tensor([500.0, 999.0]), [500, 501]):
             m._enter((x, t, x), {})
             assert (m.state.interval, m.state.timestep) == (1, 500)
-
-
-class Layers(nn.Module):
-    """A convolution with two parts, and linear layers that share an input; timesteps go by."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.a, self.b = nn.Conv2d(6, 4, 3), nn.Linear(4, 5), nn.Linear(4, 5)
-
-    def shortcut_splits(self) -> dict[str, int]:
-        return {"conv": 2}
-
-    def forward(self, x: torch.Tensor, timestep: int) -> torch.Tensor:
-        x = self.conv(x).movedim(1, -1)
-        return self.a(x) + self.b(x)
 
 
 @pytest.mark.parametrize("called_before", [True, False])

@@ -18,12 +18,13 @@ import sdcomp
 from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.files import find
-from sdcomp.model import TINY, ModelError, StableDiffusion, checkpoint, load, save
+from sdcomp.model import TINY, ModelError, StableDiffusion, load, save
+from sdcomp.model.files import checkpoint
 from sdcomp.model.text import build_clip, tokenize
 from sdcomp.pruning import prune_unstructured
 from sdcomp.scenes import SceneReader
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = ("unet", "vae", "clip", "reader")
 FILES = {f"{name}.safetensors" for name in WEIGHTS} | {"config.json", "vocab.json", "merges.txt"}
 PROMPTS = ["a small red star on a navy background"]

@@ -26,7 +26,7 @@ from sdcomp.pruning import prune_unstructured
 from sdcomp.study import Run
 from sdcomp.training.loop import fit
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "02_pruning.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "02_pruning.ipynb"
 PARAMETERS = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
 ROOM = 8192
 """Bytes that still fit: enough to begin a file, too few for any of those written here."""

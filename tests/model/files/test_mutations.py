@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
+import mutations
 import pytest
 from mutations import FILES, SECONDS, make_models
+
+from sdcomp.files import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +18,9 @@ def results(tmp_path_factory) -> list[list]:
     """What became of each damaged model, in a process with little more memory than good ones take."""
     folder = tmp_path_factory.mktemp("mutations")
     make_models(folder)
-    tests = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(tests / "mutations.py"), str(folder)],
+        [sys.executable, mutations.__file__, str(folder)],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]

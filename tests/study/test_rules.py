@@ -5,33 +5,17 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
+from notebook_parameters import NOTEBOOKS, namespace, parameters_cell
 
 from sdcomp.study import ParameterError, read_parameters
 from sdcomp.study.rules import STUDIES
 
-ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = {path.stem: path for path in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))}
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "model", "dtype", "batch_size", "seed", "n_images", "steps", "sampler", "guidance_scale", "device", "out",
 }  # fmt: skip
-
-
-def parameters_cell(study: str) -> str:
-    cells = nbformat.read(NOTEBOOKS[study], as_version=4).cells
-    (source,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return source
-
-
-def namespace(study: str, **injected: object) -> dict:
-    """The globals of a notebook when its third cell runs."""
-    source = parameters_cell(study)
-    found: dict = {}
-    exec(source, found)
-    names = "\n".join(f"{name} = None" for name in injected)
-    return {**found, **injected, "In": ["", source, f"# Parameters\n{names}", ""]}
 
 
 @pytest.mark.parametrize("study", NOTEBOOKS)

@@ -12,7 +12,7 @@ import pytest
 import test_repository
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUMBER = "9347284"
 CELLS = (
     "total = 9_347_284",

@@ -6,9 +6,10 @@ import csv
 from pathlib import Path
 
 import matplotlib
+import nbformat
 import pytest
 import torch
-from test_rules import NOTEBOOKS, namespace, nbformat
+from notebook_parameters import NOTEBOOKS, namespace
 from torch import nn
 
 from sdcomp.errors import UserError

@@ -14,7 +14,7 @@ from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.settings import FLAG, AnyOf, ListOf, Number, OneOf, TableOf, Text, Whole
 
 TEXT, VISION = TINY.text, TINY.vision
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_(part: str, **changes: object) -> dict:
