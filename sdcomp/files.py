@@ -25,7 +25,7 @@ ROOT = _SOURCE if (_SOURCE / "pyproject.toml").exists() else Path.cwd()
 _HERE = f"@{platform.node()}.partial"
 
 
-def find(path: str | Path) -> Path:
+def resolve_input(path: str | Path) -> Path:
     """A path to read: as given, or, if relative and not there, the same from the repository's root."""
     path = Path(os.path.expanduser(path))
     # os.path.exists is False, and raises nothing, for a name that is too long or holds a null character.
@@ -54,7 +54,7 @@ def regular(file: Path, error: type[UserError] = UserError, most: int | None = N
     return file
 
 
-def place(path: str | Path) -> Path:
+def resolve_output(path: str | Path) -> Path:
     """A path to write: relative ones are the caller's, but inside the repository they start at its root.
 
     A notebook run from its own folder therefore writes where the same parameters write from the root.

@@ -19,7 +19,7 @@ from torch import nn
 
 from sdcomp import model
 from sdcomp.errors import UserError
-from sdcomp.files import find, write_text
+from sdcomp.files import resolve_input, write_text
 from sdcomp.integer import Int8Model, files, load_int8, save_int8
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channels import apply_channel_map, channel_map
@@ -81,7 +81,7 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
 
     Raises UserError for an execution that cannot be had there, or of a model that is not int8.
     """
-    folder = find(path)
+    folder = resolve_input(path)
     # Where one of the two is missing, loading says so.
     if any(os.path.lexists(folder / name) for name in (files.CONFIG, files.TENSORS)):
         # The other parts first: they check the device.

@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation.images import center_crop
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 from sdcomp.model import StableDiffusion
 from sdcomp.model.text import clip_pixels, tokenize
 
@@ -37,7 +37,7 @@ class Clip:
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> Clip:
         """Another one, from a folder or a hub name that transformers knows. Raises UserError."""
-        place = find(path)
+        place = resolve_input(path)
         source = str(place) if place.exists() else path
         try:
             model = CLIPModel.from_pretrained(source).eval().to(device)

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 
 
 def center_crop(images: Tensor, side: int) -> Tensor:
@@ -29,7 +29,7 @@ def load_images(path: str | Path, side: int) -> Tensor:
     The shorter side is resized to `side`, the middle kept. Raises UserError for a folder without images
     and for a file that is not one.
     """
-    place = find(path)
+    place = resolve_input(path)
     files = [place]
     if not place.is_file():
         files = sorted(f for f in place.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdcomp.errors import UserError
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import Scene
 
@@ -44,7 +44,7 @@ def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
     that is missing or of another form.
     """
     kind = "scenes" if sd.reader is not None else "sd15"
-    path = find(name if name.endswith((".txt", ".jsonl")) else FOLDER / f"{kind}_{name}.jsonl")
+    path = resolve_input(name if name.endswith((".txt", ".jsonl")) else FOLDER / f"{kind}_{name}.jsonl")
     if not path.exists():
         raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -38,11 +38,11 @@ def specialize(module: nn.Module) -> None:
         block.__class__ = _BLOCKS.get(type(block), type(block))
 
 
-def _add(layer: nn.Module, x: Tensor, onto: Tensor | None) -> Tensor:
-    """`onto += layer(x)`, in place; the layer's output in the type of `onto`."""
+def _add(layer: nn.Module, x: Tensor, accumulate: Tensor | None) -> Tensor:
+    """`accumulate += layer(x)`, in place; the layer's output in the type of `accumulate`."""
     if isinstance(layer, Int8Layer):
-        return layer(x, onto, onto.dtype)
-    return onto.add_(layer(x.to(onto.dtype)))
+        return layer(x, accumulate, accumulate.dtype)
+    return accumulate.add_(layer(x.to(accumulate.dtype)))
 
 
 def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
@@ -67,46 +67,46 @@ class Int8ResBlock(ResBlock):
         return self._convolve(self.out_layers, h, self.skip_connection(x))
 
     @staticmethod
-    def _convolve(layers: nn.Sequential, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    def _convolve(layers: nn.Sequential, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
         """The convolution of what the norm and the activation before it give."""
         norm, conv = layers[0], layers[-1]
         if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
             h = silu(norm(x), inplace=True)
-            return conv(h) if onto is None else _add(conv, h, onto)
+            return conv(h) if accumulate is None else _add(conv, h, accumulate)
         # Image by image, as the norm takes them anyway, so that only the integers leave the cache.
         images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))
         integers = torch.cat([conv.quantize(F.silu(image, inplace=True)) for image in images])
-        return conv.multiply([integers], x.dtype, onto)
+        return conv.multiply([integers], x.dtype, accumulate)
 
 
 class Int8CrossAttention(CrossAttention):
-    """`CrossAttention`; `onto` takes up the sum, in place."""
+    """`CrossAttention`; `accumulate` takes up the sum, in place."""
 
-    def forward(self, x: Tensor, context: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, accumulate: Tensor | None = None) -> Tensor:
         if context is None:
             q, k, v = _products([self.to_q, self.to_k, self.to_v], x)
         else:
             (q,), (k, v) = _products([self.to_q], x), _products([self.to_k, self.to_v], context)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous()).transpose(1, 2).flatten(2)
-        if onto is None:
+        if accumulate is None:
             return self.to_out(out.to(x.dtype))
-        return _add(self.to_out[0], out, onto)
+        return _add(self.to_out[0], out, accumulate)
 
 
 class Int8FeedForward(FeedForward):
-    """`FeedForward`, some tokens at a time; `onto` takes up the sum, in place."""
+    """`FeedForward`, some tokens at a time; `accumulate` takes up the sum, in place."""
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
         wide, narrow = self.net[0].proj, self.net[2]
         if not (isinstance(wide, Int8GatedLinear) and isinstance(narrow, Int8Linear)):
             out = super().forward(x)
-            return out if onto is None else onto.add_(out)
-        onto = x.new_zeros(x.shape) if onto is None else onto
-        pieces = (t.flatten(0, -2).split(_ROWS) for t in (wide.quantize(x), onto))
+            return out if accumulate is None else accumulate.add_(out)
+        accumulate = x.new_zeros(x.shape) if accumulate is None else accumulate
+        pieces = (t.flatten(0, -2).split(_ROWS) for t in (wide.quantize(x), accumulate))
         for rows, out in zip(*pieces, strict=True):
             narrow(wide.gated(rows), out, x.dtype)
-        return onto
+        return accumulate
 
 
 class Int8TransformerBlock(TransformerBlock):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdcomp.files import find, replacing
+from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES, choose_execution
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
 from sdcomp.integer.model import Int8Model, float_tensors
@@ -82,7 +82,7 @@ def load_int8(
     UserError where the kernels are wanted and cannot be had.
     """
     check_device(device)
-    folder = find(folder)
+    folder = resolve_input(folder)
     for file in (CONFIG, TENSORS):
         if not os.path.lexists(folder / file):
             raise QuantizationFileError(f"{folder} is no saved int8 model: it has no {file}")

@@ -13,7 +13,7 @@ ZERO = 128
 """What stands for 0 in a quantized input: the kernels that are fast take unsigned bytes."""
 
 
-def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
+def quantize(x: Tensor, scale: float, qmax: int) -> Tensor:
     """The integers of `fake_quantize` plus `ZERO`, uint8, in the memory format of `x`.
 
     NaN becomes the largest integer; see `Int8Model` for who looks for it.
@@ -24,7 +24,7 @@ def quantize(x: Tensor, scale: float, levels: int) -> Tensor:
     integers = torch.empty(0, dtype=torch.int8)
     integers.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
     # Flipping the sign bit adds 128.
-    return integers.clamp_(-levels, levels).view(torch.uint8).bitwise_xor_(ZERO)
+    return integers.clamp_(-qmax, qmax).view(torch.uint8).bitwise_xor_(ZERO)
 
 
 class Packed:
@@ -51,18 +51,19 @@ class PackedLinear(Packed):
         x_scale: float,
         bias: Tensor | None,
         dtype: torch.dtype,
-        onto: Tensor | None = None,
-        then: str = "none",
+        accumulate: Tensor | None = None,
+        post_op: str = "none",
     ) -> Tensor:
-        """Uint8 `(..., in)` -> `dtype` `(..., out)`; added in place onto `onto`, of that type and shape.
+        """Uint8 `(..., in)` -> `dtype` `(..., out)`.
 
-        `then="gelu"` (without `onto`) puts the outputs through the exact GELU.
+        The output is added to `accumulate`, of its type and shape, in place if that is given.
+        `post_op="gelu"` (without `accumulate`) applies the exact GELU to the output.
         """
         sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
-        if onto is None:
-            return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, then, [], "none")
+        if accumulate is None:
+            return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, post_op, [], "none")
         return torch.ops.onednn.qlinear_pointwise.binary(
-            *sides, onto, bias, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], ""
+            *sides, accumulate, bias, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], ""
         )
 
 
@@ -79,16 +80,24 @@ class PackedConv2d(Packed):
         return self._weight.to_dense()
 
     def __call__(
-        self, x: Tensor, x_scale: float, bias: Tensor | None, dtype: torch.dtype, onto: Tensor | None = None
+        self,
+        x: Tensor,
+        x_scale: float,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        accumulate: Tensor | None = None,
     ) -> Tensor:
-        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last; added in place onto `onto`."""
+        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last.
+
+        The output is added to `accumulate`, of its type and shape, in place if that is given.
+        """
         sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
-        if onto is None:
+        if accumulate is None:
             return torch.ops.onednn.qconv2d_pointwise(
                 *sides, bias, *self._geometry, 1.0, 0, dtype, "none", [], ""
             )
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            *sides, onto, bias, *self._geometry, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, None, [], None
+            *sides, accumulate, bias, *self._geometry, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, None, [], None
         )
 
 
@@ -104,7 +113,12 @@ class PackedConvAsMatmul(PackedLinear):
         return super().weight().unflatten(1, (*self._kernel, self._in)).permute(0, 3, 1, 2).contiguous()
 
     def __call__(
-        self, x: Tensor, x_scale: float, bias: Tensor | None, dtype: torch.dtype, onto: Tensor | None = None
+        self,
+        x: Tensor,
+        x_scale: float,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        accumulate: Tensor | None = None,
     ) -> Tensor:
         """As `PackedConv2d`."""
         (kh, kw), (ph, pw) = self._kernel, self._padding
@@ -113,8 +127,8 @@ class PackedConvAsMatmul(PackedLinear):
             x = F.pad(x, (0, 0, pw, pw, ph, ph), value=ZERO)
         if kh > 1 or kw > 1:
             x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
-        onto = None if onto is None else onto.permute(0, 2, 3, 1)
-        return super().__call__(x, x_scale, bias, dtype, onto).permute(0, 3, 1, 2)
+        accumulate = None if accumulate is None else accumulate.permute(0, 2, 3, 1)
+        return super().__call__(x, x_scale, bias, dtype, accumulate).permute(0, 3, 1, 2)
 
 
 @functools.cache
@@ -141,11 +155,11 @@ def missing() -> str | None:
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 for packed, integers, product in cases:
                     got = packed(integers, 0.02, bias, dtype)
-                    packed(integers, 0.02, None, dtype, onto=got)
+                    packed(integers, 0.02, None, dtype, accumulate=got)
                     wanted = 2 * product + 1
                     if got.dtype != dtype or (got - wanted).abs().max() > tolerance * wanted.abs().max():
                         return wrong
-            got, wanted = linear(pixels, 0.02, bias, torch.float32, then="gelu"), F.gelu(products + 1)
+            got, wanted = linear(pixels, 0.02, bias, torch.float32, post_op="gelu"), F.gelu(products + 1)
             if (got - wanted).abs().max() > 1e-5 * wanted.abs().max():
                 return wrong
             if not (torch.equal(conv.weight(), weight) and torch.equal(linear.weight(), narrow)):

@@ -23,7 +23,7 @@ _WIDE = 1024
 class Int8State:
     """What the integer layers of one model share: the timestep's interval, the largest activation."""
 
-    levels: int
+    qmax: int
     interval: int = 0
     timestep: float = 0.0
 
@@ -78,33 +78,38 @@ class Int8Layer(nn.Module):
         """The scales of the input in the current interval, one, or two with a split."""
         return calibrated(self._act_scales, self.state.interval, self.name)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The output in `dtype`, by default that of `x`; or `onto` with it added, which packed layers do."""
-        scales, levels = self.input_scales(), self.state.levels
+    def forward(
+        self, x: Tensor, accumulate: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The output in `dtype` (default: that of `x`).
+
+        Packed layers add it to `accumulate`, in place, if that is given.
+        """
+        scales, qmax = self.input_scales(), self.state.qmax
         parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
         if not self._packed:
-            fakes = [fake_quantize(part, s, levels) for part, s in zip(parts, scales, strict=True)]
+            fakes = [fake_quantize(part, s, qmax) for part, s in zip(parts, scales, strict=True)]
             weights = self.weight.split(self._sizes(), dim=1)
             broadcast = (-1, *[1] * (self.weight.dim() - 1))
             exact = [w * s.view(broadcast) for w, s in zip(weights, self._scales(), strict=True)]
             x, weight = torch.cat(fakes, self._channels), torch.cat(exact, 1).to(x.dtype)
             return self._float(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        integers = [self._prepare(part, s, levels) for part, s in zip(parts, scales, strict=True)]
-        return self.multiply(integers, dtype or x.dtype, onto)
+        integers = [self._prepare(part, s, qmax) for part, s in zip(parts, scales, strict=True)]
+        return self.multiply(integers, dtype or x.dtype, accumulate)
 
-    def multiply(self, parts: list[Tensor], dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+    def multiply(self, parts: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
         """The output in `dtype` for an input that is quantized already."""
         bias = self.bias
         for x, scale, packed in zip(parts, self.input_scales(), self._packed, strict=True):
-            onto, bias = packed(x, scale, bias, dtype, onto), None
-        return onto
+            accumulate, bias = packed(x, scale, bias, dtype, accumulate), None
+        return accumulate
 
     def quantize(self, x: Tensor) -> Tensor:
         """An unsplit input as the kernels take it."""
-        return self._prepare(x, self.input_scales()[0], self.state.levels)
+        return self._prepare(x, self.input_scales()[0], self.state.qmax)
 
-    def _prepare(self, x: Tensor, scale: float, levels: int) -> Tensor:
-        return kernels.quantize(x, scale, levels)
+    def _prepare(self, x: Tensor, scale: float, qmax: int) -> Tensor:
+        return kernels.quantize(x, scale, qmax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
         if not self._packed:
@@ -145,14 +150,14 @@ class Int8GatedLinear(Int8Linear):
     def integer_weight(self) -> Tensor:
         return torch.cat([half.weight() for half in self._packed]) if self._packed else self.weight
 
-    def multiply(self, parts: list[Tensor], dtype: torch.dtype, onto: Tensor | None = None) -> Tensor:
+    def multiply(self, parts: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
         out = torch.cat([half(*parts, *rest, dtype) for half, *rest in self._halves()], dim=-1)
-        return out if onto is None else onto.add_(out)
+        return out if accumulate is None else accumulate.add_(out)
 
     def gated(self, x: Tensor) -> Tensor:
         """`value * gelu(gate)` in float32 for an input that is quantized already."""
         (value, *first), (gate, *second) = self._halves()
-        return gate(x, *second, torch.float32, then="gelu").mul_(value(x, *first, torch.float32))
+        return gate(x, *second, torch.float32, post_op="gelu").mul_(value(x, *first, torch.float32))
 
     def _halves(self) -> list[tuple]:
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
@@ -185,8 +190,8 @@ class Int8Conv2d(Int8Layer):
             return x
         return F.pad(x, self._pads, mode="constant" if self._mode == "zeros" else self._mode)
 
-    def _prepare(self, x: Tensor, scale: float, levels: int) -> Tensor:
-        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), scale, levels)
+    def _prepare(self, x: Tensor, scale: float, qmax: int) -> Tensor:
+        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), scale, qmax)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         geometry = (self._stride, self._padding, self._dilation, self._groups)

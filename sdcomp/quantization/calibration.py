@@ -157,7 +157,7 @@ class Calibrator:
         """Generate with all inputs observed."""
         model, state = self.model, self.model.state
         self._inputs = {}
-        levels, starts = model.act_quantizer.levels, model.starts
+        qmax, starts = model.act_quantizer.qmax, model.starts
         last: tuple[Tensor, int | None, int | None, list[tuple[MagnitudeHistogram, float]]] | None = None
 
         def observer(layer: QuantLayer, x: Tensor) -> list[float] | None:
@@ -173,7 +173,7 @@ class Calibrator:
                     histograms = [MagnitudeHistogram.of(part) for part in parts]
                 except ValueError as error:
                     raise CalibrationError(f"the input of layer {layer.name} has {error}") from None
-                found = [(h, h.clip(self.act_scale_policy, levels)) for h in histograms]
+                found = [(h, h.clip(self.act_scale_policy, qmax)) for h in histograms]
                 last = (x, version, layer.split, found)
             scales = []
             for half, (histogram, clip) in enumerate(found):
@@ -211,7 +211,7 @@ class Calibrator:
         clip = self._clip(seen, interval)
         if clip is None:
             return 0.0
-        scale = clip / self.model.act_quantizer.levels
+        scale = clip / self.model.act_quantizer.qmax
         return scale if scale > 2.0**-126 else 1.0
 
     def _optimal_starts(self) -> list[int]:
@@ -223,7 +223,7 @@ class Calibrator:
                 f" {len(timesteps)}: use more steps, a greater strength, or a smaller k"
             )
         inputs = ([seen.histograms[t] for t in timesteps] for seen in self._inputs.values())
-        return optimal_starts(inputs, timesteps, k, self.model.act_quantizer.levels, self.act_scale_policy)
+        return optimal_starts(inputs, timesteps, k, self.model.act_quantizer.qmax, self.act_scale_policy)
 
     def _require_all_intervals(self) -> None:
         visited = {self._interval(call[0]) for seen in self._inputs.values() for call in seen.calls}

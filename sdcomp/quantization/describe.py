@@ -67,11 +67,11 @@ def _quantized(layer: QuantLayer) -> dict[str, object]:
 @torch.no_grad()
 def _weight_clipped(layer: QuantLayer) -> float:
     """The share of weights beyond the clipping range."""
-    levels = layer.weight_quantizer.levels
+    qmax = layer.weight_quantizer.qmax
 
     def beyond(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         # What the scale's own rounding puts a last bit beyond the range is at its end.
-        clip = scale.view(-1, *[1] * (part.dim() - 1)) * levels * (1 + 1e-6)
+        clip = scale.view(-1, *[1] * (part.dim() - 1)) * qmax * (1 + 1e-6)
         return part.abs() > clip
 
     return layer.per_part(beyond).float().mean().item()

@@ -42,7 +42,7 @@ def optimal_groups(costs: np.ndarray, k: int) -> list[int]:
     return [0, *reversed(starts)]
 
 
-def group_costs(steps: Sequence[MagnitudeHistogram], levels: int, policy: str) -> np.ndarray:
+def group_costs(steps: Sequence[MagnitudeHistogram], qmax: int, policy: str) -> np.ndarray:
     """What it costs to quantize an input at one range from step i to step j, for all i <= j: `(n, n)`.
 
     `steps` are the histograms of the n calibration steps. A group's range is the one that `policy`
@@ -59,8 +59,8 @@ def group_costs(steps: Sequence[MagnitudeHistogram], levels: int, policy: str) -
     counts = torch.stack([step.at(top) for step in steps]).double()
     centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     power = counts @ centres**2
-    squared = counts @ error_table(levels, 2.0).double().T / power.clamp(min=1e-30)[:, None]
-    lp = counts @ error_table(levels).double().T
+    squared = counts @ error_table(qmax, 2.0).double().T / power.clamp(min=1e-30)[:, None]
+    lp = counts @ error_table(qmax).double().T
     squared, lp = (
         torch.cat([torch.zeros(1, len(CANDIDATES), dtype=torch.float64), part.cumsum(0)])
         for part in (squared, lp)
@@ -81,7 +81,7 @@ def optimal_starts(
     inputs: Iterable[Sequence[MagnitudeHistogram]],
     timesteps: Sequence[float],
     k: int,
-    levels: int,
+    qmax: int,
     policy: str,
 ) -> list[int]:
     """The first timesteps of the `k` intervals with the least cost summed over `inputs`, ascending.
@@ -90,6 +90,6 @@ def optimal_starts(
     boundary lies midway between the timesteps it separates. Raises ValueError for more intervals than
     timesteps.
     """
-    costs = sum(group_costs(steps, levels, policy) for steps in inputs)
+    costs = sum(group_costs(steps, qmax, policy) for steps in inputs)
     groups = optimal_groups(costs, k)
     return [0] + [math.ceil((timesteps[i - 1] + timesteps[i]) / 2) for i in groups[1:]]

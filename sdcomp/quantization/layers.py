@@ -41,18 +41,18 @@ class QuantState:
     observer: Callable[[QuantLayer, Tensor], list[float] | None] | None = None
     _last: tuple[Tensor, int, tuple, Tensor] | None = field(default=None, init=False, repr=False)
 
-    def quantize(self, x: Tensor, scales: list[float], levels: int, split: int | None) -> Tensor:
+    def quantize(self, x: Tensor, scales: list[float], qmax: int, split: int | None) -> Tensor:
         """The input fake-quantized; queries, keys and values get the one copy made for the first of them."""
-        key = (*scales, levels, split)
+        key = (*scales, qmax, split)
         if self._last is not None and not x.is_inference():
             before, version, made_for, made = self._last
             if before is x and version == x._version and made_for == key:
                 return made
         if split is None:
-            made = fake_quantize(x, scales[0], levels)
+            made = fake_quantize(x, scales[0], qmax)
         else:
             halves = (x.narrow(1, 0, split), x.narrow(1, split, x.shape[1] - split))
-            made = torch.cat([fake_quantize(h, s, levels) for h, s in zip(halves, scales, strict=True)], 1)
+            made = torch.cat([fake_quantize(h, s, qmax) for h, s in zip(halves, scales, strict=True)], 1)
         self._last = None if x.is_inference() else (x, x._version, key, made)
         return made
 
@@ -186,7 +186,7 @@ class QuantLayer(nn.Module):
             elif state.activations:
                 scales = self.input_scales()
         if scales is not None:
-            x = state.quantize(x, scales, self.act_quantizer.levels, self.split)
+            x = state.quantize(x, scales, self.act_quantizer.qmax, self.split)
         quantized = state.weights and self.weight_quantizer is not None
         return x, self.fake_weight() if quantized else self.weight
 

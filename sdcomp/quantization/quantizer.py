@@ -13,8 +13,8 @@ from sdcomp.quantization.ranges import channel_clips
 SCALE_METHODS = ("max", "mse")
 
 
-def fake_quantize(x: Tensor, scale: float | Tensor, levels: int) -> Tensor:
-    """Round `x` to the multiples of `scale` from `-levels` to `levels` times it; in the type of `x`.
+def fake_quantize(x: Tensor, scale: float | Tensor, qmax: int) -> Tensor:
+    """Round `x` to the multiples of `scale` from `-qmax` to `qmax` times it; in the type of `x`.
 
     Bit for bit what `torch.fake_quantize_per_tensor_affine` and `_per_channel_affine` give: the product
     with the float32 reciprocal of the scale is rounded half to even. `scale` is a number, or float32 and
@@ -23,7 +23,7 @@ def fake_quantize(x: Tensor, scale: float | Tensor, levels: int) -> Tensor:
     several times longer than these four passes, which keep the memory format too.
     """
     integers = x.float() * (1 / scale)
-    return integers.round_().clamp_(-levels, levels).mul_(scale).to(x.dtype)
+    return integers.round_().clamp_(-qmax, qmax).mul_(scale).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class UniformSymmetricQuantizer:
             raise ValueError(f"scale_method must be 'max' or 'mse', not {self.scale_method!r}")
 
     @property
-    def levels(self) -> int:
+    def qmax(self) -> int:
         """The largest integer."""
         return 2 ** (self.n_bits - 1) - 1
 
@@ -68,19 +68,19 @@ class UniformSymmetricQuantizer:
         if not clip.is_meta and not clip.isfinite().all():
             raise UserError("a tensor with NaN or infinite values has no scale: find where they come from")
         if self.scale_method == "mse" and magnitudes.shape[1]:
-            clip = channel_clips(magnitudes, self.levels)
-        scale = clip / self.levels
+            clip = channel_clips(magnitudes, self.qmax)
+        scale = clip / self.qmax
         # Smaller steps have no finite reciprocal: such values are zeros too.
         return torch.where(scale > 2.0**-126, scale, 1.0)
 
     def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         """The integers of a tensor at the given scales, int8."""
         integers = x.float() * (1 / self._broadcast(x, scale))
-        return integers.round_().clamp_(-self.levels, self.levels).to(torch.int8)
+        return integers.round_().clamp_(-self.qmax, self.qmax).to(torch.int8)
 
     def fake_quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         """Integers times scales: what the integers stand for, in the type and memory format of `x`."""
-        return fake_quantize(x, self._broadcast(x, scale), self.levels)
+        return fake_quantize(x, self._broadcast(x, scale), self.qmax)
 
     def __call__(self, x: Tensor) -> Tensor:
         """A tensor quantized with the scales found for it."""

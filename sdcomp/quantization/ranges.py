@@ -22,25 +22,25 @@ CANDIDATES = 1.02 ** -torch.arange(256, dtype=torch.float64)
 
 
 @lru_cache(maxsize=32)
-def error_table(levels: int, norm: float = NORM, device: str = "cpu") -> Tensor:
+def error_table(qmax: int, norm: float = NORM, device: str = "cpu") -> Tensor:
     """Error of one value of each bin at each candidate: `(candidates, BINS)` float32, in units of R^p.
 
-    `levels` is the largest integer, 2^(n-1) - 1. Values are taken as spread evenly within their bin.
+    `qmax` is the largest integer, 2^(n-1) - 1. Values are taken as spread evenly within their bin.
     """
     parts = 8
     values = (torch.arange(BINS * parts, dtype=torch.float64) + 0.5) / (BINS * parts)
-    step = CANDIDATES[:, None] / levels
-    error = (values / step).round_().clamp_(max=levels).mul_(step).sub_(values).abs_().pow_(norm)
+    step = CANDIDATES[:, None] / qmax
+    error = (values / step).round_().clamp_(max=qmax).mul_(step).sub_(values).abs_().pow_(norm)
     return error.unflatten(1, (BINS, parts)).mean(dim=2).float().to(device)
 
 
-def best_clip(counts: Tensor, levels: int) -> Tensor:
+def best_clip(counts: Tensor, qmax: int) -> Tensor:
     """The candidate with the least L_p error for histograms `(..., BINS)`: `(...)` indices."""
-    errors = counts.float() @ error_table(levels, device=str(counts.device)).T
+    errors = counts.float() @ error_table(qmax, device=str(counts.device)).T
     return errors.argmin(dim=-1)
 
 
-def channel_clips(magnitudes: Tensor, levels: int) -> Tensor:
+def channel_clips(magnitudes: Tensor, qmax: int) -> Tensor:
     """The range with the least L_p error for each row of magnitudes `(rows, n)`: `(rows,)` float32."""
     clips = []
     for rows in magnitudes.split(1024):
@@ -49,7 +49,7 @@ def channel_clips(magnitudes: Tensor, levels: int) -> Tensor:
         bins += BINS * torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None]
         # A zero is exact at any range, wherever its bin ends.
         counts = torch.bincount(bins[rows > 0], minlength=BINS * len(rows)).view(len(rows), BINS)
-        shares = CANDIDATES.to(rows)[best_clip(counts, levels)]
+        shares = CANDIDATES.to(rows)[best_clip(counts, qmax)]
         clips.append(shares * top[:, 0])
     return torch.cat(clips)
 
@@ -107,11 +107,11 @@ class MagnitudeHistogram:
         self.total += other.total
         self.maximum = max(self.maximum, other.maximum)
 
-    def clip(self, policy: str, levels: int) -> float:
+    def clip(self, policy: str, qmax: int) -> float:
         """The clipping range by `max` or `mse`; 0 where there are only zeros."""
         if policy == "max" or self.exponent is None:
             return self.maximum
-        share = CANDIDATES[best_clip(self.counts, levels)].item()
+        share = CANDIDATES[best_clip(self.counts, qmax)].item()
         return min(share * 2.0**self.exponent, self.maximum)
 
     def beyond(self, clip: float) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.files import find, replacing
+from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.checkpoint import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
@@ -118,7 +118,7 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
     Outputs are those of the saved model bit for bit. Raises QuantizationFileError, a ValueError, when a
     file is missing, damaged, or made for a module with other layers.
     """
-    folder = find(folder)
+    folder = resolve_input(folder)
     for file in (CONFIG, SCALES):
         if not os.path.lexists(folder / file):
             raise QuantizationFileError(f"{folder} is no saved quantization: it has no {file}")

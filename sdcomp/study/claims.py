@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcomp.errors import UserError
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 
 Row = dict[str, Any]
 """A row of a `metrics.csv`: numbers as floats (NaN where empty), `parameters` as a dictionary."""
@@ -45,7 +45,7 @@ def read_reports(folder: str | Path, model: str) -> list[Row]:
 
     Raises UserError where there are none.
     """
-    paths = sorted(find(folder).glob("*/metrics.csv"))
+    paths = sorted(resolve_input(folder).glob("*/metrics.csv"))
     rows = [{**row, "report": path.parent.name} for path in paths for row in read_rows(path)]
     rows = [row for row in rows if row.get("model") == model]
     if not rows:

@@ -20,7 +20,7 @@ import torch
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation.precision import fix_precision, precision_facts
-from sdcomp.files import ROOT, find, place, replacing, sha256
+from sdcomp.files import ROOT, replacing, resolve_input, resolve_output, sha256
 from sdcomp.study.parameters import read_parameters
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Run:
         self._namespace = namespace
         text = json.dumps({k: v for k, v in self.parameters.items() if k != "out"}, sort_keys=True)
         self.id = hashlib.sha256(f"{study} {text}".encode()).hexdigest()[:12]
-        self.folder = place(self.parameters["out"] or ROOT / "reports" / "runs" / study / self.id)
+        self.folder = resolve_output(self.parameters["out"] or ROOT / "reports" / "runs" / study / self.id)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self.folder) as file:
@@ -215,7 +215,7 @@ class Run:
         return {name: sha256(file) for name, file in self._weight_files().items()}
 
     def _weight_files(self) -> dict[str, Path]:
-        path = find(self.parameters["model"])
+        path = resolve_input(self.parameters["model"])
         if not path.is_dir():
             return {path.name: path}
         files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file())

@@ -57,7 +57,7 @@ def save_models(model: str, folder: str) -> None:
     q = QuantModel(build(model)).set_use_quant(False, False)
 
     def widest(layer: nn.Module, args: tuple[Tensor]) -> None:
-        scale = args[0].abs().max() / q.act_quantizer.levels
+        scale = args[0].abs().max() / q.act_quantizer.qmax
         layer.set_act_scales(scale[None], torch.zeros(1))
 
     for layer in q.quantized_layers():

@@ -1,8 +1,8 @@
 """Whether an image is the same, bit for bit, wherever its prompt stands: one process, one instruction set.
 
 `python tests/helpers/bits.py 1 2` prints a line of JSON: the largest difference that a prompt's place makes,
-for each case and for one and two threads. The environment chooses the instruction set; libraries read it once,
-when they are loaded.
+for each case and for one and two threads. The environment chooses the instruction set; libraries read it
+once, when they are loaded.
 """
 
 from __future__ import annotations

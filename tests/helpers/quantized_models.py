@@ -17,7 +17,7 @@ def calibrate(q: QuantModel, *calls: tuple, margin: float = 1.0) -> QuantModel:
         x, row = args[0], q.state.interval
         parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
         scales = layer.act_scale.clone()
-        found = torch.tensor([margin * part.abs().max().item() / q.act_quantizer.levels for part in parts])
+        found = torch.tensor([margin * part.abs().max().item() / q.act_quantizer.qmax for part in parts])
         scales[row] = torch.maximum(scales[row], found.view_as(scales[row]))
         layer.set_act_scales(scales, torch.zeros_like(scales))
 

@@ -10,14 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.integer import kernels, load_int8, to_int8
+from sdcomp.integer import kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.execution import choose_execution
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
 from sdcomp.quantization import (
     QuantModel,
     TimeStepCalibratedQuantModel,
-    save_quant_model,
 )
 
 needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
@@ -109,7 +108,7 @@ def test_the_type_follows_the_whole_model(small, q, tmp_path, execution):
     assert sd.unet.dtype is torch.bfloat16 and "torch.bfloat16" in repr(sd.unet)
     after = sd.generate(PROMPT, steps=2)
     assert 12 < decibels(after, before) < 60
-    again = load_int8(save_quant_model(sd.unet, tmp_path), execution=execution)
+    again = load_int8(save_int8(sd.unet, tmp_path), execution=execution)
     assert repr(again) == repr(sd.unet)
     assert torch.equal(again(*small_call(small)), sd.unet(*small_call(small)))
     sd.to(torch.float32)

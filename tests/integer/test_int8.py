@@ -60,9 +60,9 @@ def test_a_layer_is_its_simulation(randomize, name, bits):
     assert relative(got, q(x)) < 1e-5
 
     # Exact: integers by this test's own rounding, summed in float64, which holds them exactly.
-    quantized, levels = q.quantized_layers()[0], 2 ** (bits[1] - 1) - 1
+    quantized, qmax = q.quantized_layers()[0], 2 ** (bits[1] - 1) - 1
     scale = quantized.act_scale.item()
-    ints = (x / scale).round().clamp(-levels, levels).double()
+    ints = (x / scale).round().clamp(-qmax, qmax).double()
     exact = copy.deepcopy(layer).double()
     shape = (-1, *[1] * (layer.weight.dim() - 1))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_memory_formats_and_strides_do_not_matter(randomize):
 @pytest.mark.parametrize("name", ["3x3", "strided", "dilated", "grouped", "same", "circular"])
 def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch, name):
     layer, shape = LAYERS[name]
-    x, onto = random(*shape), layer(random(*shape, seed=1)).detach()
+    x, accumulate = random(*shape), layer(random(*shape, seed=1)).detach()
     q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
     convolution = to_int8(q).module
     monkeypatch.setattr("sdcomp.integer.layers._WIDE", 1)
@@ -112,8 +112,8 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     assert torch.equal(product.integer_weight(), convolution.integer_weight())
     assert relative(product(x), convolution(x)) < 1e-6
     assert product(x).is_contiguous(memory_format=torch.channels_last)
-    onto = onto.contiguous(memory_format=torch.channels_last)
-    assert relative(product(x, onto.clone()), convolution(x, onto.clone())) < 1e-6
+    accumulate = accumulate.contiguous(memory_format=torch.channels_last)
+    assert relative(product(x, accumulate.clone()), convolution(x, accumulate.clone())) < 1e-6
 
 
 class Shortcut(nn.Module):

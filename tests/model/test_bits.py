@@ -26,9 +26,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_an_image_is_the_same_wherever_its_prompt_stands_on_any_instruction_set(setting):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "helpers" / "bits.py"), "1", "2"],
-        env={**os.environ, **SETTINGS[setting]},
+        env={**os.environ, **SETTINGS[setting], "PYTHONPATH": path},
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from sdcomp.files import find, sha256
+from sdcomp.files import resolve_input, sha256
 from sdcomp.model import SD15
 from sdcomp.model.text import load_tokenizer, save_tokenizer, tokenize
 
-FOLDER = find("data/clip_tokenizer")
+FOLDER = resolve_input("data/clip_tokenizer")
 
 # Ids by OpenAI's own algorithm (open_clip's SimpleTokenizer with the same merges), start and end included.
 IDS = {

@@ -50,13 +50,13 @@ def devices(module: torch.nn.Module) -> set[str]:
 def test_rounding_is_that_of_the_cpu_and_of_pytorchs_operator():
     x = 3 * random(4, 24, 16, 16)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for levels in (1, 7, 127):
-            made = fake_quantize(x.to(DEVICE, dtype), 0.031, levels)
-            assert torch.equal(made.cpu(), fake_quantize(x.to(dtype), 0.031, levels))
+        for qmax in (1, 7, 127):
+            made = fake_quantize(x.to(DEVICE, dtype), 0.031, qmax)
+            assert torch.equal(made.cpu(), fake_quantize(x.to(dtype), 0.031, qmax))
             if dtype != torch.bfloat16:
                 scale = torch.tensor(0.031).item()
-                made = fake_quantize(x.to(DEVICE, dtype), scale, levels)
-                theirs = torch.fake_quantize_per_tensor_affine(x.to(DEVICE, dtype), scale, 0, -levels, levels)
+                made = fake_quantize(x.to(DEVICE, dtype), scale, qmax)
+                theirs = torch.fake_quantize_per_tensor_affine(x.to(DEVICE, dtype), scale, 0, -qmax, qmax)
                 assert torch.equal(made, theirs)
 
 

@@ -51,9 +51,9 @@ def calibrated(model: QuantModel, scale: float = 0.05) -> QuantModel:
     return model
 
 
-def fake(x: torch.Tensor, scale: torch.Tensor, levels: int = 127) -> torch.Tensor:
+def fake(x: torch.Tensor, scale: torch.Tensor, qmax: int = 127) -> torch.Tensor:
     """By the definition, in double precision."""
-    return (x.double() / scale.double()).round().clamp(-levels, levels) * scale.double()
+    return (x.double() / scale.double()).round().clamp(-qmax, qmax) * scale.double()
 
 
 def test_a_layer_computes_with_rounded_weights_and_inputs():
@@ -218,9 +218,9 @@ def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
     q.set_use_quant(weights=False)
     seen = []
 
-    def counting(x, scale, levels):
+    def counting(x, scale, qmax):
         seen.append(x.shape)
-        return fake(x, torch.tensor(scale), levels).float()
+        return fake(x, torch.tensor(scale), qmax).float()
 
     monkeypatch.setattr(layers, "fake_quantize", counting)
     with mode():

@@ -16,14 +16,14 @@ finite = st.floats(-1e4, 1e4, width=32)
 bits = st.integers(2, 8)
 
 
-def reference(x: np.ndarray, scale: np.ndarray, levels: int) -> np.ndarray:
+def reference(x: np.ndarray, scale: np.ndarray, qmax: int) -> np.ndarray:
     """Integers by division in float64, half to even."""
-    return np.clip(np.rint(x.astype(np.float64) / scale.astype(np.float64)), -levels, levels)
+    return np.clip(np.rint(x.astype(np.float64) / scale.astype(np.float64)), -qmax, qmax)
 
 
-def lp_error(x: np.ndarray, clip: float, levels: int) -> float:
-    scale = clip / levels
-    return float((np.abs(np.clip(np.rint(x / scale), -levels, levels) * scale - x) ** 2.4).sum())
+def lp_error(x: np.ndarray, clip: float, qmax: int) -> float:
+    scale = clip / qmax
+    return float((np.abs(np.clip(np.rint(x / scale), -qmax, qmax) * scale - x) ** 2.4).sum())
 
 
 def sample(kind: str, n: int = 20_000) -> np.ndarray:
@@ -41,15 +41,15 @@ def test_integers_are_those_of_a_float64_reference(n_bits, channel_wise):
     x = torch.randn(60, 50, 10, 10, generator=generator)
     quantizer = UniformSymmetricQuantizer(n_bits, channel_wise)
     scale = quantizer.scale(x)
-    levels = 2 ** (n_bits - 1) - 1
+    qmax = 2 ** (n_bits - 1) - 1
     top = np.abs(x.numpy()).reshape(60, -1).max(axis=1) if channel_wise else [np.abs(x.numpy()).max()]
-    assert np.allclose(scale.numpy(), np.array(top) / levels, rtol=1e-7)
+    assert np.allclose(scale.numpy(), np.array(top) / qmax, rtol=1e-7)
     integers = quantizer.quantize(x, scale)
     assert integers.dtype == torch.int8
-    expected = reference(x.numpy(), scale.numpy().reshape(-1, 1, 1, 1), levels)
+    expected = reference(x.numpy(), scale.numpy().reshape(-1, 1, 1, 1), qmax)
     off = np.abs(integers.numpy() - expected)
     assert off.max() <= 1 and (off > 0).mean() < 1e-5
-    assert abs(expected).max() == levels
+    assert abs(expected).max() == qmax
     assert torch.equal(quantizer(x), integers * scale.view(-1, 1, 1, 1))
 
 
@@ -63,36 +63,36 @@ def test_halves_go_to_the_even_integer():
 def test_the_simulation_is_pytorchs_bit_for_bit(n_bits, dtype):
     x = (torch.randn(8, 24, 16, 16, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     x = x.to(memory_format=torch.channels_last)
-    levels = 2 ** (n_bits - 1) - 1
+    qmax = 2 ** (n_bits - 1) - 1
     for scale in (0.031, 0.1, 1 / 3):
-        made = fake_quantize(x, torch.tensor(scale).item(), levels)
+        made = fake_quantize(x, torch.tensor(scale).item(), qmax)
         if dtype == torch.bfloat16:  # an operator that PyTorch has for half and single precision only
-            expected = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -levels, levels).to(dtype)
+            expected = torch.fake_quantize_per_tensor_affine(x.float(), scale, 0, -qmax, qmax).to(dtype)
         else:
-            expected = torch.fake_quantize_per_tensor_affine(x, scale, 0, -levels, levels)
+            expected = torch.fake_quantize_per_tensor_affine(x, scale, 0, -qmax, qmax)
         assert torch.equal(made, expected)
         assert made.dtype == dtype and made.stride() == x.stride()
     if dtype == torch.float32:
         quantizer = UniformSymmetricQuantizer(n_bits, channel_wise=True, scale_method="mse")
         scales = quantizer.scale(x)
         zeros = torch.zeros(8, dtype=torch.int32)
-        expected = torch.fake_quantize_per_channel_affine(x, scales, zeros, 0, -levels, levels)
+        expected = torch.fake_quantize_per_channel_affine(x, scales, zeros, 0, -qmax, qmax)
         assert torch.equal(quantizer.fake_quantize(x, scales), expected)
 
 
 @pytest.mark.parametrize("n_bits", [8, 6, 4, 2])
 @pytest.mark.parametrize("kind", ["normal", "laplace", "outliers"])
 def test_mse_ranges_are_within_two_percent_of_brute_force(kind, n_bits):
-    x, levels = sample(kind), 2 ** (n_bits - 1) - 1
+    x, qmax = sample(kind), 2 ** (n_bits - 1) - 1
     top = float(np.abs(x).max())
-    best = min(lp_error(x, clip, levels) for clip in top * np.linspace(0.005, 1, 600))
-    weights = UniformSymmetricQuantizer(n_bits, scale_method="mse").scale(torch.from_numpy(x)).item() * levels
-    activations = MagnitudeHistogram.of(torch.from_numpy(x)).clip("mse", levels)
+    best = min(lp_error(x, clip, qmax) for clip in top * np.linspace(0.005, 1, 600))
+    weights = UniformSymmetricQuantizer(n_bits, scale_method="mse").scale(torch.from_numpy(x)).item() * qmax
+    activations = MagnitudeHistogram.of(torch.from_numpy(x)).clip("mse", qmax)
     for clip in (weights, activations):
-        assert lp_error(x, clip, levels) <= 1.02 * best
+        assert lp_error(x, clip, qmax) <= 1.02 * best
         assert clip <= top * (1 + 1e-6)
     if n_bits <= 4 and kind != "outliers":
-        assert lp_error(x, top, levels) > 1.3 * best  # there was something to find
+        assert lp_error(x, top, qmax) > 1.3 * best  # there was something to find
 
 
 def test_mse_ranges_are_each_channels_own():
@@ -129,9 +129,9 @@ def test_the_laws_of_a_quantizer(values, n_bits, method):
     assert torch.equal(quantizer.fake_quantize(-x, scale), -made)  # odd-symmetric
     order = x.argsort()
     assert (made[order].diff() >= 0).all()  # monotone
-    inside = x.abs() <= scale * quantizer.levels
+    inside = x.abs() <= scale * quantizer.qmax
     assert ((made - x).abs()[inside] <= scale * (0.5 + 1e-5)).all()  # half a step
-    assert (quantizer.quantize(x, scale).abs() <= quantizer.levels).all()
+    assert (quantizer.quantize(x, scale).abs() <= quantizer.qmax).all()
     assert len(made.unique()) <= 2**n_bits - 1
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 from sdcomp.model import TINY
 from sdcomp.model.text import load_tokenizer, tokenize, word_tokenizer
 from sdcomp.scenes import (
@@ -161,7 +161,7 @@ def test_captions_held_out_never_occur_in_training(train_captions):
 def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train_captions):
     texts, contents = {}, {}
     for name, split in (("test", "test"), ("unseen", "unseen"), ("calibration", "train")):
-        lines = find(f"data/prompts/scenes_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = resolve_input(f"data/prompts/scenes_{name}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         assert len(rows) >= 256
         texts[name] = {row["prompt"] for row in rows}
@@ -253,7 +253,7 @@ def test_any_text_can_be_encoded_and_read_again(tokenizer):
 
 
 def test_the_shipped_tokenizer_is_the_captions_own(tokenizer):
-    shipped = load_tokenizer(find("data/tiny"), TINY)
+    shipped = load_tokenizer(resolve_input("data/tiny"), TINY)
     assert shipped.get_vocab() == tokenizer.get_vocab()
     texts = captions(many_scenes("test")[:50], 0)
     assert torch.equal(tokenize(shipped, texts), tokenize(tokenizer, texts))

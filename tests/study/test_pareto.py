@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import sdcomp
-from sdcomp.integer import to_int8
+from sdcomp.integer import save_int8, to_int8
 from sdcomp.pruning import disk_sizes, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
 from sdcomp.study import pareto
@@ -113,7 +112,7 @@ def test_an_int8_model_takes_its_file(small, tmp_path):
     Calibrator(small, simulated).calibrate(["a star"], steps=2, batch_size=1)
     int8 = to_int8(simulated)
     size, real = stored_bytes(int8)
-    assert real and size == (sdcomp.save(int8, tmp_path) / "int8.safetensors").stat().st_size
+    assert real and size == (save_int8(int8, tmp_path) / "int8.safetensors").stat().st_size
 
 
 REMOVED = Variant("removed", 0.25, 400, "timestep_mse", 8, 8, 10, "int8")

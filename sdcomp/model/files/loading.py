@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from sdcomp.files import find, regular
+from sdcomp.files import regular, resolve_input
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.device import check_device
@@ -60,7 +60,9 @@ def load(
         source.parts.pop("unet", None)
         modules["unet"] = unet
     if not isinstance(tokenizer, CLIPTokenizer):
-        tokenizer = _tokenizer(source.tokenizer if tokenizer is None else find(tokenizer), source.config)
+        tokenizer = _tokenizer(
+            source.tokenizer if tokenizer is None else resolve_input(tokenizer), source.config
+        )
     elif len(tokenizer) != (size := source.config.text["vocab_size"]):
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {size}")
     if dtype is None:
@@ -98,7 +100,7 @@ def load_from_standard_weights(
 
 def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet: bool = True) -> Source:
     """The model at a path or of a name, in whatever format."""
-    found = find(path)
+    found = resolve_input(path)
     if not os.path.exists(found):
         if os.path.lexists(found):
             regular(found, ModelError)  # says what is wrong with the link
@@ -116,7 +118,7 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
 def _download(name: str, variant: str | None) -> Path:
     """The diffusers folder of that name in the hub's local cache, fetched if need be."""
     owner = name.partition("/")[0]
-    local = os.path.exists(find(owner)) or name.endswith((".ckpt", ".safetensors"))
+    local = os.path.exists(resolve_input(owner)) or name.endswith((".ckpt", ".safetensors"))
     if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise ModelError(
             f"model {name[:200]!r} does not exist; give a file or folder such as data/tiny, or a hub name"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.files.checkpoint import ModelError, Part, Source, read_tensors, write_tensors
 
@@ -95,7 +95,7 @@ def _tokenizer_for(file: Path) -> Path:
     for folder in (file.parent, file.parent / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return folder
-    return find("data/clip_tokenizer")
+    return resolve_input("data/clip_tokenizer")
 
 
 def write_original(states: dict[str, dict[str, Tensor]], file: Path, dtype: torch.dtype | None) -> Path:

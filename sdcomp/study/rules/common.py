@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdcomp.files import find, place
+from sdcomp.files import resolve_input, resolve_output
 from sdcomp.model import SAMPLERS
 from sdcomp.quantization import PRESETS
 
@@ -62,7 +62,7 @@ def between(low: float, high: float) -> Rule:
 
 def there(path: str) -> Path | None:
     """What a path names, from here or from the repository's root; None where there is nothing."""
-    found = find(path)
+    found = resolve_input(path)
     return found if found.exists() else None
 
 
@@ -87,7 +87,7 @@ def _can_be_made(path: str) -> bool:
     """Whether a folder is there, or could be made where it is not."""
     if not path:
         return True
-    folder = place(path).absolute()
+    folder = resolve_output(path).absolute()
     if any(len(os.fsencode(part)) > 255 for part in folder.parts):
         return False
     nearest = next(part for part in (folder, *folder.parents) if part.exists())

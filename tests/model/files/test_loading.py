@@ -17,7 +17,7 @@ from torch import nn
 import sdcomp
 from sdcomp import files
 from sdcomp.errors import UserError
-from sdcomp.files import find
+from sdcomp.files import resolve_input
 from sdcomp.model import TINY, ModelError, StableDiffusion, load, save
 from sdcomp.model.files import checkpoint
 from sdcomp.model.text import build_clip, tokenize
@@ -229,8 +229,8 @@ def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatc
 def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert find("data/prompts") == ROOT / "data" / "prompts"
-    assert find(Path("no/such")) == Path("no/such")
+    assert resolve_input("data/prompts") == ROOT / "data" / "prompts"
+    assert resolve_input(Path("no/such")) == Path("no/such")
 
     # A repository whose only model is the one saved here.
     repository = tmp_path / "repository"
@@ -246,8 +246,8 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, t
 
 def test_home_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find("~/model") == tmp_path / "model"
-    assert find("~no_such_user/model") == Path("~no_such_user/model")
+    assert resolve_input("~/model") == tmp_path / "model"
+    assert resolve_input("~no_such_user/model") == Path("~no_such_user/model")
 
 
 # Devices and types
