@@ -13,6 +13,7 @@ LEVELS = (
     {"settings"},
     {"scenes"},
     {"model"},
+    {"observation"},
     {"quantization", "pruning"},
     {"training"},
     {"integer"},
