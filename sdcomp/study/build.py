@@ -13,7 +13,15 @@ from torch import nn
 from sdcomp.evaluation import load_prompts
 from sdcomp.integer import to_int8
 from sdcomp.pruning import prune_structured, prune_unstructured
-from sdcomp.quantization import PRESETS, Calibrator, QuantModel, build, load_quant_model, save_quant_model
+from sdcomp.quantization import (
+    PRESETS,
+    QuantModel,
+    Recipe,
+    apply_recipe,
+    build,
+    load_quant_model,
+    save_quant_model,
+)
 from sdcomp.study.variants import Variant
 from sdcomp.training import recover
 
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 def calibration_settings(
     run: Run, sd: StableDiffusion, prompts: str = "calibration", negative_prompt: str = ""
 ) -> dict[str, Any]:
-    """The arguments of `Calibrator.calibrate` that a run's parameters ask for.
+    """The arguments of `sd.generate` for a calibration, from a run's parameters.
 
     `prompts` is a prompt set or a file. Calibration starts from noise, so every timestep interval is reached.
     """
@@ -55,10 +63,9 @@ class Builder:
         calibrator: Mapping[str, Any] | None = None,
         weights: Mapping[str, Any] | None = None,
     ) -> None:
-        """`calibration` are the arguments of `Calibrator.calibrate`; None: activations are not calibrated.
+        """`calibration` are arguments of `sd.generate`; None: activations are not calibrated.
 
-        `model`, `calibrator` and `weights` (of the weights' quantizer) take the place of a preset's own
-        arguments.
+        `model`, `calibrator` and `weights` replace arguments of a preset (see `sdcomp.quantization.Recipe`).
         """
         self.run, self.sd, self.calibration = run, sd, calibration
         self.model, self.calibrator, self.weights = model or {}, calibrator or {}, weights or {}
@@ -92,17 +99,23 @@ class Builder:
         return self._recovered(variant, unet) if variant.recover_steps else unet
 
     def quantized(self, variant: Variant, unet: nn.Module) -> QuantModel:
-        """The simulated quantization of `unet`, not calibrated."""
+        """The simulated quantization of `unet`, neither calibrated nor changed by the recipe's methods."""
         steps = self.calibration["steps"] if self.calibration else 1
         return build(
-            variant.recipe,
+            self.recipe(variant),
             unet,
-            act_bits=min(variant.act_bits, 8),
-            weight_quant_params={"n_bits": min(variant.weight_bits, 8), **self.weights},
+            min(variant.weight_bits, 8),
+            min(variant.act_bits, 8),
             k=max(variant.k, 1),
             timesteps=max(variant.k, steps),
             **self.model,
         )
+
+    def recipe(self, variant: Variant) -> Recipe:
+        """The variant's preset, with this study's arguments."""
+        preset = PRESETS[variant.recipe]
+        weights, calibrator = {**preset.weights, **self.weights}, {**preset.calibrator, **self.calibrator}
+        return replace(preset, weights=weights, calibrator=calibrator)
 
     def calibrated(self, variant: Variant) -> QuantModel:
         """The calibrated simulation of a variant. What has 32 bits is not quantized."""
@@ -110,11 +123,16 @@ class Builder:
             self._last = None  # free the memory first
             made = self.quantized(variant, self.pruned(variant.unquantized))
             if self.calibration is not None:
-                policies = {**PRESETS[variant.recipe].calibrator, **self.calibrator}
-                Calibrator(self.sd, made, **policies).calibrate(**self.calibration)
+                self._calibrate(made, self.recipe(variant), **self.calibration)
             made.set_use_quant(weights=variant.weight_bits < 32, activations=variant.act_bits < 32)
             self._last = variant, made
         return self._last[1]
+
+    def _calibrate(self, made: QuantModel, recipe: Recipe, prompts: list[str], **settings: Any) -> None:
+        sd = self.sd.replace(unet=made)
+        progress = settings.pop("progress", False)
+        apply_recipe(made, recipe, lambda: sd.generate(prompts, progress=progress, **settings))
+        made.calibration |= {"prompts": len(prompts), **settings}
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
         """The scales of the UNet before pruning, around the pruned one."""

@@ -10,10 +10,18 @@ import torch
 
 import sdcomp
 from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
-from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization import PRESETS, Calibrator, QuantModel, TimeStepCalibratedQuantModel, quantize
+from sdcomp.quantization.methods import SecondOrderRounding
 from sdcomp.study import FP32, Builder, as_executed, calibration_settings, pruned, quantized
 
-CALIBRATION = {"prompts": ["a star"], "steps": 4, "guidance_scale": 1.0, "seed": 3, "batch_size": 1}
+CALIBRATION = {
+    "prompts": ["a star"],
+    "steps": 4,
+    "sampler": "ddpm",
+    "guidance_scale": 1.0,
+    "seed": 3,
+    "batch_size": 1,
+}
 
 
 @pytest.fixture
@@ -130,3 +138,14 @@ def test_a_variant_is_named_by_how_it_really_runs():
     assert as_executed(FP32, SimpleNamespace()) == FP32
     slow = as_executed(int8, SimpleNamespace(execution="dequantized"))
     assert slow.label == "mse W8A8 int8 (dequantized)" and slow.simulation == int8.simulation
+
+
+def test_the_methods_of_a_preset_are_applied(run, small, monkeypatch):
+    rounding = replace(PRESETS["weights_only"], methods=[SecondOrderRounding(rows=64)])
+    monkeypatch.setitem(PRESETS, "rounded", rounding)
+    made = Builder(run, small, CALIBRATION).build(quantized("rounded", 4))
+    by_hand = quantize(small, rounding, weight_bits=4, **CALIBRATION)
+    nearest = Builder(run, small, CALIBRATION).build(quantized("weights_only", 4))
+    weights = [[layer.fake_weight() for layer in m.quantized_layers()] for m in (made, by_hand, nearest)]
+    assert all(map(torch.equal, weights[0], weights[1]))
+    assert not all(map(torch.equal, weights[0], weights[2]))
