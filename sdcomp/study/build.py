@@ -51,7 +51,7 @@ def calibration_settings(
 
 
 class Builder:
-    """Builds the UNet of a variant. Only the last simulation is kept, from which int8 is made."""
+    """Builds the UNets of variants. It keeps the last simulation, because int8 is made from it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Builder:
         self._last: tuple[Variant, QuantModel] | None = None
 
     def build(self, variant: Variant) -> nn.Module:
-        """The UNet of `variant`: pruned, recovered, calibrated, in integers, as far as it says so."""
+        """The UNet of `variant`: pruned, recovered, quantized and converted to integers, as it says."""
         if not variant.recipe:
             return self.pruned(variant)
         if variant.calibrated_first:
@@ -81,10 +81,10 @@ class Builder:
         return simulated if variant.execution == "simulated" else to_int8(simulated)
 
     def pruned(self, variant: Variant) -> nn.Module:
-        """A pruned copy of the UNet, recovered where the variant says so; the UNet itself for no pruning.
+        """A pruned copy of the UNet, recovered where the variant says so; without pruning the UNet itself.
 
-        A recovery sees up to 128 calibration prompts, four for each image of the study. It is kept in the
-        run's folder, and a killed one goes on from there.
+        A recovery uses up to 128 calibration prompts, four for each image of the study. Its checkpoint is in
+        the run's folder, and a killed run resumes from there.
         """
         amount, norm = variant.amount, variant.importance or "l2"
         if not variant.pruning:
@@ -118,7 +118,7 @@ class Builder:
         return replace(preset, weights=weights, calibrator=calibrator)
 
     def calibrated(self, variant: Variant) -> QuantModel:
-        """The calibrated simulation of a variant. What has 32 bits is not quantized."""
+        """The calibrated simulation of a variant. 32 bits mean no quantization."""
         if self._last is None or self._last[0] != variant:
             self._last = None  # free the memory first
             made = self.quantized(variant, self.pruned(variant.unquantized))
@@ -135,7 +135,7 @@ class Builder:
         made.calibration |= {"prompts": len(prompts), **settings}
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
-        """The scales of the UNet before pruning, around the pruned one."""
+        """The pruned UNet, with the scales of the UNet before pruning."""
         whole = replace(
             variant, pruning="", amount=0.0, scope="layer", recover_steps=0, calibrated_first=False
         )
@@ -160,6 +160,6 @@ class Builder:
 
 
 def as_executed(variant: Variant, unet: nn.Module) -> Variant:
-    """The variant with the execution that its UNet really has: a machine may lack integer kernels."""
+    """The variant with the real execution of its UNet: a machine may lack integer kernels."""
     dequantized = getattr(unet, "execution", "kernels") == "dequantized"
     return replace(variant, execution="int8 (dequantized)") if dequantized else variant

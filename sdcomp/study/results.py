@@ -37,7 +37,7 @@ NUMBERS = ("value", "ci_low", "ci_high", "n")
 def columns(subject: Variant | str, about: dict[str, Any]) -> dict[str, str]:
     """The columns `method` and `parameters` of a result.
 
-    `subject` is a variant, or a text for what is none, such as "machine". `about` says more about the
+    `subject` is a variant, or a text for something else, such as "machine". `about` says more about the
     result, such as its timestep. Raises ValueError where `about` has a field of a variant.
     """
     if not isinstance(subject, Variant):
@@ -68,7 +68,7 @@ def typed(row: Row) -> Row:
 
 
 def name_of(subject: Variant | str) -> str:
-    """What stands in the column `baseline` for a variant or something else."""
+    """The text for a subject in the column `baseline`."""
     return subject.label if isinstance(subject, Variant) else subject
 
 

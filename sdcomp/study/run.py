@@ -82,7 +82,7 @@ class Run:
     ) -> None:
         """Add one result: an `Estimate`, or a plain number that is exact (a count, a share of zeros).
 
-        `subject` is a variant, or a text for what is none, such as "machine". `about` says more about the
+        `subject` is a variant, or a text for something else, such as "machine". `about` says more about the
         result, such as its timestep. `baseline` is what a difference is taken to. A result that is recorded
         again, by a cell that is run again, replaces the first.
         """

@@ -39,7 +39,7 @@ class Variant:
     """Whether activations were calibrated before the pruning instead of after it."""
     execution: str = "fp32"
     """"simulated" rounds in floating point. "int8" runs integer kernels, "int8 (dequantized)" turns int8
-    weights into floats layer by layer. "fp32" is for what is not quantized."""
+    weights into floats layer by layer. "fp32" is for variants without a recipe."""
 
     def __post_init__(self) -> None:
         if self.pruning not in PRUNINGS or self.execution not in EXECUTIONS:
@@ -52,14 +52,9 @@ class Variant:
     @property
     def method(self) -> str:
         """The kind of the variant, without its numbers: "removed, recovered + timestep_mse + int8"."""
-        parts = [
-            _join(", ", self.pruning, "recovered" if self.recover_steps else ""),
-            self.recipe,
-            self.execution if self.execution.startswith("int8") else "",
-        ]
-        return _join(
-            ", ", _join(" + ", *parts) or "fp32", "calibrated first" if self.calibrated_first else ""
-        )
+        pruning = _join(", ", self.pruning, "recovered" if self.recover_steps else "")
+        how = _join(" + ", pruning, self.recipe, self._executed) or "fp32"
+        return _join(", ", how, "calibrated first" if self.calibrated_first else "")
 
     @property
     def label(self) -> str:
@@ -79,33 +74,27 @@ class Variant:
             self.recipe,
             f"k{self.k}" if self.k else "",
             _bits("W", self.weight_bits) + _bits("A", self.act_bits),
-            self.execution if self.execution.startswith("int8") else "",
+            self._executed,
             "calibrated first" if self.calibrated_first else "",
         )
         recovery = f"recovered {self.recover_steps}" if self.recover_steps else ""
         return _join(", ", _join(" ", *pruning), recovery, _join(" ", *quantization)) or "fp32"
 
     @property
+    def _executed(self) -> str:
+        """The execution, where it is not the usual one."""
+        return "" if self.execution in ("fp32", "simulated") else self.execution
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """The fields that differ from the baseline's; `Variant(**parameters)` is the same variant."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            field.name: values[field.name] for field in fields(self) if values[field.name] != field.default
-        }
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @property
     def unquantized(self) -> Variant:
         """The same pruning and recovery, without the quantization."""
-        plain = Variant()
-        return replace(
-            self,
-            recipe="",
-            weight_bits=32,
-            act_bits=32,
-            k=0,
-            calibrated_first=False,
-            execution=plain.execution,
-        )
+        bits = {"weight_bits": 32, "act_bits": 32, "k": 0}
+        return replace(self, recipe="", calibrated_first=False, execution="fp32", **bits)
 
     @property
     def simulation(self) -> Variant:
