@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sdcomp.study.run import Run
 
 
+HALVES = ("test", "final")
+"""Two prompt sets that were drawn together, 256 prompts each. No choice is made on "final"."""
 FEWEST = 32
 """With fewer images, distances between sets of images say nothing."""
 
@@ -43,17 +45,16 @@ def reference_images(
     """The images that distances between sets are measured to, `(N, 3, H, W)` in [0, 1].
 
     These are the `images` of a file or folder where one is named. Otherwise, for prompts that have scenes,
-    they are 512 rendered scenes of the prompt set `name`, or those of `prompts` where the set has fewer. For
+    they are rendered scenes: those of both `HALVES` where `name` is one of them, else those of `prompts`. For
     other prompts there are none.
     """
     if images:
         return load_images(images, sd.config.image_size)
     if prompts.scenes is None:
         return None
-    try:
-        drawn = load_prompts(sd, name, 512).scenes
-    except UserError:
-        drawn = prompts.scenes
+    drawn = prompts.scenes
+    if name in HALVES:
+        drawn = [scene for half in HALVES for scene in load_prompts(sd, half, 256).scenes]
     return scenes.render(drawn, seed)
 
 

@@ -216,7 +216,6 @@ def test_only_the_images_of_a_figure_are_kept(seeing, tmp_path, monkeypatch):
 def test_distances_are_to_scenes_of_the_prompt_set_or_to_the_images_named(tmp_path):
     tiny = sdcomp.load("data/tiny")
     prompts = load_prompts(tiny, "unseen", 4)
-    # There are fewer than 512 of this set.
     assert torch.equal(reference_images(tiny, prompts, "unseen", seed=7), render(prompts.scenes, 7))
     assert len(reference_images(tiny, load_prompts(tiny, "test", 4), "test")) == 512
     assert reference_images(tiny, Prompts(["a star"]), "test") is None

@@ -52,7 +52,7 @@ def test_the_profile_of_the_published_setting_passes():
 QUANTIZATION, PRUNING, PROFILING, COMBINED = "01_quantization", "02_pruning", "03_profiling", "04_combined"
 BAD = [
     ("00_base_model", {"train_images": 257}, "train_images must be a multiple of 4"),
-    ("00_base_model", {"n_images": 513}, "n_images must be between 1 and 512"),
+    ("00_base_model", {"n_images": 257}, "n_images must be between 1 and 256"),
     ("00_base_model", {"save_to": "/proc/1/cmdline/x"}, "save_to must be a folder that exists or can be"),
     ("00_base_model", {"checkpoints": "x" * 300}, "checkpoints must be a folder"),
     (QUANTIZATION, {"weight_bits": 6.5}, "weight_bits must be a whole number"),
@@ -74,8 +74,8 @@ BAD = [
     (QUANTIZATION, {"strength": 0.0}, "strength must be above 0 and at most 1"),
     (QUANTIZATION, {"image": "nowhere.png"}, "image must be an existing image file"),
     (QUANTIZATION, {"image": "data"}, "image must be an existing image file"),
-    (QUANTIZATION, {"prompts": "tset"}, "prompts must be test, unseen, calibration, or an existing"),
-    (QUANTIZATION, {"calibration_prompts": "mine.txt"}, "calibration_prompts must be test, unseen"),
+    (QUANTIZATION, {"prompts": "tset"}, "prompts must be test, final, unseen, calibration, or an existing"),
+    (QUANTIZATION, {"calibration_prompts": "mine.txt"}, "calibration_prompts must be test, final"),
     (QUANTIZATION, {"reference": "data/prompts"}, "reference must be an image, or a folder with PNG"),
     (QUANTIZATION, {"clip_model": "no such clip"}, "clip_model must be a folder with a CLIP"),
     (QUANTIZATION, {"act_scale_policy": "min"}, "act_scale_policy must be one of max, mse, empty"),

@@ -97,7 +97,7 @@ def _can_be_made(path: str) -> bool:
 def _is_prompt_set(name: str) -> bool:
     if name.endswith((".txt", ".jsonl")):
         return (found := there(name)) is not None and found.is_file()
-    return name in ("test", "unseen", "calibration")
+    return name in ("test", "final", "unseen", "calibration")
 
 
 def _has_images(path: str) -> bool:
@@ -132,7 +132,7 @@ INTERVALS = between(1, 1000)
 PRESET = one_of(*PRESETS)
 FOLDER = Rule(_can_be_made, "a folder that exists or can be made, or empty")
 IMAGES = Rule(_has_images, "an image, or a folder with PNG, JPEG or WebP images, or empty")
-PROMPT_SET = Rule(_is_prompt_set, "test, unseen, calibration, or an existing .txt or .jsonl file")
+PROMPT_SET = Rule(_is_prompt_set, "test, final, unseen, calibration, or an existing .txt or .jsonl file")
 CLIP = Rule(_is_clip, "a folder with a CLIP model, the hub name of one, or empty")
 TRAINING_STEPS = between(1, 10_000_000)
 
