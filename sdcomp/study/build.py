@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -123,16 +124,27 @@ class Builder:
             self._last = None  # free the memory first
             made = self.quantized(variant, self.pruned(variant.unquantized))
             if self.calibration is not None:
-                self._calibrate(made, self.recipe(variant), **self.calibration)
+                self._calibrate(variant, made, **self.calibration)
             made.set_use_quant(weights=variant.weight_bits < 32, activations=variant.act_bits < 32)
             self._last = variant, made
         return self._last[1]
 
-    def _calibrate(self, made: QuantModel, recipe: Recipe, prompts: list[str], **settings: Any) -> None:
+    def _calibrate(self, variant: Variant, made: QuantModel, prompts: list[str], **settings: Any) -> None:
         sd = self.sd.replace(unet=made)
         progress = settings.pop("progress", False)
-        apply_recipe(made, recipe, lambda: sd.generate(prompts, progress=progress, **settings))
+        apply_recipe(
+            made,
+            self.recipe(variant),
+            lambda: sd.generate(prompts, progress=progress, **settings),
+            checkpoint=self._checkpoint(variant),
+            inputs=f"{prompts} {settings}",
+            progress=progress,
+        )
         made.calibration |= {"prompts": len(prompts), **settings}
+
+    def _checkpoint(self, variant: Variant) -> Path:
+        """The file from which a killed run resumes work on this variant."""
+        return self.run.folder / (re.sub(r"\W+", "_", variant.label) + ".ckpt")
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
         """The pruned UNet, with the scales of the UNet before pruning."""
@@ -145,7 +157,6 @@ class Builder:
 
     def _recovered(self, variant: Variant, unet: nn.Module) -> nn.Module:
         p = self.run.parameters
-        name = re.sub(r"\W+", "_", variant.unquantized.label)
         return recover(
             unet,
             self.sd,
@@ -154,7 +165,7 @@ class Builder:
             lr=5e-4,
             guidance_scale=self.run.generation(self.sd)["guidance_scale"],
             seed=p["seed"] + 5,
-            checkpoint=self.run.folder / f"{name}.ckpt",
+            checkpoint=self._checkpoint(variant.unquantized),
             progress=self.run.progress,
         ).module
 

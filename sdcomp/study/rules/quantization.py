@@ -70,7 +70,7 @@ STUDY = Study(
         "sweep_k": INTERVALS,
         "act_scale_policy": one_of("max", "mse", ""),
         "act_update_policy": one_of("maximum", "momentum", ""),
-        "weight_scale_policy": one_of("max", "mse"),
+        "weight_scale_policy": one_of("max", "mse", ""),
         # `check_calibration` asks the model whether such a layer exists.
         "quant_filters": Rule(
             lambda value: value.strip() != "", "names of layers, such as 'out' or '*.to_v'"
