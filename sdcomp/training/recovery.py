@@ -153,7 +153,7 @@ def _set_recompute(unet: nn.Module, recompute: bool) -> None:
 
 def _hold_zeros(module: nn.Module) -> None:
     """Give what is zero no gradient; without decay, AdamW then leaves it at zero."""
-    for layer in prunable_layers(module, [""]):
+    for layer in prunable_layers(module, [""]).values():
         for parameter in layer.parameters():
             if (zeros := parameter.detach() == 0).any():
                 parameter.register_hook(partial(torch.Tensor.masked_fill, mask=zeros, value=0))

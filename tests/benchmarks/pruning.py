@@ -34,7 +34,7 @@ from sdcomp.pruning.layers import prunable_layers
 
 
 def torch_unstructured(unet: nn.Module, amount: float) -> None:
-    for layer in prunable_layers(unet):
+    for layer in prunable_layers(unet).values():
         for name in ("weight", "bias"):
             if getattr(layer, name) is not None:
                 prune.l1_unstructured(layer, name, amount)
@@ -43,7 +43,7 @@ def torch_unstructured(unet: nn.Module, amount: float) -> None:
 
 def torch_global(unet: nn.Module, amount: float) -> None:
     tensors = [
-        (layer, name) for layer in prunable_layers(unet) for name in ("weight", "bias")
+        (layer, name) for layer in prunable_layers(unet).values() for name in ("weight", "bias")
         if getattr(layer, name) is not None
     ]  # fmt: skip
     prune.global_unstructured(tensors, prune.L1Unstructured, amount=amount)
@@ -52,7 +52,7 @@ def torch_global(unet: nn.Module, amount: float) -> None:
 
 
 def torch_structured(unet: nn.Module, amount: float) -> None:
-    for layer in prunable_layers(unet):
+    for layer in prunable_layers(unet).values():
         prune.ln_structured(layer, "weight", amount, n=2, dim=0)
         prune.remove(layer, "weight")
 
