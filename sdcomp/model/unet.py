@@ -278,25 +278,20 @@ class UNet(nn.Module):
         for name, block in self.named_modules():
             if isinstance(block, ResBlock):
                 # In whole groups of the second norm: what stays is normalized as before.
+                units, rows = block.out_layers[0].num_groups, ("in_layers.2", "emb_layers.1", "out_layers.0")
+                counters = ("out_layers.0.num_groups",)
+                shortcut = "skip_connection"
                 groups.append(
-                    PruneGroup(
-                        name, "residual", block.out_layers[0].num_groups,
-                        rows=("in_layers.2", "emb_layers.1", "out_layers.0"), columns="out_layers.3",
-                        counters=("out_layers.0.num_groups",), shortcut="skip_connection",
-                    )
-                )  # fmt: skip
+                    PruneGroup(name, "residual", units, rows, "out_layers.3", 1, counters, shortcut)
+                )
             elif isinstance(block, SpatialTransformer):
-                groups.append(PruneGroup(name, "transformer", 1, rows=(), columns="proj_out", shortcut=""))
+                groups.append(PruneGroup(name, "transformer", 1, (), "proj_out", shortcut=""))
             elif isinstance(block, CrossAttention):
+                rows = ("to_q", "to_k", "to_v")
                 groups.append(
-                    PruneGroup(
-                        name, "attention", block.heads,
-                        rows=("to_q", "to_k", "to_v"), columns="to_out.0", counters=("heads",),
-                    )
-                )  # fmt: skip
+                    PruneGroup(name, "attention", block.heads, rows, "to_out.0", counters=("heads",))
+                )
             elif isinstance(block, FeedForward):
                 units = block.net[2].in_features
-                groups.append(
-                    PruneGroup(name, "feed-forward", units, rows=("net.0.proj",), columns="net.2", repeats=2)
-                )
+                groups.append(PruneGroup(name, "feed-forward", units, ("net.0.proj",), "net.2", repeats=2))
         return groups

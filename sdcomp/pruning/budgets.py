@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -24,25 +24,42 @@ class Curve:
 def allocate(curves: Mapping[Name, Curve], total: float) -> dict[Name, int]:
     """Choose a level for each curve that together save at least `total`, at least summed error.
 
-    Takes steps along the lower convex hulls in the order of error per saving. At each step the result is
+    Takes steps along the lower convex hulls in the order of error per saving. After each step the result is
     optimal for what it saves (Lagrange multipliers; Shoham & Gersho 1988); between two steps it saves more
     than asked for. Raises ValueError for a total beyond what all curves can save.
     """
+    levels = dict.fromkeys(curves, 0)
+    for name, level, _ in _steps(curves, total):
+        levels[name] = level
+    return levels
+
+
+def divide(curves: Mapping[Name, Curve], total: float) -> dict[Name, float]:
+    """Choose what each curve saves, `total` together, at least summed error.
+
+    As `allocate`, but the last step is taken in part: between two levels a curve counts as a line.
+    """
+    saved = dict.fromkeys(curves, 0)
+    for name, _, step in _steps(curves, total):
+        saved[name] += step
+    return saved
+
+
+def _steps(curves: Mapping[Name, Curve], total: float) -> Iterator[tuple[Name, int, float]]:
+    """Yield steps until they save `total`: the curve, its new level, and how much of the step is needed."""
     steps = []
     for name, curve in curves.items():
-        corners = lower_hull(curve)
-        for before, after in pairwise(corners):
+        for before, after in pairwise(lower_hull(curve)):
             saved = curve.saved[after] - curve.saved[before]
             steps.append(((curve.error[after] - curve.error[before]) / saved, len(steps), name, after, saved))
-    levels, left = dict.fromkeys(curves, 0), total
+    slack, left = 1e-9 * abs(total), total
     for _, _, name, level, saved in sorted(steps):
-        if left <= 1e-9 * abs(total):
-            break
-        levels[name] = level
+        if left <= slack:
+            return
+        yield name, level, min(saved, left)
         left -= saved
-    if left > 1e-9 * abs(total):
+    if left > slack:
         raise ValueError(f"all layers together can save {total - left:g}, less than {total:g}")
-    return levels
 
 
 def lower_hull(curve: Curve) -> list[int]:

@@ -17,7 +17,7 @@ from sdcomp.observation import weight_matrix
 from sdcomp.pruning.budgets import Curve, allocate
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import prunable_layers
-from sdcomp.pruning.second_order import PatternRule, prune_layer
+from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer
 
 
 def prune_n_m(
@@ -84,11 +84,11 @@ def n_m_budgets(
     calibration = gather(module, calibration, parts, gradients=True)
     curves = {}
     for name, layer in layers.items():
-        errors = [0.0]
-        for count in counts[1:]:
-            squares = _prune(name, copy.deepcopy(layer), count, m, "second_order", calibration)
-            errors.append(float(squares @ calibration.of(name, "gradients")))
-        curves[name] = Curve([layer.weight.numel() * (1 - count / m) for count in counts], errors)
+        moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
+        rules = [pattern(count, m) for count in counts[1:]]
+        errors = layer_errors(layer, moments, rules, order=channels_last_columns(layer))
+        saved = [layer.weight.numel() * (1 - count / m) for count in counts]
+        curves[name] = Curve(saved, [0.0, *(float(squares @ gradients) for squares in errors)])
     total = sum(layer.weight.numel() for layer in layers.values())
     levels = allocate(curves, (1 - kept) * total)
     return {name: counts[level] for name, level in levels.items()}
@@ -122,24 +122,22 @@ def _check_count(n: object, m: int) -> None:
         raise ValueError(f"n must be a whole number from 1 to m, {m}, not {n!r}")
 
 
+@torch.no_grad()
 def _prune(
     name: str, layer: nn.Module, n: int, m: int, importance: str, calibration: Calibration | None
-) -> Tensor | None:
-    """Prune one layer in place; second order returns the squared error of each output."""
+) -> None:
+    """Prune one layer in place."""
     if importance == "second_order":
-        order = channels_last_columns(layer).to(layer.weight.device)
-        moments = calibration.of(name, "moments")
-        return prune_layer(layer, moments, lambda diagonal: PatternRule(n, m, diagonal), order=order)
-    with torch.no_grad():
-        scores = weight_scores(name, layer, importance, calibration)
-        groups = scores.movedim(1, -1).unflatten(-1, (-1, m))
-        order = groups.argsort(dim=-1, stable=True)[..., : m - n]
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
-        layer.weight.masked_fill_(mask.flatten(-2).movedim(-1, 1), 0)
-    return None
+        order = channels_last_columns(layer)
+        prune_layer(layer, calibration.of(name, "moments"), pattern(n, m), order=order)
+        return
+    groups = weight_scores(name, layer, importance, calibration).movedim(1, -1).unflatten(-1, (-1, m))
+    order = groups.argsort(dim=-1, stable=True)[..., : m - n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    layer.weight.masked_fill_(mask.flatten(-2).movedim(-1, 1), 0)
 
 
 def channels_last_columns(layer: nn.Module) -> Tensor:
     """The columns of a layer's weight matrix, ordered by kernel position first and channel last."""
-    columns = torch.arange(weight_matrix(layer).shape[1])
+    columns = torch.arange(weight_matrix(layer).shape[1], device=layer.weight.device)
     return columns.view(layer.weight.shape[1], -1).T.flatten()

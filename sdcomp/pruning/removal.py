@@ -37,8 +37,8 @@ def remove_cheapest(
 
     `costs` gives the cost of each layer by name: seconds, bytes or multiply-accumulates; by default the
     number of its parameters. The total is the sum of all costs. Widths are multiples of `multiple`, by
-    default 8 on CUDA and 1 elsewhere. Only groups below `parts` lose units. `calibration` is of the layers below
-    `parts`, or a callable that runs `module`.
+    default 8 on CUDA and 1 elsewhere. Only groups below `parts` lose units. `calibration` is of the layers
+    below `parts`, or a callable that runs `module`.
 
     Returns a smaller copy, or `module` itself with `inplace`; `channel_map` says what was kept. Raises
     ValueError for an amount out of range or that removal cannot reach, an unknown part, and a module without

@@ -7,7 +7,7 @@ rounds the weights that stay: one sweep prunes and rounds, and later columns tak
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +37,20 @@ class MaskRule:
 class ShareRule(MaskRule):
     """Zeroes the share `amount` of each block of columns that costs least (SparseGPT, section 3.3).
 
-    The shares of all blocks add up to exactly round(amount * count) weights.
+    `gradients` `(out,)`, if given, weighs the costs of each row. The shares of all blocks add up to exactly
+    round(amount * count) weights.
     """
 
-    def __init__(self, amount: float, quantize: Quantize | None = None) -> None:
+    def __init__(
+        self, amount: float, gradients: Tensor | None = None, quantize: Quantize | None = None
+    ) -> None:
         super().__init__(quantize=quantize)
-        self.amount = amount
+        self.amount, self.gradients = amount, gradients
 
     def begin(self, block: Tensor, cost: Tensor, start: int) -> None:
         """Choose the weights of this block."""
+        if self.gradients is not None:
+            cost = cost * self.gradients[:, None]
         rows, columns = block.shape
         count = round(self.amount * rows * (start + columns)) - round(self.amount * rows * start)
         mask = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
@@ -77,29 +82,50 @@ class PatternRule(MaskRule):
         return super().column(values, index)
 
 
+MakeRule = Callable[[Tensor], MaskRule]
+"""Makes a rule, given the diagonal of the inverse factor."""
+
+
+def share(amount: float, gradients: Tensor | None = None) -> MakeRule:
+    """A `ShareRule`."""
+    return lambda diagonal: ShareRule(amount, gradients)
+
+
+def pattern(n: int, m: int) -> MakeRule:
+    """A `PatternRule`."""
+    return lambda diagonal: PatternRule(n, m, diagonal)
+
+
 @torch.no_grad()
 def prune_layer(
-    layer: nn.Conv2d | nn.Linear,
-    moments: Tensor,
-    rule: MaskRule | Callable[[Tensor], MaskRule],
-    *,
-    order: Tensor | None = None,
-    damping: float = 0.01,
-) -> Tensor:
-    """Sweep over the weight of a layer, in place; returns the squared error of each output, `(out,)`.
+    layer: nn.Conv2d | nn.Linear, moments: Tensor, make: MakeRule, *, order: Tensor | None = None
+) -> None:
+    """Prune a layer in place by one sweep over its weight matrix.
 
-    `rule` may be a function of the diagonal of the inverse factor. The sweep visits the columns in `order`,
-    if given. The error is the diagonal of D H D^T for the change D and `moments` H.
+    `moments` is the H of its inputs. The sweep visits the columns in `order`, if given.
     """
-    before = weight_matrix(layer).float()
-    if order is not None:
-        before, moments = before[:, order], moments[order][:, order]
-    factor = inverse_factor(moments, damping)
-    if not isinstance(rule, MaskRule):
-        rule = rule(factor.diagonal())
-    after = sweep(before, factor, rule)
-    change = after - before
+    before, moments = _ordered(layer, moments, order)
+    factor = inverse_factor(moments)
+    after = sweep(before, factor, make(factor.diagonal()))
     if order is not None:
         after = torch.empty_like(after).index_copy_(1, order, after)
     layer.weight.copy_(after.view(layer.weight.shape))
-    return (change @ moments).mul_(change).sum(1)
+
+
+@torch.no_grad()
+def layer_errors(
+    layer: nn.Conv2d | nn.Linear, moments: Tensor, rules: Iterable[MakeRule], *, order: Tensor | None = None
+) -> list[Tensor]:
+    """The mean squared error of each output, `(out,)`, under each of the rules; the layer stays as it is.
+
+    It is the diagonal of D H D^T for the change D of the weight matrix.
+    """
+    before, moments = _ordered(layer, moments, order)
+    factor = inverse_factor(moments)
+    changes = (sweep(before, factor, make(factor.diagonal())).sub_(before) for make in rules)
+    return [(change @ moments).mul_(change).sum(1) for change in changes]
+
+
+def _ordered(layer: nn.Module, moments: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    weight = weight_matrix(layer).float()
+    return (weight, moments) if order is None else (weight[:, order], moments[order][:, order])

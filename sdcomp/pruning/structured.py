@@ -1,4 +1,4 @@
-"""Structured pruning: whole output channels as masks, or units taken out so that the network is smaller."""
+"""Structured pruning: output channels set to zero, or units removed so that the network is smaller."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prune_structured(
     parts: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Take out the share `amount` (0 to below 1) of each layer's channels, or of each group's units.
+    """Remove the share `amount` (0 to below 1) of each layer's channels, or of each group's units.
 
     Mode "mask" is `torch.nn.utils.prune.ln_structured` on every convolution and linear layer below
     `parts` (by default the UNet's blocks): the output channels with the smallest L_`n` norm (2 by default)
@@ -40,9 +40,10 @@ def prune_structured(
     units of least importance go, and at least one stays. The result is smaller and faster, and `channel_map`
     says what was kept. To remove units where it costs least, see `remove_cheapest`.
 
-    The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all that goes with it;
-    for the other kinds it is the sum over its inputs to the group's last layer, of which "second_order" also
-    corrects the weights that stay. They need a `calibration`, or a callable that runs `module`.
+    The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all that goes with it.
+    The other kinds need a `calibration`, or a callable that runs `module`. For "wanda" and "gradient" a unit
+    counts as the sum over its inputs to the group's last layer. "second_order" removes one unit after the
+    other and corrects the weights that stay (`sdcomp.pruning.elimination`).
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of
     range, an unknown mode, criterion, importance or part, an argument of the other mode, and missing data;
@@ -50,43 +51,54 @@ def prune_structured(
     """
     check_amount(amount)
     check_importance(importance, calibration)
-    if mode == "mask":
-        if importance != "magnitude":
-            raise ValueError("importance belongs to mode 'remove'; masks take the norm n")
-        if criterion is not None:
-            raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
-        # Before the copy, which may be of gigabytes.
-        rows = [len(layer.weight) for layer in prunable_layers(module, parts).values()]
-        require_rest(amount, [(round(amount * count), count) for count in rows])
-        module = module if inplace else copy.deepcopy(module)
-        for layer in prunable_layers(module, parts).values():
-            _zero_channels(layer.weight, amount, 2 if n is None else n)
-        return module
-    if mode != "remove":
+    if mode not in ("mask", "remove"):
         raise ValueError(f"mode must be 'mask' or 'remove', not {mode!r}")
-    if n is not None:
+    if mode == "remove" and n is not None:
         raise ValueError("n belongs to mode 'mask'; for removal choose a criterion")
+    if mode == "mask" and criterion is not None:
+        raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
+    if mode == "mask" and importance != "magnitude":
+        raise ValueError(f"importance {importance!r} belongs to mode 'remove'")
     if criterion not in (None, *CRITERIA):
         raise ValueError(f"criterion must be 'l1' or 'l2', not {criterion!r}")
-    prunable_layers(module, [""])  # refuses what cannot be pruned
+    # Refuse what cannot be pruned before the copy, which may be of gigabytes.
+    layers = prunable_layers(module, parts if mode == "mask" else [""])
+    if mode == "mask":
+        rows = [len(layer.weight) for layer in layers.values()]
+        require_rest(amount, [(round(amount * count), count) for count in rows])
+        module = module if inplace else copy.deepcopy(module)
+        for name in layers:
+            _zero_channels(module.get_submodule(name).weight, amount, 2 if n is None else n)
+        return module
     groups = groups_below(module, parts)
     calibration = gather(module, calibration, parts, importance in ("gradient", "second_order"))
     module = module if inplace else copy.deepcopy(module)
     for group in groups:
-        count = max(1, group.units - round(amount * group.units))
-        if count == group.units:
-            continue
-        if importance == "second_order":
-            levels, _ = group_levels(module, group, calibration, steps=group.units)
-            remove_units(module, group, levels[group.units - count], calibration)
-            continue
-        if importance == "magnitude":
-            scores = unit_scores(module, group, CRITERIA[criterion or "l2"])
-        else:
-            scores = input_scores(module, group, importance, calibration)
-        kept = scores.argsort(stable=True)[group.units - count :].sort().values
-        keep_units(module, group, kept.tolist())
+        _remove_share(module, group, amount, importance, CRITERIA[criterion or "l2"], calibration)
     return module
+
+
+def _remove_share(
+    module: nn.Module,
+    group: PruneGroup,
+    amount: float,
+    importance: str,
+    p: float,
+    calibration: Calibration | None,
+) -> None:
+    """Remove round(amount * units) units of a group, in place, but not the last one."""
+    removed = min(round(amount * group.units), group.units - 1)
+    if not removed:
+        return
+    if importance == "second_order":
+        levels, _ = group_levels(module, group, calibration, steps=group.units)
+        remove_units(module, group, levels[removed], calibration)
+        return
+    if importance == "magnitude":
+        scores = unit_scores(module, group, p)
+    else:
+        scores = input_scores(module, group, importance, calibration)
+    keep_units(module, group, scores.argsort(stable=True)[removed:].sort().values.tolist())
 
 
 @torch.no_grad()
@@ -101,7 +113,7 @@ def _zero_channels(weight: Tensor, amount: float, n: float) -> None:
 
 @torch.no_grad()
 def unit_scores(module: nn.Module, group: PruneGroup, p: float) -> Tensor:
-    """The L_p norm of all that would go with each unit of a group, `(units,)` float32 or wider."""
+    """The L_p norm of all that goes with each unit of a group, `(units,)` float32 or wider."""
     norms = []
     for layer, name, dim, repeats in group.slices(module):
         tensor = getattr(layer, name)

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sdcomp.pruning.budgets import Curve, divide
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
-from sdcomp.pruning.second_order import MaskRule, ShareRule, prune_layer
+from sdcomp.pruning.second_order import layer_errors, prune_layer, share
+
+AMOUNTS = (0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""The amounts at which `layer_amounts` measures each layer's error."""
 
 
 def prune_unstructured(
@@ -34,7 +38,7 @@ def prune_unstructured(
     With `importance` "magnitude" weights and biases are pruned, as `torch.nn.utils.prune.l1_unstructured`
     and `global_unstructured` do. The other kinds (`sdcomp.pruning.importance`) prune weights only and need a
     `calibration`, or a callable that runs `module`, for example a generation. "second_order" also updates
-    the weights that stay.
+    the weights that stay; its global scope takes the amounts of `layer_amounts`.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of range,
     an unknown scope, importance, part or layer, and for missing data; UserError for a quantized module,
@@ -50,13 +54,37 @@ def prune_unstructured(
     if not inplace:
         module = copy.deepcopy(module)
         layers = {name: module.get_submodule(name) for name in layers}
+    if importance == "second_order" and scope == "global":
+        amounts, scope = layer_amounts(layers, amount, calibration), "layer"
     for entries, k in _together(layers, amounts, scope, importance):
-        if k and importance == "second_order" and scope == "layer":
+        if importance == "second_order" and k:
             ((name, _),) = entries
-            prune_layer(layers[name], calibration.of(name, "moments"), ShareRule(amounts[name]))
+            rule = share(amounts[name], calibration.gradients.get(name))
+            prune_layer(layers[name], calibration.of(name, "moments"), rule)
         elif k:
             _zero(entries, layers, k, importance, calibration)
     return module
+
+
+@torch.no_grad()
+def layer_amounts(
+    layers: Mapping[str, nn.Conv2d | nn.Linear], amount: float, calibration: Calibration
+) -> dict[str, float]:
+    """Divide a global amount of zeros among layers, at least error in the module's output.
+
+    Each layer is pruned by second order to each of `AMOUNTS`; its error is that of its outputs, weighted by
+    their `Calibration.gradients`. `divide` then chooses. Together round(amount * count) weights go. Raises
+    ValueError for more than the last of `AMOUNTS`.
+    """
+    curves = {}
+    for name, layer in layers.items():
+        moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
+        errors = layer_errors(layer, moments, [share(each, gradients) for each in AMOUNTS[1:]])
+        saved = sorted({round(each * layer.weight.numel()) for each in AMOUNTS})
+        curves[name] = Curve(saved, [0.0, *(float(squares @ gradients) for squares in errors)])
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    zeros = divide(curves, round(amount * sum(sizes.values())))
+    return {name: zeros[name] / size for name, size in sizes.items()}
 
 
 def _amounts(
@@ -112,15 +140,10 @@ def _zero(
     def scores(name: str, tensor: Tensor) -> Tensor:
         if importance == "magnitude":
             return tensor.abs()
-        # With the correction the costs of single weights, w^2 / (H^-1)_jj, say too little of many together.
-        kind = "gradient" if importance == "second_order" else importance
-        return weight_scores(name, layers[name], kind, calibration)
+        return weight_scores(name, layers[name], importance, calibration)
 
-    for (name, tensor), mask in zip(entries, smallest(entries, scores, k), strict=True):
-        if importance == "second_order":
-            prune_layer(layers[name], calibration.of(name, "moments"), MaskRule(mask.flatten(1)))
-        else:
-            tensor.masked_fill_(mask, 0)
+    for (_, tensor), mask in zip(entries, smallest(entries, scores, k), strict=True):
+        tensor.masked_fill_(mask, 0)
 
 
 def smallest(entries: Entries, scores: Callable[[str, Tensor], Tensor], k: int) -> Iterator[Tensor]:
