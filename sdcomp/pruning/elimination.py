@@ -25,7 +25,13 @@ Levels = list[list[int]]
 
 @torch.no_grad()
 def removal_levels(
-    weight: Tensor, covariance: Tensor, gradients: Tensor, units: int, *, steps: int = STEPS
+    weight: Tensor,
+    covariance: Tensor,
+    gradients: Tensor,
+    units: int,
+    *,
+    steps: int = STEPS,
+    damping: float = 0.01,
 ) -> tuple[Levels, list[float]]:
     """Remove the input units of a weight matrix `(out, columns)` step by step, and measure the error.
 
@@ -33,7 +39,7 @@ def removal_levels(
     errors. A step removes the unit that costs least at its turn, or several if there are more than `steps`.
     Returns the units kept at each level, and the error there, with the other weights corrected.
     """
-    factor = inverse_factor(covariance)
+    factor = inverse_factor(covariance, damping)
     inverse, weight = factor.T @ factor, weight.float().clone()
     kept, width = list(range(units)), weight.shape[1] // units
     levels, errors = [kept], [0.0]
@@ -68,7 +74,13 @@ def _unit_costs(weight: Tensor, inverse: Tensor, gradients: Tensor, width: int) 
 
 @torch.no_grad()
 def correct_inputs(
-    layer: nn.Conv2d | nn.Linear, units: int, kept: Sequence[int], covariance: Tensor, mean: Tensor
+    layer: nn.Conv2d | nn.Linear,
+    units: int,
+    kept: Sequence[int],
+    covariance: Tensor,
+    mean: Tensor,
+    *,
+    damping: float = 0.01,
 ) -> None:
     """Set the inputs of all units but `kept` to zero, and correct the other weights and the bias, in place.
 
@@ -81,7 +93,7 @@ def correct_inputs(
     stays = stays.repeat_interleave(weight.shape[1] // units).to(weight.device)
     new = torch.zeros_like(weight)
     if kept:
-        factor = inverse_factor(covariance[stays][:, stays])
+        factor = inverse_factor(covariance[stays][:, stays], damping)
         lost = weight[:, ~stays] @ covariance[~stays][:, stays]
         new[:, stays] = weight[:, stays] + lost @ factor.T @ factor
     if layer.bias is not None:

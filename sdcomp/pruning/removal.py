@@ -113,11 +113,14 @@ def _families(
     # Inner groups first.
     for group in sorted(groups, key=lambda group: -group.name.count(".")):
         levels, errors = group_levels(module, group, calibration)
-        rounded = [i for i, kept in enumerate(levels) if len(kept) % _step(module, group, multiple) == 0]
-        rounded = sorted({0, *rounded})
-        saved = [_saved(module, group, len(levels[i]), costs) for i in rounded]
-        curve = Curve(saved, [errors[i] for i in rounded])
-        kept: list[Kept] = [{group.name: levels[i]} if i else {} for i in rounded]
+        saved, error, kept = [0.0], [0.0], [{}]
+        for units, worse in zip(levels[1:], errors[1:], strict=True):
+            more = _saved(module, group, len(units), costs)
+            if len(units) % _step(module, group, multiple) == 0 and more > saved[-1]:
+                saved.append(more)
+                error.append(worse)
+                kept.append({group.name: units})
+        curve = Curve(saved, error)
         inside = {name: found.pop(name) for name in list(found) if name.startswith(f"{group.name}.")}
         if inside:
             curve, kept = _nested(curve, kept, inside)
@@ -141,9 +144,11 @@ def _nested(
         error.append(error[-1] + worse)
         choice = choice | inside[name][1][level]
         choices.append(choice)
-    saved.append(block.saved[-1])
-    error.append(block.error[-1])
-    return Curve(saved, error), [*choices, kept[-1]]
+    if block.saved[-1] > saved[-1]:
+        saved.append(block.saved[-1])
+        error.append(block.error[-1])
+        choices.append(kept[-1])
+    return Curve(saved, error), choices
 
 
 def _saved(module: nn.Module, group: PruneGroup, kept: int, costs: Mapping[str, float]) -> float:
