@@ -35,8 +35,9 @@ def remove_cheapest(
     of a removal is the error of the group's last layer, after its other weights and its bias were corrected
     (`sdcomp.pruning.elimination`), weighted by the layer's `Calibration.gradients`.
 
-    `costs` gives the cost of each layer by name: seconds, bytes or multiply-accumulates; by default the
-    number of its parameters. The total is the sum of all costs. Widths are multiples of `multiple`, by
+    `costs` gives the cost of each layer by name, for example the seconds or operations of
+    `sdcomp.evaluation.layer_profile`; by default the number of its parameters. The total is the sum of all
+    costs. Widths are multiples of `multiple`, by
     default 8 on CUDA and 1 elsewhere. Only groups below `parts` lose units. `calibration` is of the layers
     below `parts`, or a callable that runs `module`.
 
@@ -153,16 +154,13 @@ def _nested(
 
 def _saved(module: nn.Module, group: PruneGroup, kept: int, costs: Mapping[str, float]) -> float:
     """What a group saves with so many of its units."""
-    block = module.get_submodule(group.name)
+    # The block's own cost is that of the products of an attention.
+    names = {"", *group.rows, group.columns}
     if kept == 0:
-        stays = group.shortcut or None
-        return sum(
-            costs.get(f"{group.name}.{name}", 0)
-            for name, _ in block.named_modules()
-            if name and (stays is None or name.split(".")[0] != stays)
-        )
-    share = 1 - kept / group.units
-    return share * sum(costs.get(f"{group.name}.{name}", 0) for name in (*group.rows, group.columns))
+        inside = (name for name, _ in module.get_submodule(group.name).named_modules())
+        names = {name for name in inside if not group.shortcut or name.split(".")[0] != group.shortcut}
+    paths = (f"{group.name}.{name}".rstrip(".") for name in names)
+    return (1 - kept / group.units) * sum(costs.get(path, 0) for path in paths)
 
 
 def _step(module: nn.Module, group: PruneGroup, multiple: int) -> int:
