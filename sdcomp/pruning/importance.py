@@ -1,7 +1,6 @@
 """Which weights matter: one choice of importance for single weights, patterns and whole units.
 
-The data-dependent kinds approximate what it costs in the module's output to lose a weight w_ij of a layer
-with inputs x and outputs y:
+The data-dependent kinds estimate the error of losing a weight w_ij of a layer with inputs x and outputs y:
 
 - "magnitude": |w_ij|. Needs no data.
 - "wanda": |w_ij| times the norm of its input, w_ij^2 E[x_j^2] (Sun et al. 2024, equation 1). It compares
@@ -9,9 +8,9 @@ with inputs x and outputs y:
 - "gradient": this times E[g_i^2] for the gradient g of the module's output with respect to y. It is the
   diagonal of the Gauss-Newton matrix with Kronecker factors (Martens & Grosse 2015), and compares weights of
   all layers.
-- "second_order": w_ij^2 / (H^-1)_jj for H = E[x x^T], the output error after all other weights of the row
-  were corrected (Optimal Brain Surgeon, Hassibi & Stork 1993). Pruning corrects them, as SparseGPT does
-  (Frantar & Alistarh 2023). Where layers compete it is multiplied by E[g_i^2] too.
+- "second_order": the error after the other weights of the row were corrected, from H = E[x x^T] (Optimal
+  Brain Surgeon: Hassibi & Stork 1993). Pruning corrects them (SparseGPT: Frantar & Alistarh 2023). Rows and
+  layers are compared by E[g_i^2] too, if the calibration has gradients.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.observation import input_columns, second_moments, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
-from sdcomp.second_order import inverse_factor
 
+RIDGE = 0.05
+"""The share of the squared mean that `Calibration.covariance` keeps."""
 IMPORTANCES = ("magnitude", "wanda", "gradient", "second_order")
 
 
@@ -52,9 +52,13 @@ class Calibration:
         return found
 
     def covariance(self, name: str) -> Tensor:
-        """The covariance of a layer's inputs, `(columns, columns)`."""
+        """The covariance of a layer's inputs, `(columns, columns)`, plus `RIDGE` times the squared mean.
+
+        In least squares this is a ridge on the change of the bias. It also keeps the matrix positive
+        definite, as H and the mean come from different samples.
+        """
         mean = self.of(name, "means")
-        return torch.addr(self.of(name, "moments"), mean, mean, alpha=-1)
+        return torch.addr(self.of(name, "moments"), mean, mean, alpha=RIDGE - 1)
 
 
 def calibrate(
@@ -68,9 +72,9 @@ def calibrate(
 ) -> Calibration:
     """Observe the layers below `parts` (default: the UNet's blocks) while `run` calls `module`.
 
-    `run` is any callable, for example a generation, and runs twice with `gradients`. `rows` is of
-    `second_moments`, which says how much memory the moments take; large models are pruned part by part.
-    Raises UserError for a layer that did not run and for inputs that are not finite.
+    `run` is any callable, for example a generation; with `gradients` it runs twice. For `rows` and for the
+    memory that the moments take see `MomentObserver`; prune large models part by part. Raises UserError for a
+    layer that did not run and for inputs that are not finite.
     """
     names = list(prunable_layers(module, parts))
     with _means(module, names) as means:
@@ -104,14 +108,14 @@ def _means(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tenso
 def output_gradients(
     module: nn.Module, layers: Sequence[str], run: Callable[[], object], *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """How the module's output depends on each layer's: the diagonal of E[J^T J], `(out,)` for each layer.
+    """How much the module's output depends on each layer's output: E[g^2], `(out,)` for each layer.
 
-    J is the Jacobian of the module's output with respect to the layer's. For random signs v the square of
-    v^T J has this expectation (Hutchinson 1990), so one backward pass for each call of `module` is enough.
-    The mean is taken over the calls, after a sum over images and positions: it weighs how often an output is
-    used. Only gradients of activations are computed.
+    g = v^T J for random signs v and the Jacobian J of the module's output with respect to the layer's. The
+    mean of g^2 is the diagonal of J^T J (Hutchinson 1990), so one backward pass for each call of `module` is
+    enough. Squares are summed over images and positions, then averaged over the calls. Weights get no
+    gradients.
 
-    Raises UserError for a layer that did not run or whose output the module's does not depend on.
+    Raises UserError for a layer that did not run, or that the module's output does not depend on.
     """
     found: dict[str, Tensor] = {}
     calls = 0
@@ -133,7 +137,8 @@ def output_gradients(
                     handle.remove()
             output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            torch.autograd.grad((output * signs).sum() / output.numel() ** 0.5, anchor)
+            if output.requires_grad:
+                torch.autograd.grad((output * signs).sum() / output.numel() ** 0.5, anchor)
 
     handle = module.register_forward_pre_hook(probe, with_kwargs=True)
     try:
@@ -187,21 +192,11 @@ def gather(
 
 
 @torch.no_grad()
-def weight_scores(
-    name: str, layer: nn.Module, importance: str, calibration: Calibration | None, *, across: bool = False
-) -> Tensor:
-    """The importance of each weight of a layer, in the shape of its weight.
-
-    With `across`, "second_order" scores of different layers compare.
-    """
+def weight_scores(name: str, layer: nn.Module, importance: str, calibration: Calibration | None) -> Tensor:
+    """The "magnitude", "wanda" or "gradient" of each weight of a layer, in the shape of its weight."""
     if importance == "magnitude":
         return layer.weight.detach().abs()
-    squares, moments = weight_matrix(layer).float().square(), calibration.of(name, "moments")
-    if importance == "second_order":
-        # The diagonal of H^-1 = U^T U.
-        scores = squares / inverse_factor(moments).square().sum(0)
-    else:
-        scores = squares * moments.diagonal()
-    if importance == "gradient" or (importance == "second_order" and across):
-        scores = scores * calibration.of(name, "gradients")[:, None]
+    scores = weight_matrix(layer).float().square() * calibration.of(name, "moments").diagonal()
+    if importance == "gradient":
+        scores *= calibration.of(name, "gradients")[:, None]
     return scores.view(layer.weight.shape)

@@ -52,7 +52,7 @@ def remove_cheapest(
         multiple = 8 if next(module.parameters()).is_cuda else 1
     calibration = gather(module, calibration, parts, gradients=True)
     if costs is None:
-        costs = _parameters(module)
+        costs = _parameters(module, groups)
     curves, choices = {}, {}
     for name, (curve, kept) in _families(module, groups, calibration, costs, multiple).items():
         curves[name], choices[name] = curve, kept
@@ -169,9 +169,16 @@ def _step(module: nn.Module, group: PruneGroup, multiple: int) -> int:
     return multiple // math.gcd(multiple, width)
 
 
-def _parameters(module: nn.Module) -> dict[str, float]:
-    """The number of parameters of each submodule's own, by name."""
-    return {
+def _parameters(module: nn.Module, groups: list[PruneGroup]) -> dict[str, float]:
+    """The number of parameters of each layer, by name; biases that removal keeps count by themselves."""
+    costs = {
         name: sum(p.numel() for p in layer.parameters(recurse=False))
         for name, layer in module.named_modules()
     }
+    for group in groups:
+        name = f"{group.name}.{group.columns}"
+        bias = module.get_submodule(name).bias
+        if bias is not None:
+            costs[name] -= bias.numel()
+            costs[f"{name}.bias"] = bias.numel()
+    return costs

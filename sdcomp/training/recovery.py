@@ -49,9 +49,8 @@ def recover(
     UNet alone. The generation takes `sampling_steps` steps; `sampling` are further arguments of
     `StableDiffusion.generate`: `negative_prompt`, `sampler`, `guidance_scale`, `size`.
 
-    There are `steps` updates of `batch_size` rows. Parameters that are exactly zero stay zero, so masks and
-    N:M patterns last. Returns a new UNet (the moving average) with the loss of each step; `unet` is not
-    changed. A killed run resumes from `checkpoint` with the same result.
+    There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
+    new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.
 
     Memory: an update sums the gradients of micro-batches of `micro_batch` rows (default: the rows of one UNet
     call in `generate`). `recompute` recomputes activations in the backward pass instead of storing them

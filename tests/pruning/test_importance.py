@@ -85,7 +85,17 @@ def test_moments_and_means_are_of_the_inputs_as_the_weight_matrix_meets_them():
     found = calibrate(layer, lambda: layer(x), gradients=False)
     rows = torch.cat(list(input_columns(layer, x)))
     torch.testing.assert_close(found.moments[""], rows.T @ rows / len(rows))
-    torch.testing.assert_close(found.covariance(""), torch.cov(rows.T, correction=0), atol=1e-5, rtol=1e-4)
+    mean = rows.mean(0)
+    torch.testing.assert_close(found.means[""], mean)
+    expected = torch.cov(rows.T, correction=0) + 0.05 * torch.outer(mean, mean)
+    torch.testing.assert_close(found.covariance(""), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_the_output_ignores_is_named():
+    toy = Toy()
+    toy.forward = lambda x: toy.first(x) + 0 * toy.second(x).detach()
+    with pytest.raises(UserError, match="the output does not depend on layer second"):
+        calibrate(toy, lambda: toy(inputs()))
 
 
 def test_a_calibration_says_what_it_lacks():
