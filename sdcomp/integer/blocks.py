@@ -30,12 +30,31 @@ _LARGE = 2**17
 """From this many values per image on, the images of a batch go through norms and blocks one by one."""
 
 
-def specialize(module: nn.Module) -> None:
-    """Turn the blocks of a module whose layers are integer ones into those below."""
-    for block in list(module.modules()):
-        if isinstance(block, GEGLU) and type(block.proj) is Int8Linear and block.proj.split is None:
-            block.proj.__class__ = Int8GatedLinear
-        block.__class__ = _BLOCKS.get(type(block), type(block))
+def layer_kind(module: nn.Module, name: str, split: int | None) -> type[Int8Layer]:
+    """Return the class of the integer layer that takes the place of one of a module's layers."""
+    parent, _, own = name.rpartition(".")
+    if isinstance(module.get_submodule(name), nn.Conv2d):
+        return Int8Conv2d
+    gated = own == "proj" and isinstance(module.get_submodule(parent), GEGLU) and split is None
+    return Int8GatedLinear if gated else Int8Linear
+
+
+def specialize(module: nn.Module) -> nn.Module:
+    """Put the blocks below in the places of those that they specialize; returns the module.
+
+    The new blocks hold the same layers. A module that is such a block itself is returned as a new one.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, specialize(child))
+    return _BLOCKS[type(module)](module) if type(module) in _BLOCKS else module
+
+
+class _SpecialBlock(nn.Module):
+    """A block with the layers and numbers of the plain one that it is made of."""
+
+    def __init__(self, block: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(block.__dict__)
 
 
 def _add(layer: nn.Module, x: Tensor, accumulate: Tensor | None) -> Tensor:
@@ -57,7 +76,7 @@ def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer.multiply([quantized], torch.float32) for layer in layers]
 
 
-class Int8ResBlock(ResBlock):
+class Int8ResBlock(_SpecialBlock, ResBlock):
     """`ResBlock`, activations and sums in place."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -79,7 +98,7 @@ class Int8ResBlock(ResBlock):
         return conv.multiply([integers], x.dtype, accumulate)
 
 
-class Int8CrossAttention(CrossAttention):
+class Int8CrossAttention(_SpecialBlock, CrossAttention):
     """`CrossAttention`; `accumulate` takes up the sum, in place."""
 
     def forward(self, x: Tensor, context: Tensor | None = None, accumulate: Tensor | None = None) -> Tensor:
@@ -94,7 +113,7 @@ class Int8CrossAttention(CrossAttention):
         return _add(self.to_out[0], out, accumulate)
 
 
-class Int8FeedForward(FeedForward):
+class Int8FeedForward(_SpecialBlock, FeedForward):
     """`FeedForward`, some tokens at a time; `accumulate` takes up the sum, in place."""
 
     def forward(self, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
@@ -109,7 +128,7 @@ class Int8FeedForward(FeedForward):
         return accumulate
 
 
-class Int8TransformerBlock(TransformerBlock):
+class Int8TransformerBlock(_SpecialBlock, TransformerBlock):
     """`TransformerBlock`; `update` overwrites its input, which is contiguous, with its output."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -121,7 +140,7 @@ class Int8TransformerBlock(TransformerBlock):
         return self.ff(self.norm3(x), x)
 
 
-class Int8SpatialTransformer(SpatialTransformer):
+class Int8SpatialTransformer(_SpecialBlock, SpatialTransformer):
     """`SpatialTransformer`: channels-last pixels are tokens as they lie in memory."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -135,7 +154,7 @@ class Int8SpatialTransformer(SpatialTransformer):
         return self.proj_out(tokens.permute(0, 3, 1, 2)).add_(x)
 
 
-class Int8Upsample(Upsample):
+class Int8Upsample(_SpecialBlock, Upsample):
     """`Upsample`: repeats the integers, a quarter of which are to be found."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +164,7 @@ class Int8Upsample(Upsample):
         return self.conv.multiply([integers], x.dtype)
 
 
-_BLOCKS: dict[type, type] = {
+_BLOCKS: dict[type, type[_SpecialBlock]] = {
     ResBlock: Int8ResBlock,
     CrossAttention: Int8CrossAttention,
     FeedForward: Int8FeedForward,
