@@ -20,9 +20,17 @@ from torch import nn
 from sdcomp import model
 from sdcomp.errors import UserError
 from sdcomp.files import resolve_input, write_text
-from sdcomp.integer import Int8Model, PackedModel, load_int8, load_packed, save_int8, save_packed, to_packed
+from sdcomp.integer import (
+    Int8Model,
+    PackedModel,
+    load_int8,
+    load_packed,
+    packed_files,
+    save_int8,
+    save_packed,
+    to_packed,
+)
 from sdcomp.integer import files as int8_files
-from sdcomp.integer import packed_files
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage

@@ -15,7 +15,6 @@ from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.state import NotCalibratedError
 
-
 _FLOATS = tuple(kind for kind in TENSORS if kind != "weight")
 
 

@@ -172,7 +172,7 @@ def _check(
 ) -> None:
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the specs say."""
     layers, wanted = dict(module.named_modules()), dict(float_tensors(module, specs))
-    wrong = [name for name in wanted.keys() ^ floats.keys()]
+    wrong = list(wanted.keys() ^ floats.keys())
     for name in wanted.keys() & floats.keys():
         dtypes = DTYPES if wanted[name].is_floating_point() else (wanted[name].dtype,)
         if floats[name].shape != wanted[name].shape or floats[name].dtype not in dtypes:

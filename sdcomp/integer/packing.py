@@ -3,12 +3,12 @@
 A matrix of codes is packed down its rows, not along them. Its rows are cut into segments of equal height,
 and the codes at one place of all segments share a block of bytes: 2 codes of 4 bits in one byte, 8 codes of
 3 bits in 3 bytes. Code i of a block has its bits i n to i n + n - 1, counted from the lowest bit of the first
-byte. One or two operations on bytes then unpack a whole segment, contiguous, with nothing to interleave.
+byte. A few operations on bytes then unpack a whole segment, with nothing to interleave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -67,22 +67,10 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
     return packed
 
 
-def segments(packed: Tensor, n_bits: int) -> Iterator[Tensor]:
-    """Yield the segments of packed codes one after the other, uint8 `(height, columns)` each.
-
-    Of `packed[:, a:b]` these are the rows a to b of each segment.
-    """
-    for i in range(block(n_bits)[0]):
-        byte, shift = divmod(i * n_bits, 8)
-        codes = packed[byte] >> shift
-        if shift + n_bits > 8:
-            codes |= packed[byte + 1] << (8 - shift)
-        yield codes if shift + n_bits == 8 else codes.bitwise_and_(2**n_bits - 1)
-
-
 def unpack(packed: Tensor, n_bits: int, rows: int) -> Tensor:
     """Return the codes that were packed, uint8 `(rows, columns)`."""
-    return torch.cat(list(segments(packed, n_bits)))[:rows]
+    codes = packed.new_empty(block(n_bits)[0], *packed.shape[1:])
+    return _unpack(packed, n_bits, codes).flatten(0, 1)[:rows]
 
 
 def dequantize(packed: Tensor, n_bits: int, grids: Sequence[Columns], out: Tensor) -> Tensor:
@@ -93,18 +81,30 @@ def dequantize(packed: Tensor, n_bits: int, grids: Sequence[Columns], out: Tenso
     count, (height, columns), rows = block(n_bits)[0], packed.shape[1:], len(grids[0].scale)
 
     def fold(values: Tensor) -> Tensor:
-        return pad(values, (0, 0, 0, count * height - rows)).view(count, height, -1)
+        missing = count * height - rows
+        return (pad(values, (0, 0, 0, missing)) if missing else values).reshape(count, height, -1)
 
     folded, grids = out.view(count, height, columns), [grid.map(fold) for grid in grids]
     chunk = max(1, _CHUNK // (count * columns)) if packed.device.type == "cpu" else height
+    codes = packed.new_empty(count, min(chunk, height), columns)
+    exact = None if out.dtype == torch.float32 else torch.empty_like(codes, dtype=torch.float32)
     for start in range(0, height, chunk):
         some = slice(start, start + chunk)
         part = folded[:, some]
-        values = part if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-        for segment, codes in zip(values, segments(packed[:, some], n_bits), strict=True):
-            segment.copy_(codes)
+        values = part if exact is None else exact[:, : part.shape[1]]
+        values.copy_(_unpack(packed[:, some], n_bits, codes[:, : part.shape[1]]))
         for grid in (grid.map(lambda t, some=some: t[:, some]) for grid in grids):
             grid.subtract_zero(values).mul_(grid.scale[..., None])
         if values is not part:
             part.copy_(values)
     return out[:rows]
+
+
+def _unpack(packed: Tensor, n_bits: int, codes: Tensor) -> Tensor:
+    """Unpack into `codes`, `(segments, height, columns)`; returns it."""
+    for i, segment in enumerate(codes):
+        byte, shift = divmod(i * n_bits, 8)
+        torch.bitwise_right_shift(packed[byte], shift, out=segment)
+        if shift + n_bits > 8:
+            segment |= packed[byte + 1] << (8 - shift)
+    return codes.bitwise_and_(2**n_bits - 1)
