@@ -148,9 +148,9 @@ def test_direct_comparisons_have_names_of_their_own(tmp_path):
 
 def test_prompt_sets_are_what_their_script_makes():
     maker = _load(ROOT / "data" / "prompts" / "make_prompts.py")
-    for name, (split, n, seed) in maker.SETS.items():
+    for name, drawn in maker.SETS.items():
         path = ROOT / "data" / "prompts" / f"scenes_{name}.jsonl"
-        assert path.read_text(encoding="utf-8") == maker.make(split, n, seed)
+        assert path.read_text(encoding="utf-8") == maker.make(*drawn)
 
 
 def test_readme_python_snippets_run(capsys):
