@@ -1,9 +1,9 @@
 """Our UNet's blocks with less to do between the integer kernels.
 
-Each computes what its floating-point class computes, in fewer passes over memory: an input that several
-layers read is quantized once; sums go into their first operand, and GELU into the product before it, where
-the kernel offers that; the wide middle of a feed-forward is made in pieces that stay in cache. Layers that
-are not quantized, or not in a way that allows it, take the usual way.
+Each block computes what its floating-point class computes, in fewer passes over memory. It quantizes an
+input that several layers read once. The kernels add sums in place and apply GELU to their product where they
+can. A feed-forward computes some tokens at a time, so that its wide middle stays in the cache. Layers that
+are not quantized, or not in a way that allows it, run as usual.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class _SpecialBlock(nn.Module):
 
 
 def _add(layer: nn.Module, x: Tensor, accumulate: Tensor | None) -> Tensor:
-    """`accumulate += layer(x)`, in place; the layer's output in the type of `accumulate`."""
+    """Compute `accumulate += layer(x)` in place, in the type of `accumulate`."""
     if isinstance(layer, Int8Layer):
         return layer(x, accumulate, accumulate.dtype)
     return accumulate.add_(layer(x.to(accumulate.dtype)))
 
 
 def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """What layers without a split make of one input, which is quantized once if they scale it alike.
+    """Apply layers without a split to one input; quantize it once if their grids are equal.
 
-    In float32, as attention wants it: few CPUs multiply bfloat16 faster.
+    The results are float32 for attention, since few CPUs multiply bfloat16 faster.
     """
     integers = [layer for layer in layers if isinstance(layer, Int8Linear)]
     if len(integers) < len(layers) or len({layer.input_grids()[0] for layer in integers}) > 1:
@@ -92,14 +92,14 @@ class Int8ResBlock(_SpecialBlock, ResBlock):
         if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
             h = silu(norm(x), inplace=True)
             return conv(h) if accumulate is None else _add(conv, h, accumulate)
-        # Image by image, as the norm takes them anyway, so that only the integers leave the cache.
+        # Image by image, as the norm goes anyway, so that only the integers leave the cache.
         images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))
         integers = torch.cat([conv.quantize(F.silu(image, inplace=True)) for image in images])
         return conv.multiply([integers], x.dtype, accumulate)
 
 
 class Int8CrossAttention(_SpecialBlock, CrossAttention):
-    """`CrossAttention`; `accumulate` takes up the sum, in place."""
+    """`CrossAttention`; adds its output to `accumulate`, in place, if that is given."""
 
     def forward(self, x: Tensor, context: Tensor | None = None, accumulate: Tensor | None = None) -> Tensor:
         if context is None:
@@ -114,7 +114,7 @@ class Int8CrossAttention(_SpecialBlock, CrossAttention):
 
 
 class Int8FeedForward(_SpecialBlock, FeedForward):
-    """`FeedForward`, some tokens at a time; `accumulate` takes up the sum, in place."""
+    """`FeedForward`, some tokens at a time; adds its output to `accumulate`, in place, if that is given."""
 
     def forward(self, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
         wide, narrow = self.net[0].proj, self.net[2]
@@ -129,7 +129,7 @@ class Int8FeedForward(_SpecialBlock, FeedForward):
 
 
 class Int8TransformerBlock(_SpecialBlock, TransformerBlock):
-    """`TransformerBlock`; `update` overwrites its input, which is contiguous, with its output."""
+    """`TransformerBlock`; `update` overwrites its contiguous input with its output."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.update(x.clone(memory_format=torch.contiguous_format), context)
@@ -141,12 +141,12 @@ class Int8TransformerBlock(_SpecialBlock, TransformerBlock):
 
 
 class Int8SpatialTransformer(_SpecialBlock, SpatialTransformer):
-    """`SpatialTransformer`: channels-last pixels are tokens as they lie in memory."""
+    """`SpatialTransformer`; pixels with the channels last are tokens without a copy."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).contiguous()
         context = context.expand(len(x), -1, -1)
-        # Image by image where they are large, so that what is between the kernels is still in the cache.
+        # Large images go one by one, so that values between the kernels are still in the cache.
         rows = 1 if tokens[0].numel() >= _LARGE else len(tokens)
         for image, text in zip(tokens.flatten(1, 2).split(rows), context.split(rows), strict=True):
             for block in self.transformer_blocks:
@@ -155,7 +155,7 @@ class Int8SpatialTransformer(_SpecialBlock, SpatialTransformer):
 
 
 class Int8Upsample(_SpecialBlock, Upsample):
-    """`Upsample`: repeats the integers, a quarter of which are to be found."""
+    """`Upsample`; quantizes before it repeats pixels, so that it rounds a quarter of the values."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.conv, Int8Conv2d):

@@ -1,7 +1,7 @@
 """One UNet step on packed n-bit weights beside float32: file size, time to load, step time, peak memory.
 
     python tests/benchmarks/packed.py --model tiny --out packed.csv
-    python tests/benchmarks/packed.py --model sd15 --out packed.csv    # random weights, batch 2, 64x64 latents
+    python tests/benchmarks/packed.py --model sd15 --out packed.csv   # random weights, batch 2, 64x64 latents
 
 As in `int8.py`, every variant has a process of its own and is timed in turn with the float32 UNet in another
 one. `weights_gib`: peak memory beyond what the process had before loading and what float32 needs for

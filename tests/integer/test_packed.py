@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +240,21 @@ def test_files_hold_n_bits_a_weight(small, tmp_path, name):
     stored = sum(tensor.nbytes for key, tensor in state.items() if key.endswith("packed_weight"))
     weights = sum(layer.weight.numel() for layer in q.quantized_layers())
     assert weights * WEIGHTS[name]["n_bits"] / 8 <= stored < 1.02 * weights * WEIGHTS[name]["n_bits"] / 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_stay_mapped_from_the_file(small, tmp_path):
+    save_packed(to_packed(quantized(small)), tmp_path)
+    packed = load_packed(tmp_path)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [
+        tuple(int(end, 16) for end in line[0].split("-"))
+        for line in maps
+        if line[-1] == str(tmp_path / "packed.safetensors")
+    ]
+    for layer in packed.quantized_layers():
+        place = layer.packed_weight.data_ptr()
+        assert any(start <= place < end for start, end in mapped)
 
 
 def test_what_float16_holds_exactly_is_stored_in_it(small, tmp_path):
