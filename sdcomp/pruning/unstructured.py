@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.pruning.budgets import Curve, divide
+from sdcomp.budgets import Curve, divide
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 from sdcomp.pruning.second_order import layer_errors, prune_layer, share

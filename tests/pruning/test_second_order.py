@@ -19,7 +19,7 @@ from sdcomp.pruning import (
     prune_n_m,
     prune_unstructured,
 )
-from sdcomp.pruning.budgets import divide
+from sdcomp.budgets import divide
 from sdcomp.pruning.second_order import MaskRule, layer_errors, prune_layer, share
 
 

@@ -1,4 +1,4 @@
-"""How much to prune of each layer, so that a total is reached at least error."""
+"""How much to save at each layer, so that a total is reached at least error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Curve:
-    """What a layer saves (parameters, bytes, time) at each level of pruning, and the error that it costs.
+    """What a layer saves (parameters, bytes, time) at each level of compression, and the error that it costs.
 
     The first level saves nothing, and `saved` increases.
     """
