@@ -36,19 +36,8 @@ def compressed(sd, how):
     return sd.replace(unet=to_int8(unet) if "int8" in how else unet)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "zeroed",
-        "removed",
-        "quantized",
-        "removed quantized",
-        "int8",
-        "removed int8",
-        "packed",
-        "removed packed",
-    ],
-)
+@pytest.mark.parametrize("removed", ["", "removed "])
+@pytest.mark.parametrize("how", ["zeroed", "quantized", "int8", "packed"])
 def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, removed, how):
     sd = compressed(loaded, removed + how)
     folder = sdcomp.save(sd, tmp_path / "model", record={"prompt accuracy": 0.9})

@@ -199,6 +199,18 @@ def test_the_weights_move_with_the_model(small):
     assert {tensor.device.type for tensor in packed.state_dict().values()} == {"meta"}
 
 
+@pytest.mark.cuda
+def test_cuda_unpacks_the_same_weights(small):
+    packed, call = to_packed(quantized(small)), small_call(small)
+    wanted = packed(*call)
+    weights = [layer.dense_weight(torch.float32).clone() for layer in packed.quantized_layers()]
+    packed.to("cuda")
+    for layer, weight in zip(packed.quantized_layers(), weights, strict=True):
+        assert torch.equal(layer.dense_weight(torch.float32).cpu(), weight)
+    x, t, context = call
+    assert decibels(packed(x.cuda(), t, context.cuda()).cpu(), wanted) > 40
+
+
 def test_a_model_can_be_exported(randomize):
     q = TimeStepCalibratedQuantModel(
         randomize(Layers(), 0), weight_quant_params={"n_bits": 4}, k=2, split_shortcuts=True
