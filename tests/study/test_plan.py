@@ -30,7 +30,7 @@ def test_norm_and_scope_are_part_of_the_variants_that_depend_on_them():
     (everywhere,) = pruned_variants(0.3, False, "mask", scope="global")
     assert (layers, everywhere.scope) == (pruned("unstructured", 0.3), "global")
     for mode in ("mask", "remove"):
-        found = [pruned_variants(0.3, True, mode, criterion=norm)[0].importance for norm in ("", "l2", "l1")]
+        found = [pruned_variants(0.3, True, mode, criterion=norm)[0].criterion for norm in ("", "l2", "l1")]
         assert found == ["", "", "l1"]
 
 
