@@ -48,7 +48,7 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """The split: "unseen" for held-out combinations; of the others one in ten "test", the rest "train"."""
+        """The split: "unseen" for held-out combinations; of the rest one in ten "test", else "train"."""
         if any(thing.unseen for thing in self.things):
             return "unseen"
         digest = hashlib.sha256(repr(sorted(self.attributes().items())).encode()).digest()
