@@ -79,7 +79,7 @@ def test_kid_to_ones_own_images_leaves_the_pairs_out():
     ],
 )
 def test_kid_refuses_sets_that_have_none(x, y, options):
-    with pytest.raises(ValueError, match=r"KID needs at least 3|do not go with"):
+    with pytest.raises(ValueError, match=r"KID needs at least 3|do not fit"):
         kid_values(x, y, **options)
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_scores_to_a_baseline_take_little_memory():
         pytest.skip("this system does not tell how much memory a process had")
     assert checked < 2**22
     assert peak_memory(lambda: psnr(images, baseline)) < images.nbytes
-    # SSIM takes 60 MB for one of these, 1.5 GB for all at once.
+    # SSIM takes 60 MB for one of these images, 1.5 GB for all at once.
     assert peak_memory(lambda: ssim(images, baseline)) < 2**28
 
 
@@ -434,7 +435,28 @@ def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
         (PHOTOS, "unseen", 1, "sd15_unseen.jsonl is missing: there is no 'unseen' prompt set for this model"),
     ],
 )
-def test_prompts_that_are_not_there_are_refused_in_one_sentence(sd, name, n, message):
+def test_missing_prompts_are_refused_in_one_sentence(sd, name, n, message):
     with pytest.raises(UserError, match=message) as caught:
         load_prompts(sd, name, n)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "caf\u00e9".encode("latin-1"), b'{"prompt": 3}', b'["prompt"]', b"3", b"{", b'{"text": "a star"}',
+        b'{"prompt": "a star", "scene": 3}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_without_prompts_is_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is no prompt file: each line must be like") as caught:
+        load_prompts(PHOTOS, str(file), 1)
+    assert str(caught.value).isprintable()
+
+
+def test_a_pipe_is_no_prompt_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
+        load_prompts(PHOTOS, str(tmp_path / "pipe.txt"), 1)

@@ -1,4 +1,6 @@
-"""The crop that judges see, and files that hold no image."""
+"""The crop for the judges against Pillow's, and files without an image."""
+
+import os
 
 import numpy as np
 import pytest
@@ -38,6 +40,11 @@ def test_a_file_that_holds_no_whole_image_is_one_sentence(tmp_path, monkeypatch)
         with pytest.raises(UserError, match=r"a\.png cannot be read as an image") as caught:
             load_images(tmp_path, 8)
         assert "\n" not in str(caught.value)
+    path.unlink()
+    os.mkfifo(path)  # opening it would block
+    with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
+        load_images(tmp_path, 8)
+    path.unlink()
     path.write_bytes(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):

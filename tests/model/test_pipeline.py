@@ -427,17 +427,19 @@ def test_a_replaced_schedule_is_the_one_that_is_sampled(small):
 # What is warned of
 
 
-def test_a_prompt_that_is_cut_is_warned_of(small):
-    with pytest.warns(UserWarning, match="1 of 3 prompts are cut: the text encoder reads 22 tokens"):
+def test_a_cut_prompt_is_warned_of(small):
+    with pytest.warns(UserWarning, match="1 of 3 prompts are cut: the text encoder reads 22 tokens") as found:
         small.generate([RED, "star " * 40], steps=1, batch_size=2)
+    assert found[0].filename == __file__  # the caller's line, not one inside the package or PyTorch
 
 
 def test_a_word_that_the_captions_do_not_have_is_warned_of(small):
     class Reader(nn.Module):
         """Stands for a scene reader, which only the tiny model has."""
 
-    with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'"):
+    with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'") as found:
         small.replace(reader=Reader()).generate("A red cat on_a Navy background", steps=1, batch_size=1)
+    assert found[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error")
@@ -448,8 +450,11 @@ def test_captions_and_words_of_other_models_are_not_warned_of(small):
 
 @pytest.mark.parametrize("sampler, steps, first", [("ddim", 334, 667), ("dpmpp_2m", 500, 501)])
 def test_a_path_that_starts_far_from_pure_noise_is_warned_of(small, sampler, steps, first):
-    with pytest.warns(UserWarning, match=f"{steps} steps with leading spacing start at timestep {first} of"):
-        make_sampler(sampler, with_spacing(small, "leading").schedule, steps)
+    leading = with_spacing(small, "leading")
+    message = f"{steps} steps with leading spacing start at timestep {first} of 1000, short of pure noise"
+    with pytest.warns(UserWarning, match=message) as found:
+        leading.generate([], sampler=sampler, steps=steps)
+    assert found[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error")
