@@ -34,7 +34,7 @@ def sample(n, d=6, shift=0.0, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-def test_kid_is_torchmetrics_on_all_images():
+def test_kid_agrees_with_torchmetrics_on_all_images():
     x, y = sample(40), sample(40, shift=0.4, seed=1)
     theirs = KernelInceptionDistance(Given(6), subsets=1, subset_size=40)
     theirs.update(y, real=True)
@@ -61,7 +61,7 @@ def test_a_paired_difference_of_kids_sees_a_small_shift():
     assert change.value == pytest.approx((kid_values(x + 0.1, y) - kid_values(x, y)).mean().item())
 
 
-def test_kid_to_ones_own_images_leaves_the_pairs_out():
+def test_paired_kid_leaves_the_pairs_out():
     x = sample(80)
     near = x + 0.05 * sample(80, seed=3)
     # Images that were made from the same noise resemble each other: with them the distance is below zero.
@@ -78,12 +78,12 @@ def test_kid_to_ones_own_images_leaves_the_pairs_out():
         (sample(9), sample(8), {"paired": True}),
     ],
 )
-def test_kid_refuses_sets_that_have_none(x, y, options):
+def test_kid_refuses_sets_that_are_too_small_or_do_not_fit(x, y, options):
     with pytest.raises(ValueError, match=r"KID needs at least 3|do not fit"):
         kid_values(x, y, **options)
 
 
-def test_the_frechet_distance_is_that_of_torchmetrics():
+def test_the_frechet_distance_agrees_with_torchmetrics():
     x, y = sample(50), sample(70, shift=0.3, seed=1) @ torch.diag(torch.linspace(0.5, 2, 6))
     theirs = FrechetInceptionDistance(Given(6), input_img_size=(1, 1, 6), normalize=False)
     theirs.set_dtype(torch.float64)
@@ -123,7 +123,7 @@ class Off(nn.Module):
         return self.unet(latents, timesteps, context) + self.error * timesteps / 1000
 
 
-def test_noise_errors_are_those_of_each_step(small, tmp_path):
+def test_noise_errors_are_measured_step_by_step(small, tmp_path):
     prompts = ["a small red star", "a ring", "two stars"]
     settings = {"steps": 4, "guidance_scale": 3.0, "batch_size": 2, "seed": 1}
     trace = cached_trace(small, prompts, folder=tmp_path, **settings)

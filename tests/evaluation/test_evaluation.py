@@ -41,7 +41,7 @@ from sdcomp.scenes import Scene, SceneReader, render, sample_scenes
 # Bootstrap
 
 
-def test_the_interval_of_a_mean_is_the_normal_one_for_many_values():
+def test_for_many_values_the_interval_of_a_mean_is_the_normal_one():
     values = torch.from_numpy(np.random.default_rng(0).gamma(2.0, 1.5, 4000))
     mean = bootstrap(values)
     error = values.std(unbiased=False).item() / math.sqrt(4000)
@@ -51,7 +51,7 @@ def test_the_interval_of_a_mean_is_the_normal_one_for_many_values():
     assert mean.high == pytest.approx(mean.value + 1.96 * error, abs=0.15 * error)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
+def test_95_percent_intervals_cover_the_truth_in_95_percent():
     # At n = 40 the percentile interval is a little too narrow: 94 %, here with an error of 3 %.
     rng = np.random.default_rng(1)
     held = 0
@@ -109,7 +109,7 @@ def test_images_of_one_scene_are_resampled_together():
     assert plain.high - plain.low == pytest.approx((few.high - few.low) / math.sqrt(10), rel=0.15)
 
 
-def test_what_does_not_apply_is_left_out():
+def test_values_that_do_not_apply_are_left_out():
     values = torch.tensor([1.0, math.nan, 3.0, math.nan])
     kept, groups = applicable(values, ["a", "b", "c", "d"])
     assert kept.tolist() == [1.0, 3.0] and groups == ["a", "c"]
@@ -117,7 +117,7 @@ def test_what_does_not_apply_is_left_out():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_no_score_of_a_broken_variant_is_made_from_what_is_left_of_it(bad):
+def test_a_broken_variant_gets_no_score_from_its_finite_values(bad):
     values = torch.tensor([1.0, bad, 3.0, 2.0])
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     broken, features = images.clone(), images.flatten(1)
@@ -173,7 +173,7 @@ def test_values_that_do_not_go_together_are_refused():
         ssim((255 * images).byte(), images)
 
 
-def test_a_share_on_which_all_agree_has_wilsons_interval():
+def test_a_share_of_0_or_100_percent_has_wilsons_interval():
     right = torch.ones(32, dtype=torch.bool)
     # 32 of 32: Wilson's 95 % interval is 89.3 to 100 % (z^2 = 3.84: 32 / 35.84).
     assert estimate(right).low == pytest.approx(89.3, abs=0.05)
@@ -188,7 +188,7 @@ def test_a_share_on_which_all_agree_has_wilsons_interval():
     assert estimate(right).value == 50 and 30 < estimate(right).low < 35
 
 
-def test_no_changed_answer_is_not_certainty():
+def test_without_a_changed_answer_the_interval_is_not_zero():
     right = torch.arange(32) % 2 == 0
     change = paired_difference(right, right)
     assert change.value == 0 and change.low == -change.high
@@ -204,7 +204,7 @@ def test_no_changed_answer_is_not_certainty():
 # PSNR
 
 
-def test_psnr_is_that_of_torchmetrics_over_the_whole_set():
+def test_psnr_agrees_with_torchmetrics_over_the_whole_set():
     generator = torch.Generator().manual_seed(0)
     baseline = torch.rand(12, 3, 16, 16, generator=generator)
     # Very different errors: the mean of decibels would not do.
@@ -282,7 +282,7 @@ def as_torchmetrics_wants_it(sd):
     return lambda: (Model(), processor)
 
 
-def test_clip_scores_are_those_of_torchmetrics(seeing, images):
+def test_clip_scores_agree_with_torchmetrics(seeing, images):
     found = clip_scores(Clip.of(seeing), images, PROMPTS)
     assert found.shape == (12,) and found.dtype == torch.float32
     adapter = as_torchmetrics_wants_it(seeing)
@@ -305,7 +305,7 @@ def test_embeddings_do_not_depend_on_the_batch_size(seeing, images):
     assert torch.allclose(clip.embed_texts(PROMPTS, 5), clip.embed_texts(PROMPTS), rtol=0, atol=1e-5)
 
 
-def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
+def test_clip_scores_refuse_wrong_input(seeing, small, images):
     with pytest.raises(ValueError, match="floating point"):
         clip_scores(Clip.of(seeing), (images * 255).byte(), PROMPTS)
     for prompts in (PROMPTS[:1], [*PROMPTS, ""]):
@@ -315,7 +315,7 @@ def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
         Clip.of(small.replace(clip=None))
 
 
-def test_scores_are_those_that_the_model_can_give(seeing, small):
+def test_scores_depend_on_the_judges_that_the_model_has(seeing, small):
     scenes = sample_scenes(12, 0)
     images, prompts = render(scenes, 0), Prompts(PROMPTS, scenes)
     assert scores(small, images, prompts) == {}
@@ -352,7 +352,7 @@ def test_images_are_generated_once(small, tmp_path, monkeypatch):
     assert file.read_bytes() == whole and list(folder.iterdir()) == [file]
 
 
-def test_whatever_changes_images_makes_new_ones(small, tmp_path):
+def test_every_change_that_matters_makes_new_images(small, tmp_path):
     unet = copy.deepcopy(small.unet)
     with torch.no_grad():
         unet.out[2].bias[0] += 1e-6
@@ -377,7 +377,7 @@ def test_whatever_changes_images_makes_new_ones(small, tmp_path):
         assert len(list(tmp_path.iterdir())) == count
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(small, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_an_error_of_one_sentence(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written") as caught:
         cached_images(small, FEW, folder=tmp_path / "file", **QUICK)

@@ -18,7 +18,7 @@ def plain():
 
 
 @pytest.mark.parametrize("where", ["on the device", "offloaded"])
-def test_noise_errors_are_those_of_the_cpu(plain, where):
+def test_noise_errors_agree_with_the_cpu(plain, where):
     _, trace = plain.generate(PROMPTS, trace=True, **SETTINGS)
     with torch.no_grad():
         noisy = sdcomp.load("data/tiny").unet

@@ -69,7 +69,7 @@ def test_facts_name_the_gpu_that_is_used(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_products_and_convolutions_on_a_device_are_those_of_float32():
+def test_products_and_convolutions_on_a_device_have_float32_precision():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 512, 512, generator=generator)
     x = torch.randn(1, 64, 32, 32, generator=generator)

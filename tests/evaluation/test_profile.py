@@ -53,7 +53,7 @@ def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     assert table.seconds.sum() > 0 and not any(m._forward_hooks for m in small.unet.modules())
 
 
-def test_a_layers_time_is_that_between_its_marks(monkeypatch):
+def test_the_time_of_a_layer_is_the_time_between_its_marks(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
     table = layer_profile(
@@ -70,7 +70,7 @@ def test_a_layers_time_is_that_between_its_marks(monkeypatch):
         layer_profile(nn.Linear(4, 4), torch.ones(1, 4), repeats=0)
 
 
-def test_no_clock_stays_at_a_model_that_fails(small, monkeypatch):
+def test_a_model_that_fails_keeps_no_clock(small, monkeypatch):
     def broken(*_, **__):
         raise NonFiniteError("step 1 of 2 gives values that are not finite")
 

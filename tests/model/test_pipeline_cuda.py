@@ -18,7 +18,7 @@ def reference() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 0.02), (torch.float16, 0.05), (torch.bfloat16, 0.15)]
 )
-def test_images_are_those_of_the_cpu(reference, dtype, most):
+def test_images_agree_with_the_cpu(reference, dtype, most):
     images = sdcomp.load("data/tiny", device="cuda", dtype=dtype).generate(PROMPTS, steps=5)
     assert images.device.type == "cpu" and images.dtype == torch.float32
     assert (images - reference).abs().mean() < most
@@ -45,7 +45,7 @@ def test_offloading_leaves_nothing_on_the_device(reference):
     assert next(sd.unet.parameters()).device.type == "cpu"
 
 
-def test_a_step_that_is_not_finite_is_an_error_that_names_it():
+def test_a_step_with_values_that_are_not_finite_is_an_error_that_names_it():
     sd = sdcomp.load("data/tiny", device="cuda", dtype=torch.float16)
     with torch.no_grad():
         sd.unet.out[2].weight.mul_(1e6)

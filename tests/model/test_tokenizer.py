@@ -66,7 +66,7 @@ def test_ids_of_awkward_prompts(tokenizer, prompt):
     assert tokenize(tokenizer, [prompt]).tolist() == [ids + [49407] * (77 - len(ids))]
 
 
-def test_ids_are_those_of_transformers_from_the_published_layout(tokenizer, tmp_path):
+def test_ids_agree_with_transformers_on_the_published_files(tokenizer, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(FOLDER / name, tmp_path)
     special = {
@@ -81,7 +81,7 @@ def test_ids_are_those_of_transformers_from_the_published_layout(tokenizer, tmp_
     assert torch.equal(tokenize(tokenizer, prompts), expected)
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_loaded_unchanged(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(tmp_path, SD15)
     prompts = [*IDS, *UNCLEANED]

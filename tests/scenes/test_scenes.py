@@ -114,7 +114,7 @@ def test_a_scene_survives_json():
         assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
 
-def test_sampled_scenes_are_of_the_split_asked_for_and_of_as_many_objects():
+def test_sampled_scenes_have_the_given_split_and_number_of_objects():
     for split, objects in itertools.product(("train", "test", "unseen"), (None, 1, 2)):
         scenes = sample_scenes(30, 0, split, objects)
         assert len(scenes) == 30 and {s.split for s in scenes} == {split}
@@ -127,7 +127,7 @@ def test_sampled_scenes_are_of_the_split_asked_for_and_of_as_many_objects():
         sample_scenes(1, 0, objects=3)
 
 
-def test_six_combinations_are_never_in_training_and_all_others_are():
+def test_training_has_all_combinations_but_six():
     def combinations(scenes: list[Scene]) -> set[tuple[str, ...]]:
         return {(t.shape, t.color, t.texture) for s in scenes for t in s.things}
 
@@ -142,7 +142,7 @@ def test_six_combinations_are_never_in_training_and_all_others_are():
         assert combinations([scene]) & unseen
 
 
-def test_splits_stay_as_the_base_model_was_trained_with():
+def test_splits_are_those_that_the_tiny_model_was_trained_with():
     # One scene in ten; a digest of the content, so the same in every process and on every machine.
     by_split = [scene.split for scene in SINGLES]
     assert [by_split.count(s) for s in ("train", "test", "unseen")] == [479, 49, 48]
@@ -152,13 +152,13 @@ def test_splits_stay_as_the_base_model_was_trained_with():
     assert (ONE.split, TWO.split) == ("train", "train")
 
 
-def test_captions_held_out_never_occur_in_training(train_captions):
+def test_training_has_no_held_out_caption(train_captions):
     held_out = set(captions(many_scenes("test"), 8)) | set(captions(many_scenes("unseen"), 9))
     assert len(set(train_captions)) > 4000 and len(held_out) > 700
     assert not held_out & set(train_captions)
 
 
-def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train_captions):
+def test_prompt_files_are_disjoint_and_match_their_scenes_and_splits(train_captions):
     texts, contents = {}, {}
     for name, split in (("test", "test"), ("unseen", "unseen"), ("calibration", "train")):
         lines = resolve_input(f"data/prompts/scenes_{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -177,7 +177,7 @@ def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train
     assert not (texts["test"] | texts["unseen"]) & set(train_captions)
 
 
-def test_a_neighbor_differs_in_one_thing_said():
+def test_a_neighbor_differs_in_one_point():
     rng = np.random.default_rng(0)
     kinds = set()
     for scene in [*many_scenes("train")[:300], *many_scenes("test")[:100], *many_scenes("unseen")[:100]]:
@@ -209,7 +209,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TINY.text["max_position_embeddings"])
 
 
-def test_every_word_of_a_caption_is_one_token_of_its_own(tokenizer):
+def test_every_word_of_a_caption_is_one_token(tokenizer):
     words = sorted({word for text in captions(many_scenes("train"), 0) for word in text.split()})
     assert set(words) <= set(VOCABULARY)
     ids = tokenizer(words).input_ids
@@ -240,7 +240,7 @@ def test_start_and_end_have_the_two_highest_ids(tokenizer):
         assert getattr(tokenizer, name) == TINY.text[name]
 
 
-def test_any_text_can_be_encoded_and_read_again(tokenizer):
+def test_any_text_can_be_encoded_and_decoded(tokenizer):
     texts = ["", "naïve café", "🦊🔥 fox", "日本語", "A  Large\tRED star,\nno. 7!", "red " * 200, "x" * 500]
     ids = tokenize(tokenizer, texts)
     assert ids.shape == (len(texts), 24) and ids.dtype == torch.int64
@@ -252,7 +252,7 @@ def test_any_text_can_be_encoded_and_read_again(tokenizer):
     assert short[5].split() == ["red"] * 22 and short[6] == "x" * 22
 
 
-def test_the_shipped_tokenizer_is_the_captions_own(tokenizer):
+def test_the_shipped_tokenizer_is_made_from_the_captions(tokenizer):
     shipped = load_tokenizer(resolve_input("data/tiny"), TINY)
     assert shipped.get_vocab() == tokenizer.get_vocab()
     texts = captions(many_scenes("test")[:50], 0)
@@ -262,7 +262,7 @@ def test_the_shipped_tokenizer_is_the_captions_own(tokenizer):
 # Rendering
 
 
-def test_images_are_deterministic_in_range_and_of_the_documented_shape():
+def test_images_are_deterministic_and_have_the_documented_range_and_shape():
     scenes = sample_scenes(24, 0) + sample_scenes(8, 0, "unseen")
     images = render(scenes, 3)
     assert images.shape == (32, 3, 64, 64) and images.dtype == torch.float32
@@ -271,7 +271,7 @@ def test_images_are_deterministic_in_range_and_of_the_documented_shape():
     assert not torch.equal(images, render(scenes, 4))
 
 
-def test_an_image_does_not_depend_on_what_is_rendered_beside_it():
+def test_an_image_does_not_depend_on_the_other_scenes():
     empty = Scene("teal", ())
     scenes = [ONE, TWO, empty, *sample_scenes(5, 1)]
     images = render(scenes, list(range(8)))
@@ -281,7 +281,7 @@ def test_an_image_does_not_depend_on_what_is_rendered_beside_it():
     assert torch.equal(images, backwards.flip(0))
 
 
-def test_each_thing_said_is_to_be_seen():
+def test_each_attribute_changes_the_image():
     image = render([TWO], [0])[0]
     a, b = TWO.things
     changes = [
@@ -447,7 +447,7 @@ def black(n: int) -> torch.Tensor:
     return torch.zeros(n, 3, 64, 64)
 
 
-def test_what_a_perfect_reader_says_is_the_scene():
+def test_a_perfect_reader_reads_the_scene():
     scenes = sample_scenes(40, 0) + sample_scenes(10, 0, "unseen")
     assert Answering(scenes).read(black(50), batch_size=7) == [s.attributes() for s in scenes]
     result = prompt_accuracy(Answering(scenes), black(50), scenes)
@@ -459,7 +459,7 @@ def test_what_a_perfect_reader_says_is_the_scene():
         assert right.tolist() == pytest.approx(expected, nan_ok=True)
 
 
-def test_one_wrong_attribute_makes_an_image_wrong_and_is_counted_where_it_belongs():
+def test_one_wrong_attribute_makes_an_image_wrong_and_lowers_its_own_score():
     a, b = TWO.things
     shown = [
         TWO,
@@ -517,7 +517,7 @@ def test_an_untrained_reader_gives_well_formed_readings():
     assert reader.read(images[:0]) == []
 
 
-def test_images_that_the_reader_was_not_made_for_are_refused():
+def test_the_reader_refuses_images_of_another_size_or_type():
     reader = SceneReader(width=8)
     for shape in ((1, 3, 32, 32), (1, 1, 64, 64), (3, 64, 64), (1, 3, 64, 65)):
         with pytest.raises(ValueError, match=re.escape(f"not {shape}")):

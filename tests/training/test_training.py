@@ -63,7 +63,7 @@ def straight(**options):
 
 
 @pytest.mark.parametrize(("kill_at", "saved"), [(1, 0), (7, 4), (STEPS - 1, 8)])
-def test_a_killed_run_takes_up_bit_for_bit_where_it_stopped(tmp_path, monkeypatch, kill_at, saved):
+def test_a_killed_run_resumes_with_the_same_bits(tmp_path, monkeypatch, kill_at, saved):
     expected, module, _ = straight()
     # A clock that moves a second at each look, so that only some steps are saved.
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
@@ -118,7 +118,7 @@ def test_the_seed_decides_the_run():
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
-def test_the_result_is_the_moving_average_in_evaluation_mode(decay):
+def test_the_result_is_the_moving_average_in_eval_mode(decay):
     trained, module, loss = straight(ema_decay=decay)
     after = [*loss.history[1:], [p.detach() for p in module.parameters()]]
     for k, parameter in enumerate(trained.module.parameters()):
@@ -172,7 +172,7 @@ def test_a_known_problem_is_solved():
 # The training set
 
 
-def test_the_training_set_is_families_of_training_scenes_and_their_images():
+def test_the_training_set_has_families_of_scenes_and_their_images():
     data = scene_set(24, 3, progress=False)
     assert len(data.scenes) == 24 and data.images.shape == (24, 3, 64, 64) and data.images.dtype == np.uint8
     assert {scene.split for scene in data.scenes} == {"train"}
@@ -207,7 +207,7 @@ def test_the_training_set_is_mapped_from_its_folder(tmp_path, monkeypatch):
     assert torch.equal(mapped.batch(rows), plain.batch(rows))
 
 
-def test_a_training_set_whose_writing_was_interrupted_is_made_anew(tmp_path, monkeypatch):
+def test_an_interrupted_training_set_is_made_again(tmp_path, monkeypatch):
     def interrupted(file, images):
         file.write(b"half")
         raise Killed
@@ -222,7 +222,7 @@ def test_a_training_set_whose_writing_was_interrupted_is_made_anew(tmp_path, mon
     assert np.array_equal(made.images, scene_set(8, 0, progress=False).images)
 
 
-def test_training_goes_on_from_given_weights(small):
+def test_training_continues_from_given_weights(small):
     data = scene_set(32, 0, progress=False)
     latents = Latents(torch.randn(32, 4, 16, 16), torch.full((32, 4, 16, 16), 0.1), 1.0, "random")
     clip = build_clip(dataclasses.replace(small.config, vision=TINY.vision))

@@ -72,7 +72,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_pickle_that_calls_is_refused_and_named(tmp_path, state, name, legacy):
+def test_a_pickle_that_calls_a_function_is_refused_with_its_name(tmp_path, state, name, legacy):
     canary = tmp_path / "canary"
     file = tmp_path / "model.ckpt"
     held = {"state_dict": state, "callbacks": HOSTILE[name](str(canary))}
@@ -222,7 +222,7 @@ def test_files_that_are_something_else_are_named(tmp_path, state):
     assert "is a pipe, a socket or a device, not a file" in refused(file)
 
 
-def test_what_would_block_or_fill_the_memory_is_not_opened(tmp_path):
+def test_files_that_would_block_or_fill_the_memory_are_not_opened(tmp_path):
     file = tmp_path / "file"
     for make, words in (
         (os.mkfifo, "a pipe, a socket or a device"),
@@ -245,7 +245,7 @@ def test_what_would_block_or_fill_the_memory_is_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "data/" + "y/" * 3000])
-def test_a_path_that_cannot_be_is_one_sentence(name):
+def test_an_impossible_path_is_an_error_of_one_sentence(name):
     with pytest.raises(ModelError, match="does not exist") as caught:
         load(name)
     assert "\n" not in str(caught.value)
@@ -293,14 +293,14 @@ def test_relatives_are_recognized_by_their_shapes(tmp_path, state, name, shape, 
     assert words in refused(tmp_path / "model.safetensors")
 
 
-def test_parts_that_are_not_there_are_named(tmp_path, state):
+def test_missing_parts_are_named(tmp_path, state):
     for prefix, what in (("first_stage_model", "autoencoder"), ("cond_stage_model", "text encoder")):
         rest = {name: t for name, t in state.items() if not name.startswith(prefix)}
         save_file(rest, tmp_path / "model.safetensors")
         assert f"has no {what}" in refused(tmp_path / "model.safetensors")
 
 
-def test_weights_that_are_no_floating_point_numbers_are_refused(small, tmp_path):
+def test_weights_of_other_types_are_refused(small, tmp_path):
     folder = sdcomp.save(small.replace(), tmp_path / "model", format="diffusers")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = {name: t.clone() for name, t in load_file(file).items()}

@@ -83,7 +83,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 # What is saved comes back
 
 
-def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
+def test_a_model_of_the_tiny_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
     sd = complete(tiny, randomize)
     assert sdcomp.save(sd, tmp_path / "a" / "b") == tmp_path / "a" / "b"
     loaded = sdcomp.load(tmp_path / "a" / "b")
@@ -131,7 +131,7 @@ def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path)
     assert sd.generate(PROMPTS, steps=1, batch_size=1).dtype == torch.float32
 
 
-def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tmp_path):
+def test_a_model_without_image_encoder_and_reader_has_no_files_for_them(small, tmp_path):
     config = dataclasses.replace(small.config, vision=None, reader=False)
     sd = small.replace(config=config)
     folder = sdcomp.save(sd, tmp_path)
@@ -143,7 +143,7 @@ def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tm
     assert_same(states(loaded), states(sd))
 
 
-def test_files_can_be_read_by_whom_the_umask_lets(saved):
+def test_saved_files_have_the_permissions_of_the_umask(saved):
     umask = os.umask(0)
     os.umask(umask)
     for path in saved.iterdir():
@@ -153,7 +153,7 @@ def test_files_can_be_read_by_whom_the_umask_lets(saved):
 # Saving over a folder
 
 
-def test_saving_over_the_folder_that_a_model_came_from_leaves_the_model_usable(folder):
+def test_a_model_stays_usable_when_it_is_saved_over_its_own_folder(folder):
     sd = load(folder)
     before = {name: tensor.clone() for name, tensor in states(sd).items()}
     pruned = sd.replace(unet=prune_unstructured(sd.unet, 0.5))
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
-def test_a_text_encoder_that_clip_does_not_know_is_not_lost_silently(whole, tmp_path):
+def test_a_replaced_text_encoder_is_not_lost_silently(whole, tmp_path):
     other = whole.replace(text_encoder=copy.deepcopy(whole.text_encoder))
     with pytest.raises(ModelError, match="the text encoder was replaced, but clip was not"):
         sdcomp.save(other, tmp_path)
@@ -226,7 +226,7 @@ def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatc
 # Paths
 
 
-def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, tmp_path, monkeypatch):
+def test_a_relative_path_is_found_here_or_in_the_repository(folder, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resolve_input("data/prompts") == ROOT / "data" / "prompts"
@@ -244,7 +244,7 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, t
     assert load("data/mine").config.guidance_scale == 2.5
 
 
-def test_home_is_understood(tmp_path, monkeypatch):
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_input("~/model") == tmp_path / "model"
     assert resolve_input("~no_such_user/model") == Path("~no_such_user/model")
@@ -253,14 +253,14 @@ def test_home_is_understood(tmp_path, monkeypatch):
 # Devices and types
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read():
+def test_a_missing_device_is_refused_before_anything_is_read():
     for device in ("hpu", "gpu", 3, *([] if torch.cuda.is_available() else ["cuda"])):
         with pytest.raises(UserError, match="device") as caught:
             load("data/no_such_model", device=device)
         assert repr(device) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_stored_type_is_kept_where_another_unet_is_given(whole, tmp_path):
+def test_with_another_unet_the_stored_type_is_kept(whole, tmp_path):
     folder = sdcomp.save(whole, tmp_path, torch.float16)
     unet = nn.Identity()
     sd = load(folder, dtype=None, unet=unet)
@@ -280,7 +280,7 @@ def assert_refused(path: Path | str, *words: object) -> None:
     assert caught.value._render_traceback_() == [f"ModelError: {message}"]
 
 
-def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path, saved):
+def test_a_missing_folder_or_one_without_a_model_is_named(tmp_path, saved):
     assert_refused("data/no_such_model", "'data/no_such_model' does not exist")
     assert_refused(tmp_path, tmp_path, "no config.json")
     assert_refused(saved / "unet.safetensors", saved / "unet.safetensors", "no config.json")
@@ -299,7 +299,7 @@ def test_a_truncated_weight_file_is_named(folder, name):
     assert_refused(folder, file, "damaged")
 
 
-def test_a_file_that_holds_no_weights_is_named(folder):
+def test_a_file_without_weights_is_named(folder):
     file = folder / "unet.safetensors"
     good = file.read_bytes()
     contents = [
@@ -320,7 +320,7 @@ def test_a_file_that_holds_no_weights_is_named(folder):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_of_another_architecture_are_named_with_the_first_that_differs(folder, name):
+def test_for_another_architecture_the_first_different_weight_is_named(folder, name):
     file = folder / f"{name}.safetensors"
     good = {key: tensor.clone() for key, tensor in load_file(file).items()}
     first = sorted(good)[0]
@@ -387,7 +387,7 @@ def test_a_broken_configuration_is_named(folder, content):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part, setting, value, word):
+def test_impossible_settings_are_refused_with_their_file(folder, part, setting, value, word):
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     (config if part is None else config[part])[setting] = value
@@ -395,7 +395,7 @@ def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part,
     assert_refused(folder, file, word)
 
 
-def test_values_that_are_not_finite_are_refused_where_they_are_converted(whole, folder, tmp_path):
+def test_a_conversion_refuses_values_that_are_not_finite(whole, folder, tmp_path):
     file = folder / "unet.safetensors"
     good = {key: tensor.clone() for key, tensor in load_file(file).items()}
     name = "middle_block.0.in_layers.2.weight"
