@@ -1,4 +1,4 @@
-"""The key of cached images: whatever may change an image is in it, and nothing that only judges is."""
+"""The key of cached images covers everything that may change an image, but no code that only judges."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_another_machine_has_another_key(key, monkeypatch, change):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A package of one's own in place of this one, and a function that takes its digest."""
+    """A made-up package in place of this one, and the function that hashes its source."""
     for name in ("__init__", "model/unet", "evaluation/metrics", "study/run"):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Distances between sets of images against torchmetrics, and noise errors against what is known of them."""
+"""Distances between sets of images against torchmetrics, and noise errors against known ones."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from sdcomp.evaluation import (
 
 
 class Given(nn.Module):
-    """Stands for a feature extractor: the "images" are the features already."""
+    """Replaces a feature extractor: the "images" are features already."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_paired_difference_of_kids_sees_a_small_shift():
 def test_paired_kid_leaves_the_pairs_out():
     x = sample(80)
     near = x + 0.05 * sample(80, seed=3)
-    # Images that were made from the same noise resemble each other: with them the distance is below zero.
+    # Images from the same noise resemble each other, so with the pairs the distance is negative.
     assert kid_values(near, x).mean() < -0.05
     assert abs(kid_values(near, x, paired=True).mean().item()) < 0.01
     assert kid_values(sample(80, shift=0.5, seed=4), x, paired=True).mean() > 0.05
@@ -113,7 +113,7 @@ def test_a_folder_of_images_becomes_a_batch(tmp_path):
 
 
 class Off(nn.Module):
-    """The UNet with a constant added to its prediction, for prompts and negative prompts alike."""
+    """The UNet with a constant added to its prediction, the same for prompts and negative prompts."""
 
     def __init__(self, unet, error):
         super().__init__()
@@ -134,7 +134,7 @@ def test_noise_errors_are_measured_step_by_step(small, tmp_path):
         return noise_mse(small, unet, prompts, trace, **{"guidance_scale": 3.0, "batch_size": 2, **changes})
 
     assert errors(small.unet).shape == (4, 3)
-    # The last image's batch is not padded here: its kernels round otherwise.
+    # Here the last batch is not padded, so other kernels round it in another way.
     assert errors(small.unet).max() < 1e-9
     expected = (0.1 * trace.timesteps / 1000).square()[:, None].expand(4, 3)
     assert torch.allclose(errors(Off(small.unet, 0.1)), expected, rtol=1e-3)

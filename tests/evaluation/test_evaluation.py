@@ -1,4 +1,4 @@
-"""Metrics against torchmetrics, and intervals against what is known of them."""
+"""Metrics against torchmetrics, and intervals against their known properties."""
 
 import copy
 import dataclasses
@@ -52,7 +52,7 @@ def test_for_many_values_the_interval_of_a_mean_is_the_normal_one():
 
 
 def test_95_percent_intervals_cover_the_truth_in_95_percent():
-    # At n = 40 the percentile interval is a little too narrow: 94 %, here with an error of 3 %.
+    # At n = 40 the percentile interval covers only 94 %; the standard error here is 3 %.
     rng = np.random.default_rng(1)
     held = 0
     for k in range(60):
@@ -103,7 +103,7 @@ def test_images_of_one_scene_are_resampled_together():
     groups = [f"scene {i // 10}" for i in range(400)]
     few, many = bootstrap(scenes), bootstrap(repeated, groups=groups)
     assert many.value == pytest.approx(few.value) and (few.n, many.n) == (40, 400)
-    # Ten copies of each tell no more than one; taken for independent they seem to.
+    # Ten copies hold no more information than one, but would seem to if they were independent.
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
     plain = bootstrap(repeated)
     assert plain.high - plain.low == pytest.approx((few.high - few.low) / math.sqrt(10), rel=0.15)
@@ -181,7 +181,7 @@ def test_a_share_of_0_or_100_percent_has_wilsons_interval():
     assert estimate(~right).high == pytest.approx(10.7, abs=0.05)
     # Eight scenes, four images each.
     assert estimate(right, [i % 8 for i in range(32)]).low == pytest.approx(100 * 8 / (8 + 3.8416), abs=0.05)
-    # Half of each scene's images: 50 +- what Wilson gives for 4 of 8 (21.5 to 78.5 %).
+    # Half of each scene's images: Wilson's interval for 4 of 8 is 21.5 to 78.5 %.
     half = estimate(right & (torch.arange(32) < 16), [i % 8 for i in range(32)])
     assert (half.value, half.low, half.high) == pytest.approx((50, 21.52, 78.48), abs=0.05)
     right[:16] = False
@@ -207,7 +207,7 @@ def test_without_a_changed_answer_the_interval_is_not_zero():
 def test_psnr_agrees_with_torchmetrics_over_the_whole_set():
     generator = torch.Generator().manual_seed(0)
     baseline = torch.rand(12, 3, 16, 16, generator=generator)
-    # Very different errors: the mean of decibels would not do.
+    # Errors of very different sizes, so that a mean of decibels would be wrong.
     size = torch.logspace(-3, -0.5, 12).reshape(-1, 1, 1, 1)
     images = (baseline + size * torch.randn(baseline.shape, generator=generator)).clamp(0, 1)
     result = psnr(images, baseline)
@@ -216,7 +216,7 @@ def test_psnr_agrees_with_torchmetrics_over_the_whole_set():
     each = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="none")(images, baseline)
     assert result.value < each.mean() - 5
     assert each.min() < result.low < result.value < result.high < each.max() and result.n == 12
-    # Two images of each scene: the same value, and less is known of it.
+    # With two images of each scene, the value is the same and the interval wider.
     grouped = psnr(images, baseline, groups=[i // 2 for i in range(12)])
     assert grouped.value == result.value and grouped.high - grouped.low > result.high - result.low
 
@@ -248,7 +248,7 @@ def seeing(small, randomize):
     """The small model with an image encoder: a random CLIP."""
     clip = randomize(build_clip(small.config), 9)
     with torch.no_grad():
-        clip.visual_projection.weight.neg_()  # else nearly all scores would be negative
+        clip.visual_projection.weight.neg_()  # otherwise nearly all scores would be negative
     return small.replace(clip=clip, text_encoder=clip.text_model)
 
 
@@ -291,7 +291,7 @@ def test_clip_scores_agree_with_torchmetrics(seeing, images):
             [clip_score(i, p, model_name_or_path=adapter) for i, p in zip(images, PROMPTS, strict=True)]
         )
         assert torch.allclose(found, each, rtol=0, atol=1e-3)
-        # Both signs are there, and a score is never negative.
+        # Cosines of both signs occur, and a score is never negative.
         assert (found == 0).any() and (found > 1).any() and (found >= 0).all()
         kept = (found > 0).nonzero()[:, 0]
         mean = clip_score(list(images[kept]), [PROMPTS[i] for i in kept], model_name_or_path=adapter)
@@ -326,7 +326,7 @@ def test_scores_depend_on_the_judges_that_the_model_has(seeing, small):
     both = scores(reading, images, prompts)
     assert set(both) == {"prompt accuracy", "CLIP score"}
     assert both["prompt accuracy"].dtype == torch.bool and both["prompt accuracy"].shape == (12,)
-    # Without scenes nothing says what should be read.
+    # Without scenes there is nothing to compare the reading with.
     assert set(scores(reading, images, Prompts(PROMPTS))) == {"CLIP score"}
 
 
@@ -345,7 +345,7 @@ def test_images_are_generated_once(small, tmp_path, monkeypatch):
         patch.setattr(type(small), "generate", None)
         again = cached_images(small, FEW, folder=folder, progress=True, **QUICK)
     assert torch.equal(again, images) and again.dtype == images.dtype
-    # Damaged, the file is made anew.
+    # A damaged file is made again.
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
     assert torch.equal(cached_images(small, FEW, folder=folder, **QUICK), images)
@@ -368,7 +368,7 @@ def test_every_change_that_matters_makes_new_images(small, tmp_path):
         (small.replace(unet=unet), FEW, {}),
         (small.replace(config=guided), FEW, {}),
         (small, FEW, {"image": picture, "strength": 1.0}),
-        # What is printed of a tensor would be the same.
+        # The printed text of both tensors is the same.
         (small, FEW, {"image": dotted, "strength": 1.0}),
     ]
     for count, (sd, prompts, settings) in enumerate(variants, start=1):
@@ -384,7 +384,7 @@ def test_an_unwritable_cache_is_an_error_of_one_sentence(small, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
     def full(*_):
-        # As safetensors says it.
+        # The error that safetensors raises.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("sdcomp.evaluation.cache.save_file", full)
@@ -406,7 +406,7 @@ def test_prompts_are_the_first_of_their_set_from_any_working_directory(tmp_path,
         assert all(isinstance(scene, Scene) for scene in prompts.scenes)
         few = load_prompts(SCENES, name, 3)
         assert (few.texts, few.scenes) == (prompts.texts[:3], prompts.scenes[:3])
-        # Images of one scene belong together, whatever the wording.
+        # Images of one scene form one group, for any wording.
         assert len(set(prompts.groups)) == len(set(prompts.scenes)) < size
         part = prompts.subset([4, 0])
         assert part.texts == [prompts.texts[4], prompts.texts[0]]

@@ -1,4 +1,4 @@
-"""Interleaved measurement: who is called when, and what a drifting machine does to ratios."""
+"""Interleaved timing: the order of calls, and ratios on a machine that slows down."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_a_slower_machine_does_not_change_a_ratio():
     ("n", "low", "high"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15)]
 )
 def test_the_interval_of_a_median_agrees_with_tables(n, low, high):
-    # As in tables of the sign test's critical values.
+    # From tables of the sign test's critical values.
     found = median(np.random.default_rng(n).permutation(n) + 1.0)
     assert (found.low, found.value, found.high, found.n) == (low, (n + 1) / 2, high, n)
 

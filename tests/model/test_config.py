@@ -1,4 +1,4 @@
-"""Configurations: what cannot be is refused before anything is built with it, what can be is not."""
+"""Configurations: impossible values are refused before anything is built, possible ones are not."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_(part: str, **changes: object) -> dict:
-    """The base model's settings as JSON gives them, some of a part changed."""
+    """The tiny model's settings as JSON gives them, with some settings of a part changed."""
     values = json.loads(json.dumps(TINY.to_dict()))
     (values if part == "model" else values[part]).update(changes)
     return values
@@ -31,7 +31,7 @@ def test_configurations_come_back_from_json(config):
 
 def test_the_shipped_model_passes_and_so_do_relatives_of_other_sizes():
     ModelConfig.from_dict(json.loads((ROOT / "data" / "tiny" / "config.json").read_text(encoding="utf-8")))
-    # Stable Diffusion 2's and SDXL's UNets as far as ours can say them, and a schedule of DDPM's length.
+    # The UNets of Stable Diffusion 2 and SDXL, as far as our configuration goes, and longer schedules.
     UNetConfig(context_dim=1024, num_heads=20)
     UNetConfig(channel_mult=(1, 2, 4), transformer_depth=10, context_dim=2048, num_heads=10, num_res_blocks=2)
     UNetConfig(in_channels=9, channel_mult=(1, 3), attention_levels=())
@@ -108,7 +108,7 @@ def test_a_wrong_setting_is_named_with_its_rule(part, name, value, words):
 
 
 def test_settings_that_make_too_many_blocks_are_refused():
-    # Two levels of 33 blocks of layers and the middle one.
+    # Two levels of 33 blocks, and the middle block.
     with pytest.raises(UserError, match=f"makes {67 * 64} transformer blocks"):
         ModelConfig.from_dict(with_("unet", transformer_depth=64, num_res_blocks=16))
 

@@ -1,4 +1,4 @@
-"""Whole generation against diffusers' pipelines, and what `generate` promises."""
+"""Generation against diffusers' pipelines, and the promises of `generate`."""
 
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ from sdcomp.errors import NonFiniteError
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 
-# diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
+# diffusers does not yet convert tensors to arrays as NumPy 2 wants it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RED = "a small red star on a navy background"
@@ -51,13 +51,13 @@ def pipeline(diffusers, kind: str, sd: StableDiffusion, sampler: str):
 
 def assert_same_images(images: torch.Tensor, expected: torch.Tensor) -> None:
     assert images.shape == expected.shape and images.dtype == torch.float32
-    # Clipped pixels agree whatever the latents are.
+    # Clipped pixels would agree for any latents.
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.5
     assert (images - expected).abs().max() < 1e-4
 
 
 class Recorder(nn.Module):
-    """A UNet that notes how it is called."""
+    """A UNet that records its calls."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_recorded_noise_predictions_lead_to_the_image(diffusers, small):
     torch.testing.assert_close(small.decode_latents(latents), images, rtol=0, atol=1e-4)
 
 
-# An image depends on nothing but its own row
+# An image depends only on its own row
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -424,7 +424,7 @@ def test_sampling_uses_a_replaced_schedule(small):
     assert trace.timesteps.tolist() == [751, 501, 251, 1]
 
 
-# What is warned of
+# Warnings
 
 
 def test_a_cut_prompt_gives_a_warning(small):
@@ -435,7 +435,7 @@ def test_a_cut_prompt_gives_a_warning(small):
 
 def test_a_word_outside_the_captions_gives_a_warning(small):
     class Reader(nn.Module):
-        """Stands for a scene reader, which only the tiny model has."""
+        """Replaces the scene reader, which only the tiny model has."""
 
     with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'") as found:
         small.replace(reader=Reader()).generate("A red cat on_a Navy background", steps=1, batch_size=1)
@@ -506,7 +506,7 @@ def test_latents_stay_float32_around_a_unet_in_half_precision(small, dtype):
     half = copy.deepcopy(small).to(dtype)
     images, trace = half.generate([RED, BLUE], steps=4, batch_size=2, trace=True)
     exact = small.generate([RED, BLUE], steps=4, batch_size=2, trace=True)[1]
-    # Latents that had been rounded to half precision would survive the way there and back.
+    # Latents in half precision would not change in a round trip through half precision.
     assert not torch.equal(trace.latents[2].to(dtype).float(), trace.latents[2])
     assert images.dtype == torch.float32
     error = (trace.latents[1] - exact.latents[1]).norm() / exact.latents[1].norm()

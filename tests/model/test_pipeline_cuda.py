@@ -1,4 +1,4 @@
-"""The pipeline on a GPU: the same images as on a CPU, in each type, and what it keeps on the device."""
+"""The pipeline on a GPU: the images of the CPU in each type, and the memory that stays in use."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_an_image_is_the_same_wherever_its_prompt_stands(guidance_scale):
     wanted = sd.generate(alone, **settings)[0]
     for row in range(5):
         found = sd.generate([*others[:row], alone, *others[row:]], **settings)[row]
-        # Libraries of GPUs promise no equal bits for the rows of a product.
+        # GPU libraries do not promise equal bits for equal rows of a product.
         assert (found - wanted).abs().max() < 1e-3
 
 

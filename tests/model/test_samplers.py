@@ -11,7 +11,7 @@ from sdcomp.model.schedule import NoiseSchedule
 
 SPACINGS = ("leading", "trailing")
 
-# diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
+# diffusers does not yet convert tensors to arrays as NumPy 2 wants it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -67,7 +67,7 @@ def test_timesteps_agree_with_diffusers_for_any_number_of_steps(diffusers, name,
     for steps in range(1, 501):
         ours = make_sampler(name, schedule(spacing), steps).timesteps
         theirs = diffusers_scheduler(diffusers, name, spacing, steps).timesteps.tolist()
-        # For a few numbers of steps rounding makes diffusers append a timestep of -1.
+        # For some numbers of steps, rounding makes diffusers append a timestep of -1.
         assert ours == [t for t in theirs if t >= 0], steps
         assert len(ours) == steps
         assert all(type(t) is int for t in ours)
@@ -111,7 +111,7 @@ def test_the_true_noise_leads_back_to_the_image(name, spacing):
     for i, t in enumerate(sampler.timesteps):
         a = levels.alphas_cumprod[t]
         latents = sampler.step(i, latents, (latents - a.sqrt() * image) / (1 - a).sqrt(), draws[i])
-    # DDIM ends at the first timestep's noise level, whose standard deviation is 0.029.
+    # DDIM ends at the noise level of the first timestep, a standard deviation of 0.029.
     tolerance = 0.15 if name == "ddim" else 1e-3
     torch.testing.assert_close(latents, image, rtol=0, atol=tolerance)
 

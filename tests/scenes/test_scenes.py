@@ -1,4 +1,4 @@
-"""Scenes: that images show what captions say, that splits hold, and that the reader is scored right."""
+"""Scenes: images show what captions say, splits hold, and the reader's score is right."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ TWO = Scene(
 )
 
 
-# Captions, read back by a grammar that is written here once more
+# Captions, parsed by a grammar that is written a second time here
 
 THING = (
     r"a (?P<size{0}>small|large) (?P<before{0}>plain |striped )?(?P<color{0}>\w+) (?P<shape{0}>\w+)"
@@ -58,7 +58,7 @@ CAPTION = re.compile(
 
 
 def parse(text: str) -> dict:
-    """What a caption says, in the form of `Scene.to_dict`; it fails on what is no caption."""
+    """Parse a caption into the form of `Scene.to_dict`; fail on any other text."""
     found = CAPTION.fullmatch(text)
     assert found, text
     assert not any((found[f"before{k}"] or "") and found[f"after{k}"] for k in (1, 2))
@@ -87,7 +87,7 @@ def train_captions() -> list[str]:
 
 
 def test_every_wording_of_a_caption_says_the_whole_scene_and_nothing_else():
-    # The parser is a function of the text: two scenes never share a caption.
+    # The parser sees only the text, so two scenes never share a caption.
     rng = np.random.default_rng(0)
     scenes = SINGLES + many_scenes("train") + many_scenes("test") + many_scenes("unseen")
     for scene in scenes:
@@ -99,9 +99,9 @@ def test_wordings_vary_and_come_from_the_seed():
     scenes = [TWO] * 300
     texts = captions(scenes, 3)
     assert texts == captions(scenes, 3) != captions(scenes, 4)
-    # Two ways for each object, two for the relation, three for the background.
+    # Two wordings for each object, two for the relation, three for the background.
     assert len(set(texts)) == 2 * 2 * 2 * 3
-    # Without a generator, the plainest.
+    # Without a generator, the first wording of each part.
     expected = "a large striped blue ring left of a small green cross on a gray background"
     assert caption(TWO) == expected
 
@@ -135,7 +135,7 @@ def test_training_has_all_combinations_but_six():
     seen = combinations(sample_scenes(5000, 7))
     unseen = everything - seen
     assert len(unseen) == 6
-    # Each shape and each colour once, so that none of them is new by itself.
+    # Each shape and each colour once, so that no shape and no colour is new.
     assert {u[0] for u in unseen} == set(SHAPES) and {u[1] for u in unseen} == set(COLORS)
     assert not combinations(many_scenes("test")) & unseen
     for scene in many_scenes("unseen"):
@@ -143,7 +143,7 @@ def test_training_has_all_combinations_but_six():
 
 
 def test_splits_are_those_that_the_tiny_model_was_trained_with():
-    # One scene in ten; a digest of the content, so the same in every process and on every machine.
+    # One scene in ten, by a hash of the content: the same in every process and on every machine.
     by_split = [scene.split for scene in SINGLES]
     assert [by_split.count(s) for s in ("train", "test", "unseen")] == [479, 49, 48]
     pairs = [Scene("navy", (a, b), "above") for a, b in itertools.product(THINGS[::5], THINGS[::7])]
@@ -168,7 +168,7 @@ def test_prompt_files_are_disjoint_and_match_their_scenes_and_splits(train_capti
         assert len(texts[name]) == len(rows)
         contents[name] = {Scene.from_dict(row["scene"]) for row in rows}
         assert {s.split for s in contents[name]} == {split}
-        # All that is in the file, not only what the class takes from it.
+        # Compare everything in the file, not only what the class reads.
         for row in rows:
             said = parse(row["prompt"])
             assert {**said, "things": list(said["things"])} == row["scene"]
@@ -189,7 +189,7 @@ def test_a_neighbor_differs_in_one_point():
         if len(changed) == 1:
             kinds.add(changed[0])
             continue
-        # Else values of the two objects have changed places.
+        # Otherwise the two objects have swapped values.
         kinds.add("swap")
         names = {name.split("_")[0] for name in changed}
         assert changed == sorted(f"{name}_{k}" for name in names for k in (1, 2))
@@ -233,7 +233,7 @@ def test_captions_fit_into_the_text_encoder(tokenizer, train_captions):
 
 
 def test_start_and_end_have_the_two_highest_ids(tokenizer):
-    # With any other end token CLIP would pool at the wrong place.
+    # With another end token CLIP would pool the wrong token.
     assert len(tokenizer) == TINY.text["vocab_size"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -302,10 +302,10 @@ def test_each_attribute_changes_the_image():
 
 
 def coverage(thing: Thing, seed: int) -> torch.Tensor:
-    """Which share of each pixel the object covers, `(64, 64)`.
+    """The share of each pixel that the object covers, `(64, 64)`.
 
-    The background shows through the rest: how much of the difference between two backgrounds is left.
-    Give a colour that no light makes brighter than an image can be, such as green.
+    The rest of the pixel shows the background: its share is what remains of the difference between two
+    backgrounds. The colour must stay below full brightness in any light, as green does.
     """
     lit = [render([Scene(b, (thing,)), Scene(b, ())], [seed, seed]) for b in ("navy", "gray")]
     left = (lit[1][0] - lit[0][0]) / (lit[1][1] - lit[0][1])
@@ -331,7 +331,7 @@ def on_circle(radius: float, degrees: float) -> tuple[float, float]:
     return radius * np.sin(np.radians(degrees)), -radius * np.cos(np.radians(degrees))
 
 
-# The shapes as anyone would say them, up to size, and after how many equal turns they look the same.
+# Simple definitions of the shapes, up to size, and the order of their rotational symmetry.
 REFERENCE = {
     "circle": (lambda x, y: x**2 + y**2 < 1, None),
     "square": (polygon((-1, -1), (1, -1), (1, 1), (-1, 1)), 4),
@@ -343,7 +343,7 @@ REFERENCE = {
 
 
 def moments(share: np.ndarray, x: np.ndarray, y: np.ndarray, fold: int | None):
-    """Area, centre, and the angle that a shape of that symmetry is turned by."""
+    """Area, centre, and rotation angle of a shape with that symmetry."""
     area = share.sum()
     cx, cy = (share * x).sum() / area, (share * y).sum() / area
     angle = 0.0 if fold is None else np.angle((share * (x - cx + 1j * (y - cy)) ** fold).sum()) / fold
@@ -351,9 +351,9 @@ def moments(share: np.ndarray, x: np.ndarray, y: np.ndarray, fold: int | None):
 
 
 def difference(thing: Thing, seed: int, shape: str) -> float:
-    """How far the rendered coverage is from the supersampled reference of `shape`, relative to its area.
+    """The distance of the rendered coverage from a supersampled reference of `shape`, relative to its area.
 
-    The reference is given the size, place and tilt of what was rendered.
+    The reference gets the size, place and tilt of the rendered shape.
     """
     inside, fold = REFERENCE[shape]
     rows = np.arange(64) + 0.5
@@ -368,7 +368,7 @@ def difference(thing: Thing, seed: int, shape: str) -> float:
     scale = np.sqrt(area / (unit[0] / 200**2))
     turn = 0.0
     if fold is not None:
-        # The nearest of the equal turns.
+        # The nearest of the equivalent angles.
         turn = (angle - unit[3] + np.pi / fold) % (2 * np.pi / fold) - np.pi / fold
     assert shape != thing.shape or abs(turn) < np.radians(9)
 
@@ -382,11 +382,11 @@ def difference(thing: Thing, seed: int, shape: str) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_agree_with_supersampled_references(shape):
-    # A pixel at the edge is off by little, and there is none elsewhere.
+    # Pixels differ only at the edge, and there only a little.
     for seed, size in ((0, "large"), (1, "small")):
         thing = Thing(shape, "green", size, "plain")
         assert difference(thing, seed, shape) < (0.03 if size == "large" else 0.05)
-    # Nothing else passes for it.
+    # No other shape fits.
     others = [difference(thing, 1, other) for other in SHAPES if other != shape]
     assert min(others) > 0.08
 
@@ -403,7 +403,7 @@ def test_objects_stand_as_their_relation_says():
         a, b = Thing("circle", "red", "large", "plain"), Thing("square", "blue", "large", "plain")
 
         def center(index: int, relation=relation, seed=seed, things=(a, b)) -> tuple[float, float]:
-            # What changes when one object changes colour is where it is.
+            # An object is where the image changes when its colour changes.
             other = list(things)
             other[index] = dataclasses.replace(things[index], color="green")
             pair = [Scene("teal", things, relation), Scene("teal", tuple(other), relation)]
@@ -422,7 +422,7 @@ def test_objects_stand_as_their_relation_says():
 
 
 class Answering(SceneReader):
-    """A reader that is certain of the given scenes (None: that it cannot tell), whatever it is shown."""
+    """A reader that always answers with the given scenes (None: cannot tell), for any images."""
 
     def __init__(self, scenes: list[Scene | None], probability: float = 0.999) -> None:
         super().__init__(width=8)
@@ -481,7 +481,7 @@ def test_a_missing_and_a_surplus_object_are_wrong():
     result = prompt_accuracy(Answering([single, TWO]), black(2), [TWO, single])
     assert result.all_right.tolist() == [False, False]
     assert result.by_attribute["count"].tolist() == [0.0, 0.0]
-    # Of the missing object, everything is wrong; what the surplus one looks like was not asked.
+    # All attributes of the missing object are wrong; those of the surplus object do not count.
     assert result.by_attribute["shape"].tolist() == [0.5, 1.0]
     assert result.by_attribute["relation"].tolist() == pytest.approx([0.0, float("nan")], nan_ok=True)
 

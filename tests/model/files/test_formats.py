@@ -1,4 +1,4 @@
-"""Every format in and out: the original single file, diffusers' folder, ours; and what is kept by which."""
+"""Load and save every format: the original single file, diffusers' folder, and ours."""
 
 import dataclasses
 import json
@@ -35,13 +35,13 @@ PARTS = ("unet", "encoder", "decoder", "text_encoder")
 
 @pytest.fixture(scope="module")
 def plain(small) -> StableDiffusion:
-    """A small model without image encoder and reader, as Stable Diffusion 1.x is."""
+    """A small model without image encoder and reader, like Stable Diffusion 1.x."""
     return small.replace(config=dataclasses.replace(small.config, vision=None, reader=False))
 
 
 @pytest.fixture(scope="module")
 def single(plain, tmp_path_factory) -> Path:
-    """A single file with its tokenizer beside it; nobody writes into it."""
+    """A single file with its tokenizer beside it; tests must not change it."""
     file = sdcomp.save(plain, tmp_path_factory.mktemp("single") / "model.safetensors")
     save_tokenizer(plain.tokenizer, file.parent)
     return file
@@ -49,13 +49,13 @@ def single(plain, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(plain, tmp_path_factory) -> Path:
-    """A diffusers folder; nobody writes into it."""
+    """A diffusers folder; tests must not change it."""
     return sdcomp.save(plain, tmp_path_factory.mktemp("made") / "model", format="diffusers")
 
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A diffusers folder to change."""
+    """A diffusers folder that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "model"))
 
 
@@ -95,7 +95,7 @@ def test_a_ckpt_with_everything_that_published_ones_hold(plain, single, tmp_path
     loaded = load(tmp_path / "model.ckpt", config=plain.config, tokenizer=plain.tokenizer)
     assert_same(states(loaded), states(plain))
     assert not any(m.training for part in PARTS for m in getattr(loaded, part).modules())
-    # Independent of batch size and layout in memory only within rounding.
+    # Batch size and memory format change images within rounding.
     torch.testing.assert_close(
         loaded.generate(PROMPTS, steps=2), plain.generate(PROMPTS, steps=2), atol=1e-4, rtol=0
     )
@@ -161,7 +161,7 @@ def test_original_to_diffusers_to_original_gives_the_same_bytes(plain, single, t
     a = load(single, config=plain.config)
     b = load(sdcomp.save(a, tmp_path / "ours", format="diffusers"))
     assert sdcomp.save(b, tmp_path / "b.safetensors").read_bytes() == single.read_bytes()
-    # And through diffusers' own hands, as it and transformers write today.
+    # Also after diffusers and transformers have loaded and saved it.
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     c = load(tmp_path / "theirs")
@@ -201,7 +201,7 @@ def test_safetensors_come_before_bin_and_the_variant_is_respected(plain, folder)
     assert_same(states(load(folder, dtype=None)), states(plain))
     for file in folder.glob("*/*model.safetensors"):
         file.unlink()
-    # What is left of safetensors, then what is left.
+    # First the other safetensors, then the other files.
     assert_same(states(load(folder, dtype=None)), half)
     for file in folder.glob("*/*.safetensors"):
         file.unlink()
@@ -329,7 +329,7 @@ def test_a_unet_that_lost_channels_comes_back_from_our_folder(plain, tmp_path):
     assert sum(p.numel() for p in loaded.unet.parameters()) < sum(p.numel() for p in plain.unet.parameters())
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 24, 32)
     torch.testing.assert_close(loaded.unet(x, 5, context), unet(x, 5, context), atol=1e-5, rtol=1e-4)
-    # A whole model over it leaves no record behind.
+    # A whole model saved over it leaves no channel map behind.
     sdcomp.save(plain, tmp_path / "a")
     assert_same(states(load(tmp_path / "a")), states(plain))
     sdcomp.save(sd, tmp_path / "a")
@@ -363,7 +363,7 @@ def test_an_empty_configuration_is_refused_before_anything_is_allocated(plain, t
 
 def test_the_tokenizer_of_a_single_file(plain, single, tmp_path):
     file = Path(shutil.copy(single, tmp_path / "model.safetensors"))
-    # None beside it: CLIP's own, which this small text encoder does not know.
+    # Without one beside the file it is CLIP's own, which does not fit this small text encoder.
     with pytest.raises(ModelError, match="49408 tokens, but the text encoder knows 627"):
         load(file, config=plain.config)
     expected = tokenize(plain.tokenizer, PROMPTS)
@@ -492,7 +492,7 @@ def test_an_offloaded_model_copies_one_part_at_a_time(plain, monkeypatch):
     once = [name for i, (name, _) in enumerate(used) if i == 0 or used[i - 1][0] != name]
     assert once == ["text_encoder", "unet", "decoder", "text_encoder", "encoder", "unet", "decoder"]
     assert {device for _, device in used} == {"cpu"}
-    # Kept by what is made of it, ended by `to`.
+    # `replace` keeps offloading, and `to` ends it.
     assert sd.replace(unet=plain.unet).offloaded_to == torch.device("cpu")
     assert sd.to("cpu").offloaded_to is None and plain.offloaded_to is None
 
@@ -505,7 +505,7 @@ def test_large_images_are_computed_one_at_a_time(plain, monkeypatch):
         plain.generate(PROMPTS, steps=1, guidance_scale=1)
         assert seen == [16, 16]
         seen.clear()
-        # The least size that fills the memory of one image of 512x512 with two rows.
+        # As for images of which two fit into the memory of one 512x512 image.
         monkeypatch.setattr(pipeline, "rows_at_once", lambda n, pixels: 2)
         plain.decode_latents(torch.zeros(6, 4, 16, 16))
         assert seen == [2, 2, 2]
@@ -523,7 +523,7 @@ def test_the_first_use_converts_convolutions_and_keeps_them_trainable(single, pl
     convolutions = [m.weight for m in sd.decoder.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
     assert sd.decoder.decoder.conv_in.weight is weight and not weight.is_contiguous()
-    assert sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr() == mapped  # as fast as it is, on a CPU
+    assert sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr() == mapped  # a CPU needs no other format
     for part, arguments in ((sd.unet, (5, torch.randn(1, 24, 32))), (sd.decoder, ())):
         part(torch.randn(1, 4, 16, 16), *arguments).sum().backward()
         assert all(p.grad is not None for p in part.parameters())

@@ -1,4 +1,4 @@
-"""Files that are not what they seem: nothing in them runs, and one sentence says what they are."""
+"""Files with hostile or unexpected content: none of it runs, and one sentence says what they are."""
 
 import builtins
 import io
@@ -24,7 +24,7 @@ from sdcomp.model.files.checkpoint import read_tensors
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """What a single file of another size holds."""
+    """The content of a single file whose sizes are wrong."""
     return {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
         "first_stage_model.encoder.conv_in.weight": torch.zeros(128, 3, 3, 3),
@@ -37,13 +37,13 @@ def refused(file: Path) -> str:
         load(file)
     message = str(caught.value)
     assert str(file) in message and "\n" not in message and len(message) < 500
-    # PyTorch's own advice would be to switch the protection off.
+    # PyTorch's own message advises to switch the protection off.
     assert "weights_only" not in message
     return message
 
 
 class _Calls:
-    """Pickled, this is a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -102,7 +102,7 @@ def test_a_plain_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_path, state, package):
     def write(name: str, file: Path) -> None:
-        # A pickle names a class by its module; torch.save writes what it finds there.
+        # A pickle stores a class by its module and name, so both must exist while it is written.
         path = f"{package}.callbacks.model_checkpoint"
         kind = type(name, (), {"__module__": path})
         with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +121,7 @@ def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_
     assert not any(
         name.startswith(("pytorch_lightning", "lightning")) for name in sys.modules.keys() - before
     )
-    # Accepted here only, and only this class.
+    # Only our reader accepts it, and only this class.
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "model.ckpt", weights_only=True)
     write("EarlyStopping", tmp_path / "model.ckpt")
@@ -132,7 +132,7 @@ def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_
 
 
 class _Rebuilt:
-    """Pickled, this is a tensor that declares another shape than its storage has."""
+    """An object whose pickle is a tensor with a larger shape than its storage."""
 
     def __init__(self, shape, stride, offset=0):
         storage = torch.zeros(4).untyped_storage()

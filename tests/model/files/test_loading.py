@@ -1,4 +1,4 @@
-"""Model folders: what is saved comes back bit for bit, and what is wrong with one is said in a sentence."""
+"""Model folders: saved models come back bit for bit, and wrong folders are refused in one sentence."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ PARTS = ("unet", "encoder", "decoder", "text_encoder", "clip", "reader")
 
 
 def complete(sd: StableDiffusion, randomize) -> StableDiffusion:
-    """The model with an image encoder and a reader, whose batch statistics are not the initial ones."""
+    """The model with an image encoder, and with a reader that has other than initial batch statistics."""
     clip, reader = randomize(build_clip(sd.config), 5), randomize(SceneReader(), 6)
     for module in reader.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -50,13 +50,13 @@ def whole(small, randomize):
 
 @pytest.fixture(scope="module")
 def saved(whole, tmp_path_factory) -> Path:
-    """A good folder; nobody writes into it."""
+    """A good folder; tests must not change it."""
     return save(whole, tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A good folder to break: replace its files, do not write into them."""
+    """A good folder that a test may break: replace its files, since their content is shared."""
     return Path(shutil.copytree(saved, tmp_path / "model", copy_function=os.link))
 
 
@@ -80,7 +80,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-# What is saved comes back
+# Saved models come back
 
 
 def test_a_model_of_the_tiny_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
@@ -93,7 +93,7 @@ def test_a_model_of_the_tiny_models_size_comes_back_bit_for_bit(tiny, randomize,
     assert_same(states(loaded), states(sd))
     assert torch.equal(tokenize(loaded.tokenizer, PROMPTS), tokenize(sd.tokenizer, PROMPTS))
 
-    # Convolutions of the same memory format, so that the same kernels run.
+    # Give both models the same memory format, so that the same kernels run.
     same = sd.replace(**{name: copy.deepcopy(getattr(sd, name)) for name in ("unet", "encoder", "decoder")})
     for part in (same.unet, same.encoder, same.decoder):
         part.to(memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path)
 
     sd = load(saved, dtype=torch.float16)
     assert {p.dtype for part in PARTS[:-1] for p in getattr(sd, part).parameters()} == {torch.float16}
-    # The reader only measures: it is as it was trained.
+    # The reader only judges images: it keeps its type.
     assert_same(sd.reader.state_dict(), whole.reader.state_dict())
     assert sd.generate(PROMPTS, steps=1, batch_size=1).dtype == torch.float32
 
@@ -160,7 +160,7 @@ def test_a_model_stays_usable_when_it_is_saved_over_its_own_folder(folder):
     sdcomp.save(pruned, folder, torch.float16)
     assert_same(states(sd), before)
     assert sd.generate(PROMPTS, steps=1, batch_size=1).isfinite().all()
-    # Over itself.
+    # A model can be saved over itself.
     sdcomp.save(sd, folder)
     assert_same(states(load(folder)), before)
     assert {path.name for path in folder.iterdir()} == FILES
@@ -182,7 +182,7 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, fo
     # A file stands where the folder should be.
     with pytest.raises(UserError, match="cannot be written"):
         sdcomp.save(other, folder / "config.json")
-    # The configuration is the last that is written.
+    # The configuration is written last.
     assert (folder / "config.json").read_bytes() == good["config.json"]
     assert_same(states(load(folder)), states(whole))
 
@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
 
     def full(state, path, metadata):
         Path(path).write_bytes(b"half")
-        # As safetensors says it.
+        # The error that safetensors raises.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -267,7 +267,7 @@ def test_with_another_unet_the_stored_type_is_kept(whole, tmp_path):
     assert sd.unet is unet and sd.dtype == torch.float16
 
 
-# What is wrong is said in one sentence
+# Errors are one sentence
 
 
 def assert_refused(path: Path | str, *words: object) -> None:
@@ -306,9 +306,9 @@ def test_a_file_without_weights_is_named(folder):
         b"",
         good[:40],
         b"\xff" * 500,
-        # What a failed download often leaves.
+        # A failed download often leaves this.
         b"<!DOCTYPE html>\n<html>\n<body>not found</body>\n</html>\n",
-        # A header of the right length that is no JSON.
+        # A header of the right length that is not JSON.
         good[:8] + b"\n" * int.from_bytes(good[:8], "little") + good[8:],
     ]
     for content in contents:
@@ -406,9 +406,9 @@ def test_a_conversion_refuses_values_that_are_not_finite(whole, folder, tmp_path
         save_file({**good, name: bad}, file)
         with pytest.raises(ModelError, match=f"{name} has values that are infinite or NaN in torch.float16"):
             load(folder, dtype=torch.float16)
-        # What stays mapped is not read: `generate` tells.
+        # Mapped weights are not read; `generate` checks its results.
         assert load(folder).unet.get_parameter(name).isfinite().all() == (value == 1e6)
-    # A sum that overflows is no value that does.
+    # The sum overflows, but no value does.
     file.unlink()
     save_file({**good, name: torch.full_like(good[name], 3e38).bfloat16()}, file)
     assert load(folder).unet.get_parameter(name).min() > 2e38
@@ -449,7 +449,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder):
 )
 def test_a_broken_tokenizer_file_is_named(folder, name, content):
     if content is None:
-        # A copy that stopped half-way: the first merges would be found, and most words fall apart.
+        # A copy that stopped half-way: with only the first merges, most words would fall apart.
         good = (folder / name).read_bytes()
         content = good[: good.index(b"\n", len(good) // 2) + 1]
     replace_file(folder / name, content)
