@@ -8,10 +8,12 @@ its weight, as a matrix `(out, in * kh * kw)`, with the patches of its input (im
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sdcomp.errors import UserError
 
@@ -48,60 +50,88 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 
 def input_columns(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Yield the rows that the weight matrix multiplies, image by image: `(rows, columns)` float32.
-
-    Raises UserError for grouped convolutions and for padding other than zeros.
-    """
+    """Yield the rows that the weight matrix multiplies, image by image: `(rows, columns)` float32."""
     if isinstance(layer, nn.Linear):
         yield from x.reshape(len(x) if x.dim() > 2 else 1, -1, x.shape[-1]).float()
         return
-    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UserError("second moments need convolutions with one group and zero padding")
     for image in x.split(1):
         patches = F.unfold(image.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         yield patches[0].T
 
 
-@torch.no_grad()
+def can_observe(layer: nn.Module) -> bool:
+    """Whether `MomentObserver` takes a layer: linear, or a convolution of one group with zero padding."""
+    if isinstance(layer, nn.Linear):
+        return True
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    return plain and not isinstance(layer.padding, str)
+
+
+class MomentObserver:
+    """Gathers H = mean of x x^T of the named layers' inputs while it is entered as a context.
+
+    A call contributes at most about `rows` rows of each layer's input, drawn at random, so equal runs give
+    equal moments. H takes 4 columns^2 bytes: 2.1 GB for the largest convolution of SD 1.5. Layers that read
+    the same tensor share one H, so do not change H in place.
+
+    Raises UserError for a layer that `can_observe` does not take.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[str], *, rows: int = 8192, seed: int = 0) -> None:
+        self._layers = {name: module.get_submodule(name) for name in layers}
+        for name, layer in self._layers.items():
+            if not can_observe(layer):
+                raise UserError(
+                    f"layer {name} has no second moments: these need linear layers, or convolutions with one"
+                    " group and zero padding"
+                )
+        self._rows, self._generator = rows, torch.Generator().manual_seed(seed)
+        self._moments: dict[str, _Moments] = {}
+        self._last = LastInput()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> MomentObserver:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(partial(self._see, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last.clear()
+
+    @torch.no_grad()
+    def _see(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        key = None if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.padding)
+        shared = self._last.get(x, key)
+        if shared is None:
+            shared = self._moments.setdefault(name, _Moments())
+            shared.add(layer, x, self._rows, self._generator)
+            self._last.keep(x, key, shared)
+        self._moments[name] = shared
+
+    def result(self) -> dict[str, Tensor]:
+        """Return H of each layer, `(columns, columns)` float32.
+
+        Raises UserError for a layer that did not run, and for inputs that are not finite.
+        """
+        for name in self._layers:
+            if name not in self._moments:
+                raise UserError(f"layer {name} did not run, so its inputs have no second moments")
+            if not self._moments[name].sum.diagonal().isfinite().all():
+                raise UserError(f"the input of layer {name} has NaN or infinite values")
+        return {name: self._moments[name].mean() for name in self._layers}
+
+
 def second_moments(
     module: nn.Module, layers: Sequence[str], run: Callable[[], object], *, rows: int = 8192, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Run a model once and return H = mean of x x^T for each named layer: `(columns, columns)` float32.
-
-    `run` is any callable that calls `module`, for example a generation. A call contributes at most about
-    `rows` rows of each layer's input, drawn at random. Layers that read the same tensor share one H, so
-    do not change H in place. H takes 4 columns^2 bytes: 2.1 GB for the largest convolution of SD 1.5.
-
-    Raises UserError for inputs that are not finite and for a layer that did not run, which it names.
-    """
-    moments: dict[str, _Moments] = {}
-    last = LastInput()
-    generator = torch.Generator().manual_seed(seed)
-
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            key = None if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.padding)
-            shared = last.get(x, key)
-            if shared is None:
-                last.keep(x, key, moments.setdefault(name, _Moments()).add(layer, x, rows, generator))
-            else:
-                moments[name] = shared
-
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(observe(name)) for name in layers]
-    try:
+    """Call `run()`, which calls `module`, once; return the layers' second moments, see `MomentObserver`."""
+    with MomentObserver(module, layers, rows=rows, seed=seed) as observer:
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in layers:
-        if name not in moments:
-            raise UserError(f"layer {name} did not run, so its inputs have no second moments")
-        if not moments[name].sum.diagonal().isfinite().all():
-            raise UserError(f"the input of layer {name} has NaN or infinite values")
-    return {name: moments[name].mean() for name in layers}
+    return observer.result()
 
 
 class _Moments:
@@ -111,17 +141,24 @@ class _Moments:
         self.sum: Tensor | None = None
         self.count = 0
 
-    def add(self, layer: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> _Moments:
-        """Add up to `rows` rows of one input; returns itself."""
+    def add(self, layer: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> None:
+        """Add up to about `rows` rows of one input."""
+
+        def draw(tensor: Tensor, count: int) -> Tensor:
+            if len(tensor) <= count:
+                return tensor
+            return tensor[torch.randperm(len(tensor), generator=generator)[:count].to(x.device)]
+
+        if isinstance(layer, nn.Conv2d):
+            # Patches are costly to cut out, so few images give many rows each.
+            x = draw(x, max(1, 4 * rows // x[0, 0].numel()))
         parts = list(input_columns(layer, x))
-        for columns in parts:
-            if len(columns) > (most := max(1, rows // len(parts))):
-                columns = columns[torch.randperm(len(columns), generator=generator)[:most].to(x.device)]
+        for part in parts:
+            columns = draw(part, max(1, rows // len(parts)))
             if self.sum is None:
                 self.sum = columns.new_zeros(columns.shape[1], columns.shape[1])
             self.sum.addmm_(columns.T, columns)
             self.count += len(columns)
-        return self
 
     def mean(self) -> Tensor:
         """The mean; the same tensor for all layers that share it."""

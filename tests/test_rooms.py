@@ -13,7 +13,7 @@ LEVELS = (
     {"settings"},
     {"scenes"},
     {"model"},
-    {"observation"},
+    {"observation", "second_order"},
     {"quantization", "pruning"},
     {"training"},
     {"integer"},

@@ -51,7 +51,7 @@ def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
     In float32, as attention wants it: few CPUs multiply bfloat16 faster.
     """
     integers = [layer for layer in layers if isinstance(layer, Int8Linear)]
-    if len(integers) < len(layers) or len({layer.input_scales()[0] for layer in integers}) > 1:
+    if len(integers) < len(layers) or len({layer.input_grids()[0] for layer in integers}) > 1:
         return [layer(x, dtype=torch.float32) if layer in integers else layer(x).float() for layer in layers]
     quantized = layers[0].quantize(x)
     return [layer.multiply([quantized], torch.float32) for layer in layers]

@@ -7,8 +7,9 @@ import torch
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution
 from sdcomp.integer.model import Int8Model, float_tensors
-from sdcomp.quantization.layers import NotCalibratedError
+from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.state import NotCalibratedError
 
 
 def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str = "auto") -> Int8Model:
@@ -23,14 +24,19 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
     kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
     layer: that saves memory and no time.
 
-    Raises UserError where the kernels are wanted and cannot be had, and for a model that is not calibrated
-    or whose weights or activations are not quantized; ValueError for another dtype or execution.
+    Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor.
+
+    Raises UserError where the kernels are wanted and cannot be had, and for a model that is not calibrated,
+    whose weights or activations are not quantized, or whose grids integer products do not take; ValueError
+    for another dtype or execution.
     """
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
     if not model.calibrated:
         raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
+    for layer in model.quantized_layers():
+        _check(layer)
     weight = model.quantized_layers()[0].weight
     dtype = weight.dtype if dtype is None else dtype
     execution = choose_execution(weight.device, dtype, execution)
@@ -40,6 +46,7 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
             "weight": layer.integer_weight(),
             "weight_scale": layer.weight_scale,
             "act_scale": layer.act_scale,
+            "act_zero_point": layer.act_zero_point,
             "bias": None if layer.bias is None else layer.bias.detach().float(),
         }
         for name, layer in layers.items()
@@ -48,6 +55,11 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
     settings = {
         "weight_bits": model.weight_quantizer.n_bits,
         "act_bits": model.act_quantizer.n_bits,
+        "layer_act_bits": {
+            name: layer.act_quantizer.n_bits
+            for name, layer in layers.items()
+            if layer.act_quantizer.n_bits != model.act_quantizer.n_bits
+        },
         "dtype": str(dtype).removeprefix("torch."),
         "execution": execution,
         "starts": list(model.starts),
@@ -56,3 +68,17 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     return Int8Model(model.module, integers, dict(float_tensors(model.module, layers)), settings)
+
+
+def _check(layer: QuantLayer) -> None:
+    """Raise UserError for a layer that does not run as a product of integers."""
+    weight, act = layer.weight_quantizer, layer.act_quantizer
+    if weight is None or act is None:
+        reason = "only one of its sides is quantized"
+    elif not weight.symmetric or weight.granularity == "group":
+        reason = "its weights are affine or in groups of columns"
+    elif not layer.spec.calibrated:
+        reason = "its input has a scale for each token"
+    else:
+        return
+    raise UserError(f"layer {layer.name} cannot run in int8: {reason}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES, choose_execution
+from sdcomp.integer.layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
 from sdcomp.integer.model import Int8Model, float_tensors
 from sdcomp.model.channels import apply_channel_map, channel_map
@@ -34,10 +35,10 @@ _KINDS: dict[type, type[Int8Layer]] = {
     QuantConv2d: Int8Conv2d,
     QuantLinear: Int8Linear,
 }
-_TENSORS = ("weight", "weight_scale", "act_scale", "bias")
 _SETTINGS: dict[str, Rule] = {
     "weight_bits": Whole(2, 8),
     "act_bits": Whole(2, 8),
+    "layer_act_bits": TableOf(Whole(2, 8)),
     "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
     "train_timesteps": TRAIN_TIMESTEPS,
     "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
@@ -89,6 +90,7 @@ def load_int8(
 
     def build(settings: dict[str, object]) -> tuple[dict[str, object], nn.Module | None]:
         rules = _SETTINGS | {"starts": ANYTHING}
+        settings.setdefault("layer_act_bits", {})  # files of earlier versions have none
         check_settings({name: value for name, value in settings.items() if name in rules}, rules)
         check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
         config, channels = settings.pop("unet", None), settings.pop("channels", {})
@@ -109,7 +111,7 @@ def load_int8(
     state = read_safetensors(folder / TENSORS, QuantizationFileError)
     settings["execution"] = choose_execution(device, getattr(torch, settings["dtype"]), execution)
     names = {name.removesuffix(".weight_scale") for name in state if name.endswith("weight_scale")}
-    integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in _TENSORS} for name in names}
+    integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in LAYER_TENSORS} for name in names}
     _check(folder / TENSORS, module, integers, state, settings)
     return Int8Model(module, integers, state, settings).to(device)
 
@@ -131,7 +133,7 @@ def _check(
         layer = layers.get(name)
         if type(layer) not in _KINDS or not _fits(layer, tensors, splits.get(name), intervals):
             wrong.append(name)
-    wrong += [name for name in splits if name not in integers]
+    wrong += [name for name in (*splits, *settings["layer_act_bits"]) if name not in integers]
     if wrong:
         raise QuantizationFileError(f"{file} is of another module: {listed(sorted(wrong))} differ")
     damaged = [name for name, tensor in floats.items() if tensor.is_floating_point() and not finite(tensor)]
@@ -145,7 +147,7 @@ def _check(
 
 def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | None, intervals: int) -> bool:
     """Whether tensors are those of a layer in shape and type; `split` as in `QuantLayer`."""
-    weight, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
+    weight, scale, act_scale, zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
     if weight is None or scale is None or act_scale is None or (bias is None) != (layer.bias is None):
         return False
     parts = () if split is None else (2,)
@@ -154,14 +156,16 @@ def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | N
         (weight.dtype, weight.shape) == (torch.int8, layer.weight.shape)
         and scale.shape in shapes
         and act_scale.shape == (intervals, *parts)
+        and (zeros is None or zeros.shape == act_scale.shape)
         and (split is None or split < weight.shape[1])
         and (bias is None or bias.shape == layer.bias.shape)
-        and all(t.dtype == torch.float32 for t in (scale, act_scale, bias) if t is not None)
+        and all(t.dtype == torch.float32 for t in (scale, act_scale, zeros, bias) if t is not None)
     )
 
 
 def _sound(tensors: Mapping[str, Tensor | None]) -> bool:
     """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
-    _, scale, act_scale, bias = (tensors[kind] for kind in _TENSORS)
-    finite_values = all(finite(t) for t in (scale, act_scale, bias) if t is not None)
-    return finite_values and bool((scale > 0).all() and (act_scale >= 0).all())
+    _, scale, act_scale, zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
+    finite_values = all(finite(t) for t in (scale, act_scale, zeros, bias) if t is not None)
+    codes = zeros is None or bool(((zeros >= 0) & (zeros <= 255) & (zeros == zeros.round())).all())
+    return finite_values and codes and bool((scale > 0).all() and (act_scale >= 0).all())

@@ -9,22 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdcomp.quantization.state import InputGrid
+
 ZERO = 128
-"""What stands for 0 in a quantized input: the kernels that are fast take unsigned bytes."""
+"""The byte that stands for 0 in an input whose integers fit into a signed byte."""
 
 
-def quantize(x: Tensor, scale: float, qmax: int) -> Tensor:
-    """The integers of `fake_quantize` plus `ZERO`, uint8, in the memory format of `x`.
+def zero_byte(grid: InputGrid) -> int:
+    """Return the byte that stands for 0 in an input: the fast kernels take unsigned bytes."""
+    return ZERO if grid.low >= -ZERO and grid.high < ZERO else int(-grid.low)
+
+
+def quantize(x: Tensor, grid: InputGrid) -> Tensor:
+    """Return the integers of `fake_quantize` plus `zero_byte`, uint8, in the memory format of `x`.
 
     NaN becomes the largest integer; see `Int8Model` for who looks for it.
     """
+    if (zero := zero_byte(grid)) != ZERO:
+        integers = (x.float() * (1 / grid.scale)).round_().clamp_(grid.low, grid.high)
+        return integers.nan_to_num_(grid.high).add_(zero).to(torch.uint8)
     # Rounded around 0, since PyTorch adds another zero point before it rounds.
-    quantized = torch.quantize_per_tensor(x.float(), scale, 0, torch.qint8)
+    quantized = torch.quantize_per_tensor(x.float(), grid.scale, 0, torch.qint8)
     # The same bytes, not the copy that `int_repr` makes.
     integers = torch.empty(0, dtype=torch.int8)
     integers.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
     # Flipping the sign bit adds 128.
-    return integers.clamp_(-qmax, qmax).view(torch.uint8).bitwise_xor_(ZERO)
+    return integers.clamp_(int(grid.low), int(grid.high)).view(torch.uint8).bitwise_xor_(ZERO)
 
 
 class Packed:
@@ -48,7 +58,7 @@ class PackedLinear(Packed):
     def __call__(
         self,
         x: Tensor,
-        x_scale: float,
+        grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
         accumulate: Tensor | None = None,
@@ -59,7 +69,7 @@ class PackedLinear(Packed):
         The output is added to `accumulate`, of its type and shape, in place if that is given.
         `post_op="gelu"` (without `accumulate`) applies the exact GELU to the output.
         """
-        sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
+        sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, post_op, [], "none")
         return torch.ops.onednn.qlinear_pointwise.binary(
@@ -82,7 +92,7 @@ class PackedConv2d(Packed):
     def __call__(
         self,
         x: Tensor,
-        x_scale: float,
+        grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
         accumulate: Tensor | None = None,
@@ -91,7 +101,7 @@ class PackedConv2d(Packed):
 
         The output is added to `accumulate`, of its type and shape, in place if that is given.
         """
-        sides = (x, x_scale, ZERO, self._weight, self.scale, self._zeros)
+        sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qconv2d_pointwise(
                 *sides, bias, *self._geometry, 1.0, 0, dtype, "none", [], ""
@@ -115,7 +125,7 @@ class PackedConvAsMatmul(PackedLinear):
     def __call__(
         self,
         x: Tensor,
-        x_scale: float,
+        grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
         accumulate: Tensor | None = None,
@@ -124,11 +134,11 @@ class PackedConvAsMatmul(PackedLinear):
         (kh, kw), (ph, pw) = self._kernel, self._padding
         x = x.permute(0, 2, 3, 1)
         if ph or pw:
-            x = F.pad(x, (0, 0, pw, pw, ph, ph), value=ZERO)
+            x = F.pad(x, (0, 0, pw, pw, ph, ph), value=zero_byte(grid))
         if kh > 1 or kw > 1:
             x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
         accumulate = None if accumulate is None else accumulate.permute(0, 2, 3, 1)
-        return super().__call__(x, x_scale, bias, dtype, accumulate).permute(0, 3, 1, 2)
+        return super().__call__(x, grid, bias, dtype, accumulate).permute(0, 3, 1, 2)
 
 
 @functools.cache
@@ -145,7 +155,8 @@ def missing() -> str | None:
         with warnings.catch_warnings(), torch.no_grad():
             # PyTorch announces that `quantize_per_tensor` will go some day; it says so once.
             warnings.simplefilter("ignore", UserWarning)
-            q = quantize(x, 0.02, 127)
+            grid = InputGrid(0.02, -127, 127)
+            q = quantize(x, grid)
             x = (q.float() - ZERO) * 0.02
             tokens = x.permute(0, 2, 3, 1)
             conv, linear = PackedConv2d(weight, scale, [2, 2], [1, 1], [1, 1], 1), PackedLinear(narrow, scale)
@@ -154,12 +165,12 @@ def missing() -> str | None:
             cases = [(conv, q, F.conv2d(x, exact, stride=2, padding=1)), (linear, pixels, products)]
             for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 for packed, integers, product in cases:
-                    got = packed(integers, 0.02, bias, dtype)
-                    packed(integers, 0.02, None, dtype, accumulate=got)
+                    got = packed(integers, grid, bias, dtype)
+                    packed(integers, grid, None, dtype, accumulate=got)
                     wanted = 2 * product + 1
                     if got.dtype != dtype or (got - wanted).abs().max() > tolerance * wanted.abs().max():
                         return wrong
-            got, wanted = linear(pixels, 0.02, bias, torch.float32, post_op="gelu"), F.gelu(products + 1)
+            got, wanted = linear(pixels, grid, bias, torch.float32, post_op="gelu"), F.gelu(products + 1)
             if (got - wanted).abs().max() > 1e-5 * wanted.abs().max():
                 return wrong
             if not (torch.equal(conv.weight(), weight) and torch.equal(linear.weight(), narrow)):

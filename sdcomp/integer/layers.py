@@ -11,19 +11,22 @@ from torch import Tensor, nn
 
 from sdcomp.integer import kernels as kernels
 from sdcomp.model.layers import linear
-from sdcomp.quantization.layers import calibrated
-from sdcomp.quantization.quantizer import fake_quantize
+from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
+from sdcomp.quantization.state import InputGrid, calibrated, input_grids
 
 _WIDE = 1024
 """Output channels from which on a convolution is one matrix product. In SD 1.5 these see maps of 8x8 and
 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 
+TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
+"""What an integer layer is made of."""
+
+
 @dataclass(eq=False)
 class Int8State:
-    """What the integer layers of one model share: the timestep's interval, the largest activation."""
+    """What the integer layers of one model share: the timestep's interval."""
 
-    qmax: int
     interval: int = 0
     timestep: float = 0.0
 
@@ -32,20 +35,28 @@ class Int8Layer(nn.Module):
     """What `Int8Conv2d` and `Int8Linear` have in common.
 
     Made of a layer (for its geometry) and of tensors: `weight` int8 in the layer's shape, `weight_scale`,
-    `act_scale` (shapes as in `QuantLayer`) and `bias` float32 or None. `pack` hands the weight to oneDNN,
+    `act_scale`, `act_zero_point` (shapes as in `QuantLayer`) and `bias`, float32; the last two may be None.
+    Inputs have `act_bits` bits. `pack` hands the weight to oneDNN,
     which lays it out anew; until then, and where that is not wanted, calls dequantize it. The state dict
     has the plain tensors in either case. Nothing but devices changes with `to`.
     """
 
     def __init__(
-        self, layer: nn.Module, name: str, tensors: dict[str, Tensor], split: int | None, state: Int8State
+        self,
+        layer: nn.Module,
+        name: str,
+        tensors: dict[str, Tensor],
+        split: int | None,
+        act_bits: int,
+        state: Int8State,
     ) -> None:
         super().__init__()
         self.name, self.split, self.state = name, split, state
-        for kind in ("weight", "weight_scale", "act_scale", "bias"):
+        for kind in TENSORS:
             self.register_buffer(kind, tensors.get(kind))
         self.shape = tuple(self.weight.shape)
-        self._act_scales = self.act_scale.view(len(self.act_scale), -1).tolist()
+        quantizer = UniformQuantizer(act_bits, symmetric=self.act_zero_point is None)
+        self._input_grids = input_grids(self.act_scale, self.act_zero_point, quantizer)
         self._packed: list = []
 
     def _sizes(self) -> list[int]:
@@ -74,9 +85,9 @@ class Int8Layer(nn.Module):
             return self.weight
         return torch.cat([part.weight() for part in self._packed], dim=1)
 
-    def input_scales(self) -> list[float]:
-        """The scales of the input in the current interval, one, or two with a split."""
-        return calibrated(self._act_scales, self.state.interval, self.name)
+    def input_grids(self) -> list[InputGrid]:
+        """The grids of the input in the current interval, one, or two with a split."""
+        return calibrated(self._input_grids, self.state.interval, self.name)
 
     def forward(
         self, x: Tensor, accumulate: Tensor | None = None, dtype: torch.dtype | None = None
@@ -85,31 +96,31 @@ class Int8Layer(nn.Module):
 
         Packed layers add it to `accumulate`, in place, if that is given.
         """
-        scales, qmax = self.input_scales(), self.state.qmax
+        grids = self.input_grids()
         parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
         if not self._packed:
-            fakes = [fake_quantize(part, s, qmax) for part, s in zip(parts, scales, strict=True)]
+            fakes = [fake_quantize(p, g.scale, g.high, g.low) for p, g in zip(parts, grids, strict=True)]
             weights = self.weight.split(self._sizes(), dim=1)
             broadcast = (-1, *[1] * (self.weight.dim() - 1))
             exact = [w * s.view(broadcast) for w, s in zip(weights, self._scales(), strict=True)]
             x, weight = torch.cat(fakes, self._channels), torch.cat(exact, 1).to(x.dtype)
             return self._float(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        integers = [self._prepare(part, s, qmax) for part, s in zip(parts, scales, strict=True)]
+        integers = [self._prepare(part, grid) for part, grid in zip(parts, grids, strict=True)]
         return self.multiply(integers, dtype or x.dtype, accumulate)
 
     def multiply(self, parts: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
         """The output in `dtype` for an input that is quantized already."""
         bias = self.bias
-        for x, scale, packed in zip(parts, self.input_scales(), self._packed, strict=True):
-            accumulate, bias = packed(x, scale, bias, dtype, accumulate), None
+        for x, grid, packed in zip(parts, self.input_grids(), self._packed, strict=True):
+            accumulate, bias = packed(x, grid, bias, dtype, accumulate), None
         return accumulate
 
     def quantize(self, x: Tensor) -> Tensor:
         """An unsplit input as the kernels take it."""
-        return self._prepare(x, self.input_scales()[0], self.state.qmax)
+        return self._prepare(x, self.input_grids()[0])
 
-    def _prepare(self, x: Tensor, scale: float, qmax: int) -> Tensor:
-        return kernels.quantize(x, scale, qmax)
+    def _prepare(self, x: Tensor, grid: InputGrid) -> Tensor:
+        return kernels.quantize(x, grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
         if not self._packed:
@@ -161,8 +172,8 @@ class Int8GatedLinear(Int8Linear):
 
     def _halves(self) -> list[tuple]:
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
-        scale = self.input_scales()[0]
-        return [(half, scale, bias) for half, bias in zip(self._packed, biases, strict=True)]
+        grid = self.input_grids()[0]
+        return [(half, grid, bias) for half, bias in zip(self._packed, biases, strict=True)]
 
 
 class Int8Conv2d(Int8Layer):
@@ -190,8 +201,8 @@ class Int8Conv2d(Int8Layer):
             return x
         return F.pad(x, self._pads, mode="constant" if self._mode == "zeros" else self._mode)
 
-    def _prepare(self, x: Tensor, scale: float, qmax: int) -> Tensor:
-        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), scale, qmax)
+    def _prepare(self, x: Tensor, grid: InputGrid) -> Tensor:
+        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), grid)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         geometry = (self._stride, self._padding, self._dilation, self._groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -14,7 +13,7 @@ from sdcomp.errors import UserError
 from sdcomp.integer.blocks import specialize
 from sdcomp.integer.execution import choose_execution, why_no_kernels
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
-from sdcomp.quantization.layers import normal_tensors
+from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 
 
@@ -45,13 +44,13 @@ class Int8Model(QuantizedWrapper):
         super().__init__()
         self.settings = dict(settings)
         self.dtype, self.execution = getattr(torch, settings["dtype"]), settings["execution"]
-        self.state = Int8State(2 ** (settings["act_bits"] - 1) - 1)
+        self.state = Int8State()
         self.starts, self.train_timesteps = settings["starts"], settings["train_timesteps"]
         self.timestep_arg = settings["timestep_arg"]
         if self.timestep_arg is not None:
             self._argument = TimestepArgument.of(module, self.timestep_arg)
         with normal_tensors():
-            self.module = _assemble(module, integers, floats, settings["splits"], self.state, self.dtype)
+            self.module = _assemble(module, integers, floats, self.settings, self.state, self.dtype)
             _check_finite(self.module)
             if self.execution == "kernels":
                 specialize(self.module)
@@ -112,25 +111,28 @@ def _assemble(
     module: nn.Module,
     integers: dict[str, dict[str, Tensor | None]],
     floats: Mapping[str, Tensor],
-    splits: Mapping[str, int],
+    settings: Mapping[str, object],
     state: Int8State,
     dtype: torch.dtype,
 ) -> nn.Module:
     """A copy of the module with integer layers in place of those that are given, and new tensors."""
-    memo: dict[int, object] = {}
-    for name, old in [*module.named_parameters(), *module.named_buffers()]:
-        new = floats.get(name, old).detach()
-        if new.is_floating_point():
-            new = new.to(dtype)
-        new = new.contiguous()  # as `StableDiffusion` wants a UNet on CPU
-        memo[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+    # Contiguous, as `StableDiffusion` wants a UNet on CPU.
+    new = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, old in [*module.named_parameters(), *module.named_buffers()]
+        if name.rpartition(".")[0] not in integers
+        for tensor in [floats.get(name, old).detach()]
+    }
+    layers = {}
     for name, layer in module.named_modules():
         if name in integers:
             # Given up by the caller, so that a plain weight lives no longer than until it is packed.
             tensors = integers.pop(name)
             kind = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
-            memo[id(layer)] = kind(layer, name, tensors, splits.get(name), state)
-    return copy.deepcopy(module, memo)
+            bits = settings["layer_act_bits"].get(name, settings["act_bits"])
+            layers[name] = kind(layer, name, tensors, settings["splits"].get(name), bits, state)
+    copied = rebuild(module, layers, new)
+    return copied.requires_grad_(False)
 
 
 def float_tensors(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:

@@ -1,12 +1,15 @@
 """Simulated n-bit quantization of any `nn.Module`, plain and timestep-aware, and its calibration."""
 
-from sdcomp.quantization.calibration import CalibrationError, Calibrator
+from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.describe import describe
 from sdcomp.quantization.filters import FILTERS, published_filters
-from sdcomp.quantization.layers import NotCalibratedError, QuantConv2d, QuantLayer, QuantLinear
+from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
-from sdcomp.quantization.quantizer import UniformSymmetricQuantizer, fake_quantize
-from sdcomp.quantization.recipes import PRESETS, Preset, build
+from sdcomp.quantization.observer import CalibrationError
+from sdcomp.quantization.quantize import apply_recipe, quantize
+from sdcomp.quantization.quantizer import UniformQuantizer, UniformSymmetricQuantizer, fake_quantize
+from sdcomp.quantization.recipes import PRESETS, Recipe, build
+from sdcomp.quantization.state import NotCalibratedError
 from sdcomp.quantization.storage import QuantizationFileError, load_quant_model, save_quant_model
 
 __all__ = [
@@ -15,18 +18,21 @@ __all__ = [
     "CalibrationError",
     "Calibrator",
     "NotCalibratedError",
-    "Preset",
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",
     "QuantModel",
     "QuantizationFileError",
+    "Recipe",
     "TimeStepCalibratedQuantModel",
+    "UniformQuantizer",
     "UniformSymmetricQuantizer",
+    "apply_recipe",
     "build",
     "describe",
     "fake_quantize",
     "load_quant_model",
     "published_filters",
+    "quantize",
     "save_quant_model",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.quantizer import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +55,10 @@ def _quantized(layer: QuantLayer) -> dict[str, object]:
         row["weight_clipped"] = _weight_clipped(layer)
     if layer.act_quantizer is not None:
         row["act_bits"] = layer.act_quantizer.n_bits
-        known = layer.act_scale[layer.act_scale > 0]
-        if len(known):
+        known = layer.act_scale[layer.act_scale > 0] if layer.spec.calibrated else ()
+        if not layer.spec.calibrated:
+            row["act_scale"] = "of each token"
+        elif len(known):
             ends = dict.fromkeys(f"{end.item():.3g}" for end in known.aminmax())
             row["act_scale"] = " to ".join(ends)
             row["act_clipped"] = layer.act_clipped[layer.act_scale > 0].mean().item()
@@ -67,11 +70,10 @@ def _quantized(layer: QuantLayer) -> dict[str, object]:
 @torch.no_grad()
 def _weight_clipped(layer: QuantLayer) -> float:
     """The share of weights beyond the clipping range."""
-    qmax = layer.weight_quantizer.qmax
 
-    def beyond(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        # What the scale's own rounding puts a last bit beyond the range is at its end.
-        clip = scale.view(-1, *[1] * (part.dim() - 1)) * qmax * (1 + 1e-6)
-        return part.abs() > clip
+    def beyond(part: torch.Tensor, grid: Grid) -> torch.Tensor:
+        scale, low, high = layer.weight_quantizer.spread(part, grid)
+        # A value at the end of the range may be a last bit beyond it, by the scale's own rounding.
+        return (part > scale * high * (1 + 1e-6)) | (part < scale * low * (1 + 1e-6))
 
     return layer.per_part(beyond).float().mean().item()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from sdcomp.quantization.ranges import BINS, CANDIDATES, MagnitudeHistogram, error_table
+from sdcomp.quantization.ranges import BINS, CANDIDATES, Histogram, error_table
 
 
 def uniform_starts(k: int, train_timesteps: int) -> list[int]:
@@ -42,7 +42,7 @@ def optimal_groups(costs: np.ndarray, k: int) -> list[int]:
     return [0, *reversed(starts)]
 
 
-def group_costs(steps: Sequence[MagnitudeHistogram], qmax: int, policy: str) -> np.ndarray:
+def group_costs(steps: Sequence[Histogram], qmax: int, policy: str) -> np.ndarray:
     """What it costs to quantize an input at one range from step i to step j, for all i <= j: `(n, n)`.
 
     `steps` are the histograms of the n calibration steps. A group's range is the one that `policy`
@@ -56,7 +56,7 @@ def group_costs(steps: Sequence[MagnitudeHistogram], qmax: int, policy: str) -> 
     if not exponents:
         return np.where(np.triu(np.ones((n, n))) > 0, 0.0, np.inf)
     top = max(exponents)
-    counts = torch.stack([step.at(top) for step in steps]).double()
+    counts = torch.stack([step.at(top).sum(dim=0) for step in steps]).double()
     centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     power = counts @ centres**2
     squared = counts @ error_table(qmax, 2.0).double().T / power.clamp(min=1e-30)[:, None]
@@ -78,7 +78,7 @@ def group_costs(steps: Sequence[MagnitudeHistogram], qmax: int, policy: str) -> 
 
 
 def optimal_starts(
-    inputs: Iterable[Sequence[MagnitudeHistogram]],
+    inputs: Iterable[Sequence[Histogram]],
     timesteps: Sequence[float],
     k: int,
     qmax: int,

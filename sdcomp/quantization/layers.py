@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from weakref import ref
 
 import torch
@@ -12,139 +10,146 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.model.layers import Linear, linear
-from sdcomp.quantization.quantizer import UniformSymmetricQuantizer, fake_quantize
-
-
-class NotCalibratedError(UserError, RuntimeError):
-    """A layer is to quantize its input and has no scale for it."""
-
-
-@contextmanager
-def normal_tensors() -> Iterator[None]:
-    """Tensors made in here can be changed and trained later, also if the caller is in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@dataclass(eq=False)
-class QuantState:
-    """What the quantized layers of one model share: switches, the timestep's interval, the last input.
-
-    `observer(layer, input)` is there while calibrating: it sees each layer's input and says at which
-    scales to quantize it, one for each part; None leaves it as it is.
-    """
-
-    weights: bool = True
-    activations: bool = True
-    interval: int = 0
-    timestep: float = 0.0
-    observer: Callable[[QuantLayer, Tensor], list[float] | None] | None = None
-    _last: tuple[Tensor, int, tuple, Tensor] | None = field(default=None, init=False, repr=False)
-
-    def quantize(self, x: Tensor, scales: list[float], qmax: int, split: int | None) -> Tensor:
-        """The input fake-quantized; queries, keys and values get the one copy made for the first of them."""
-        key = (*scales, qmax, split)
-        if self._last is not None and not x.is_inference():
-            before, version, made_for, made = self._last
-            if before is x and version == x._version and made_for == key:
-                return made
-        if split is None:
-            made = fake_quantize(x, scales[0], qmax)
-        else:
-            halves = (x.narrow(1, 0, split), x.narrow(1, split, x.shape[1] - split))
-            made = torch.cat([fake_quantize(h, s, qmax) for h, s in zip(halves, scales, strict=True)], 1)
-        self._last = None if x.is_inference() else (x, x._version, key, made)
-        return made
-
-    def forget(self) -> None:
-        """Let go of the last input."""
-        self._last = None
-
-
-def calibrated(scales: list[list[float]], interval: int, layer: str) -> list[float]:
-    """Of a layer's input scales, those in an interval. Raises NotCalibratedError, which names the layer."""
-    if min(scales[interval]) <= 0:
-        where = f" in interval {interval}" if len(scales) > 1 else ""
-        raise NotCalibratedError(
-            f"layer {layer} has no scale for its input{where}: calibrate the model first, with prompts that"
-            " make this layer run, or switch the activations off"
-        )
-    return scales[interval]
+from sdcomp.model.rebuild import normal_tensors, shared
+from sdcomp.quantization.quantizer import Grid, UniformQuantizer
+from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
 
 
 class QuantLayer(nn.Module):
     """What `QuantConv2d` and `QuantLinear` have in common.
 
-    `weight`, `bias`: the original ones, full precision, their memory shared with the original layer.
-    `weight_quantizer`, `act_quantizer`: bits and method; None leaves that side in full precision.
-    `split`: the input channels of the first half of a skip concatenation whose halves have their own
-    scales, else None.
-    `weight_scale`: float32 `(out,)`, or `(1,)` per tensor; with a split `(2, out)` or `(2, 1)`.
-    `act_scale`: float32 `(k,)`, one for each timestep interval; with a split `(k, 2)`; 0 = not calibrated.
-    `act_clipped`: of the same shape, the share of calibration values beyond the range.
-    Scales are buffers, and stay float32 when the model is converted.
+    `weight`, `bias`: full precision, their memory shared with the original layer. `spec`: quantizers and
+    intervals, see `LayerSpec`.
+
+    `weight_scale`, `weight_zero_point`: buffers in the shapes that `UniformQuantizer.grid` gives, with a
+    first dimension of 2 if there is a split. `weight_integers`: a buffer of the weight's shape with the
+    multiples of the scale that a method such as second-order rounding chose; None where each weight goes to
+    the nearest. Buffers `(k,)`, one value for each timestep interval, or `(k, 2)` with a split: `act_scale`
+    (0: not calibrated), `act_zero_point`, and `act_clipped`, the share of calibration values beyond the
+    range. Zero points are there for affine grids. All are float32 and stay so when the model is converted.
     """
 
     weight: nn.Parameter
     weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    weight_integers: Tensor | None
     act_scale: Tensor | None
+    act_zero_point: Tensor | None
     act_clipped: Tensor | None
 
-    def _start(
-        self,
-        name: str,
-        state: QuantState,
-        weight_quantizer: UniformSymmetricQuantizer | None,
-        act_quantizer: UniformSymmetricQuantizer | None,
-        intervals: int,
-        split: int | None,
-    ) -> None:
-        """Find the weight scales and lay out the input scales; takes the place of a constructor."""
-        self.name, self.state, self.split = name, state, split
-        self.weight_quantizer, self.act_quantizer = weight_quantizer, act_quantizer
-        scale = acts = None
-        if weight_quantizer is not None:
+    @classmethod
+    def from_float(cls, layer: nn.Module, name: str, state: QuantState, spec: LayerSpec) -> QuantLayer:
+        """Make the quantized twin of a layer; it shares the layer's weight, bias and hooks.
+
+        Raises UserError for weights that are not finite.
+        """
+        made = cls._like(layer)
+        made.name, made.state, made.spec = name, state, spec
+        made.weight, made.bias = (
+            p if p is None else shared(p, p.requires_grad) for p in (layer.weight, layer.bias)
+        )
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            setattr(made, kind, getattr(layer, kind).copy())
+        made._fake_weight = None
+        made.register_buffer("weight_integers", None)
+        grids = [Grid(None)]
+        if spec.weight_quantizer is not None:
             try:
-                scales = [weight_quantizer.scale(part) for part in self._weight_parts()]
+                grids = [spec.weight_quantizer.grid(part) for part in made._parts(layer.weight.detach())]
             except UserError:
                 raise UserError(
                     f"the weight of layer {name} has NaN or infinite values: check the model's file"
                 ) from None
-            scale = scales[0] if split is None else torch.stack(scales)
-        if act_quantizer is not None:
-            acts = torch.zeros(intervals, *([] if split is None else [2]), device=self.weight.device)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("act_scale", acts)
-        self.register_buffer("act_clipped", None if acts is None else acts.clone())
-        self._fake_weight: tuple[ref[Tensor], int, Tensor] | None = None
-        self._read_act_scales()
+        made.set_weight_grids(grids)
+        acts = zeros = None
+        if spec.calibrated:
+            parts = [] if spec.split is None else [2]
+            acts = torch.zeros(spec.intervals, *parts, device=layer.weight.device)
+            zeros = None if spec.act_quantizer.symmetric else acts.clone()
+        made.register_buffer("act_scale", acts)
+        made.register_buffer("act_zero_point", zeros)
+        made.register_buffer("act_clipped", None if acts is None else acts.clone())
+        made._read_input_grids()
+        return made
 
-    def _read_act_scales(self) -> None:
-        """Keep the scales as numbers: no call waits for a device to tell them."""
-        scale = self.act_scale
-        self._act_scales = [] if scale is None or scale.is_meta else scale.view(len(scale), -1).tolist()
+    @classmethod
+    def _like(cls, layer: nn.Module) -> QuantLayer:
+        """Construct a layer of the same geometry, without memory for its weights."""
+        raise NotImplementedError
 
-    def _weight_parts(self) -> tuple[Tensor, ...]:
-        weight = self.weight.detach()
+    @property
+    def split(self) -> int | None:
+        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
+        return self.spec.split
+
+    @property
+    def weight_quantizer(self) -> UniformQuantizer | None:
+        """The quantizer of the weight."""
+        return self.spec.weight_quantizer
+
+    @property
+    def act_quantizer(self) -> UniformQuantizer | None:
+        """The quantizer of the input."""
+        return self.spec.act_quantizer
+
+    def set_weight_grids(self, grids: list[Grid]) -> None:
+        """Take over the grids of the weight, or of each of its halves."""
+        for kind, parts in zip(("scale", "zero_point"), zip(*grids, strict=True), strict=True):
+            split = self.split is not None and parts[0] is not None
+            self.register_buffer(f"weight_{kind}", torch.stack(parts) if split else parts[0])
+        self.clear_cache()
+
+    def set_rounded(self, weight: Tensor, grids: list[Grid] | None = None) -> None:
+        """Take over a rounded weight that a method chose, with its grids if they are new.
+
+        `weight` has the shape of the layer's, or is the matrix `(out, columns)`. It lies on the grids.
+        """
+        if grids is not None:
+            self.set_weight_grids(grids)
+        pairs = zip(self._parts(weight.view_as(self.weight)), self.weight_grids(), strict=True)
+        integers = torch.cat([self.weight_quantizer.integers(part, grid) for part, grid in pairs], dim=1)
+        self.register_buffer("weight_integers", integers)
+        self.clear_cache()
+
+    def _read_input_grids(self) -> None:
+        self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
+
+    def _parts(self, weight: Tensor) -> tuple[Tensor, ...]:
         if self.split is None:
             return (weight,)
         return weight.split([self.split, weight.shape[1] - self.split], dim=1)
 
-    def per_part(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What `function(weight, scale)` makes of the weight, or of each of its halves, put together."""
-        scales = [self.weight_scale] if self.split is None else self.weight_scale
-        parts = [function(part, scale) for part, scale in zip(self._weight_parts(), scales, strict=True)]
+    def weight_grids(self) -> list[Grid]:
+        """The grid of the weight, or of each of its halves."""
+        if self.split is None:
+            return [Grid(self.weight_scale, self.weight_zero_point)]
+        zeros = [None, None] if self.weight_zero_point is None else self.weight_zero_point
+        return [Grid(scale, zero) for scale, zero in zip(self.weight_scale, zeros, strict=True)]
+
+    def per_part(self, function: Callable[[Tensor, Grid], Tensor], weight: Tensor | None = None) -> Tensor:
+        """Apply `function(weight, grid)` to the weight, or to each half and join the results.
+
+        Another tensor of its shape may be given for the weight.
+        """
+        weight = self.weight.detach() if weight is None else weight
+        pairs = zip(self._parts(weight), self.weight_grids(), strict=True)
+        parts = [function(part, grid) for part, grid in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def integer_weight(self) -> Tensor:
-        """The weight's integers, int8, in its shape. Raises ValueError where weights are not quantized."""
+        """Return the weight as multiples of its scale, in its shape: int8, or int16 for 8 bits and affine.
+
+        Raises ValueError where weights are not quantized.
+        """
         if self.weight_quantizer is None:
             raise ValueError(f"the weights of {self.name} are not quantized")
-        return self.per_part(self.weight_quantizer.quantize)
+        if self.weight_integers is not None:
+            return self.weight_integers
+        return self.per_part(self.weight_quantizer.integers)
 
     def fake_weight(self) -> Tensor:
-        """The weight as quantized: made at the first call, then kept until the weight changes."""
-        weight = self.weight
+        """Return the rounded weight. It is made at the first call and kept until the weight changes."""
+        weight = self.weight if self.weight_integers is None else self.weight_integers
         # Inference tensors do not count their changes; a tracer's tensors must not outlive it.
         keep = not (weight.is_inference() or torch.compiler.is_compiling())
         if keep and self._fake_weight is not None:
@@ -153,7 +158,10 @@ class QuantLayer(nn.Module):
             if made_of() is weight and version == weight._version:
                 return made
         with normal_tensors():
-            made = self.per_part(self.weight_quantizer.fake_quantize)
+            if weight is self.weight:
+                made = self.per_part(self.weight_quantizer.simulate)
+            else:
+                made = self.per_part(self.weight_quantizer.dequantize, weight).to(self.weight.dtype)
             if weight.dim() == 4 and not weight.is_contiguous():
                 made = made.contiguous(memory_format=torch.channels_last)
         if keep:
@@ -164,31 +172,39 @@ class QuantLayer(nn.Module):
         """Free the rounded weight; the next call that needs it makes it again."""
         self._fake_weight = None
 
-    def set_act_scales(self, scales: Tensor, clipped: Tensor) -> None:
+    def set_act_scales(self, scales: Tensor, clipped: Tensor, zero_points: Tensor | None = None) -> None:
         """Take over what a calibration found, in the shape of `act_scale`."""
         self.act_scale.copy_(scales)
         self.act_clipped.copy_(clipped)
-        self._read_act_scales()
+        if zero_points is not None:
+            self.act_zero_point.copy_(zero_points)
+        self._read_input_grids()
 
-    def input_scales(self) -> list[float]:
-        """The scales of the input in the current interval, one, or two with a split.
+    def input_grids(self) -> list[InputGrid]:
+        """The grids of the input in the current interval, one, or two with a split.
 
         Raises NotCalibratedError, which names the layer.
         """
-        return calibrated(self._act_scales, self.state.interval, self.name)
+        return calibrated(self._input_grids, self.state.interval, self.name)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the weight to compute with."""
-        state, scales = self.state, None
-        if self.act_quantizer is not None:
+        state, grids = self.state, None
+        if self.spec.calibrated:
             if state.observer is not None:
-                scales = state.observer(self, x)
+                grids = state.observer(self, x)
             elif state.activations:
-                scales = self.input_scales()
-        if scales is not None:
-            x = state.quantize(x, scales, self.act_quantizer.qmax, self.split)
+                grids = self.input_grids()
+        elif self.act_quantizer is not None and state.activations and state.observer is None:
+            x = self._round_tokens(x)
+        if grids is not None:
+            x = state.quantize(x, grids, self.split)
         quantized = state.weights and self.weight_quantizer is not None
         return x, self.fake_weight() if quantized else self.weight
+
+    def _round_tokens(self, x: Tensor) -> Tensor:
+        """Round each token, a slice along the last dimension, to a grid of its own."""
+        return self.act_quantizer(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -204,19 +220,34 @@ class QuantLayer(nn.Module):
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         self.clear_cache()
-        self._read_act_scales()
+        self._read_input_grids()
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with simulated quantization; see `QuantLayer`."""
 
+    @classmethod
+    def _like(cls, layer: nn.Conv2d) -> QuantConv2d:
+        return cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",
+        )  # fmt: skip
+
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._operands(x)
         return self._conv_forward(x, weight, self.bias)
 
+    def _round_tokens(self, x: Tensor) -> Tensor:
+        # A kernel covers several pixels, so an image is the smallest part with one scale.
+        return self.act_quantizer(x.flatten(1)).view_as(x)
+
 
 class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` with simulated quantization; see `QuantLayer`."""
+
+    @classmethod
+    def _like(cls, layer: nn.Linear) -> QuantLinear:
+        return cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._operands(x)
@@ -231,7 +262,6 @@ def is_quantizable(layer: nn.Module) -> bool:
     return type(layer) in _KINDS
 
 
-def quantize_layer(layer: nn.Module, *args: object) -> None:
-    """Turn a convolution or linear layer into its quantized kind, in place, with its hooks and names."""
-    layer.__class__ = _KINDS[type(layer)]
-    layer._start(*args)
+def quantize_layer(layer: nn.Module, name: str, state: QuantState, spec: LayerSpec) -> QuantLayer:
+    """Make the quantized twin of a convolution or linear layer."""
+    return _KINDS[type(layer)].from_float(layer, name, state, spec)

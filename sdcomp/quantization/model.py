@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
+from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
-from sdcomp.quantization.layers import QuantLayer, QuantState, is_quantizable, normal_tensors, quantize_layer
-from sdcomp.quantization.quantizer import UniformSymmetricQuantizer
+from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
 from sdcomp.quantization.shortcuts import shortcut_splits
+from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
+from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
-
-if TYPE_CHECKING:
-    pass
 
 
 class QuantModel(QuantizedWrapper):
@@ -33,10 +30,14 @@ class QuantModel(QuantizedWrapper):
     Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
     (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
 
-    `weight_quant_params`, `act_quant_params`: arguments of `UniformSymmetricQuantizer`, where weights are
-    channel-wise by default and activations always per tensor; None leaves that side in full precision.
-    The activations' scales come from a `Calibrator`, whose default policy is their `scale_method`.
+    `weight_quant_params`, `act_quant_params`: arguments of `UniformQuantizer`; None leaves that side in full
+    precision. Weights have a scale for each "channel" by default; `channel_wise=False` is another word for
+    one "tensor". Activations have one scale for the whole "tensor", or one for each "token" if asked. A
+    `Calibrator` finds the scales of activations; its default policy is their `scale_method`.
     `quant_filters`: see `sdcomp.quantization.filters.matches`; or "published", see `published_filters`.
+    `overrides`: filters, each with `weight_quant_params` and `act_quant_params` that change those of the
+    layers it matches, for example `{"time_embed": {"act_quant_params": {"n_bits": 8}}}`; or the name of a set
+    in `sdcomp.quantization.specs.OVERRIDES`. Of several that match, the last one decides.
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
 
@@ -54,6 +55,7 @@ class QuantModel(QuantizedWrapper):
         weight_quant_params: Mapping[str, object] | None = {"n_bits": 8},
         act_quant_params: Mapping[str, object] | None = {"n_bits": 8},
         quant_filters: Sequence[str] | str = (),
+        overrides: Mapping[str, Mapping[str, object]] | str = {},
         split_shortcuts: bool = False,
         _starts: Sequence[int] = (0,),
     ) -> None:
@@ -62,36 +64,30 @@ class QuantModel(QuantizedWrapper):
             raise UserError(
                 f"this {type(module).__name__} is quantized already: quantize the model that it was made of"
             )
-        self.weight_quantizer = self.act_quantizer = None
-        if weight_quant_params is not None:
-            self.weight_quantizer = UniformSymmetricQuantizer(**{"channel_wise": True, **weight_quant_params})
-        if act_quant_params is not None:
-            self.act_quantizer = UniformSymmetricQuantizer(**{**act_quant_params, "channel_wise": False})
+        self.weight_quantizer = quantizer_of(weight_quant_params, weights=True)
+        self.act_quantizer = quantizer_of(act_quant_params, weights=False)
         if self.weight_quantizer is None and self.act_quantizer is None:
             raise ValueError("weight_quant_params and act_quant_params are both None: nothing to quantize")
         self.quant_filters = _as_filters(quant_filters, module)
         self.split_shortcuts = split_shortcuts
         self.state = QuantState()
 
-        layers = [name for name, layer in module.named_modules() if is_quantizable(layer)]
-        self.left_out = _left_out(self.quant_filters, layers)
+        layers = {name: layer for name, layer in module.named_modules() if is_quantizable(layer)}
+        self.left_out = _left_out(self.quant_filters, list(layers))
         splits = shortcut_splits(module) if split_shortcuts else {}
-
+        self.overrides, specs = layer_specs(
+            module, [name for name in layers if name not in self.left_out],
+            self.weight_quantizer, self.act_quantizer, overrides, len(_starts), splits,
+        )  # fmt: skip
         with normal_tensors():
-            self.module = _share(module)
-            for name in layers:
-                if name not in self.left_out:
-                    quantize_layer(
-                        self.module.get_submodule(name) if name else self.module,
-                        name,
-                        self.state,
-                        self.weight_quantizer,
-                        self.act_quantizer,
-                        len(_starts),
-                        splits.get(name),
-                    )
+            twins = {
+                name: quantize_layer(layers[name], name, self.state, spec) for name, spec in specs.items()
+            }
+            self.module = rebuild(module, twins)
             # Weights alone need no calibration.
-            self.register_buffer("is_calibrated", torch.tensor(self.act_quantizer is None))
+            self.register_buffer(
+                "is_calibrated", torch.tensor(not any(spec.calibrated for spec in specs.values()))
+            )
             self.register_buffer("interval_starts", torch.tensor(_starts))
         self._starts = list(_starts)
         self.calibration: dict[str, object] = {}
@@ -134,7 +130,7 @@ class QuantModel(QuantizedWrapper):
     def forward(self, *args: object, **kwargs: object) -> object:
         state = self.state
         kwargs = self._enter(args, kwargs)
-        active = state.weights or (state.activations and self.act_quantizer is not None)
+        active = state.weights or state.activations
         if not active and state.observer is None:
             return self.module(*args, **kwargs)
         with torch.no_grad():
@@ -157,9 +153,10 @@ class QuantModel(QuantizedWrapper):
     def arguments(self) -> dict[str, object]:
         """The constructor's arguments by name, without the module, ready for JSON."""
         return {
-            "weight_quant_params": _params(self.weight_quantizer),
-            "act_quant_params": _params(self.act_quantizer),
+            "weight_quant_params": parameters_of(self.weight_quantizer),
+            "act_quant_params": parameters_of(self.act_quantizer),
             "quant_filters": self.quant_filters,
+            "overrides": self.overrides,
             "split_shortcuts": self.split_shortcuts,
         }
 
@@ -225,17 +222,6 @@ class TimeStepCalibratedQuantModel(QuantModel):
         }
 
 
-def _share(module: nn.Module) -> nn.Module:
-    """The same module built of new layers around the same memory."""
-    memo = {
-        # Tensors made in inference mode can have no gradients.
-        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad and not p.is_inference())
-        for p in module.parameters()
-    }
-    memo |= {id(b): b.detach() for b in module.buffers()}
-    return copy.deepcopy(module, memo)
-
-
 def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
     if isinstance(filters, str):
         if filters not in FILTERS:
@@ -261,7 +247,3 @@ def _left_out(filters: list[str], layers: list[str]) -> dict[str, str]:
     if len(left_out) == len(layers):
         raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
     return left_out
-
-
-def _params(quantizer: UniformSymmetricQuantizer | None) -> dict[str, object] | None:
-    return None if quantizer is None else dict(vars(quantizer))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,12 +17,14 @@ from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.checkpoint import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
-from sdcomp.quantization.quantizer import SCALE_METHODS
+from sdcomp.quantization.quantizer import GRANULARITIES, SCALE_METHODS
+from sdcomp.quantization.specs import SIDES
 from sdcomp.settings import (
     ANYTHING,
     FLAG,
     AnyOf,
     ListOf,
+    Number,
     OneOf,
     Rule,
     TableOf,
@@ -47,13 +51,18 @@ _RULES: dict[str, Rule] = {
 }
 _QUANTIZER: dict[str, Rule] = {
     "n_bits": Whole(2, 8),
-    "channel_wise": FLAG,
+    "granularity": OneOf(*GRANULARITIES),
+    "channel_wise": FLAG,  # in files from before there were groups
+    "symmetric": FLAG,
     "scale_method": OneOf(*SCALE_METHODS),
+    "group_size": Whole(1, 1_000_000),
+    "norm": Number(1, 16),
 }
 _PLAIN: dict[str, Rule] = {
     "weight_quant_params": _TABLE_OR_NONE,
     "act_quant_params": _TABLE_OR_NONE,
     "quant_filters": ListOf(Text(), 0, 1000),
+    "overrides": TableOf(TableOf(_TABLE_OR_NONE)),
     "split_shortcuts": FLAG,
 }
 _ARGUMENTS = {
@@ -68,6 +77,16 @@ _ARGUMENTS = {
     },
 }
 """What the settings in `quantization.json` must be."""
+_BUFFERS = (
+    "weight_scale",
+    "weight_zero_point",
+    "weight_integers",
+    "act_scale",
+    "act_zero_point",
+    "act_clipped",
+)
+"""What a layer adds to the state dict."""
+_LARGEST = {"weight_zero_point": 255, "act_zero_point": 255}
 
 
 def starts_rule(train_timesteps: int) -> Rule:
@@ -84,7 +103,7 @@ def _buffers(model: QuantModel) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers(recurse=False))
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
-            for kind in ("weight_scale", "act_scale", "act_clipped"):
+            for kind in _BUFFERS:
                 if getattr(layer, kind) is not None:
                     buffers[f"{name}.{kind}"] = getattr(layer, kind)
     return buffers
@@ -131,6 +150,10 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
 
     model = read_json(folder / CONFIG, build, "does not fit this module", QuantizationFileError)
     saved = read_safetensors(folder / SCALES, QuantizationFileError)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer and f"{name}.weight_integers" in saved:
+            integers = torch.zeros(layer.weight.shape, dtype=layer.weight_quantizer.integer_dtype)
+            layer.register_buffer("weight_integers", integers)
     wanted = _buffers(model)
     differing = sorted(
         name
@@ -159,10 +182,11 @@ def _check(config: dict[str, Any]) -> None:
     arguments = config["arguments"]
     with within("arguments"):
         check_settings(arguments, _ARGUMENTS[config["kind"]], optional=_ARGUMENTS[config["kind"]])
-        for side in ("weight_quant_params", "act_quant_params"):
-            if arguments.get(side) is not None:
-                with within(side):
-                    check_settings(arguments[side], _QUANTIZER, optional=_QUANTIZER)
+        for where in (arguments, *arguments.get("overrides", {}).values()):
+            for side in SIDES:
+                if where.get(side) is not None:
+                    with within(side):
+                        check_settings(where[side], _QUANTIZER, optional=_QUANTIZER)
     with within("use_quant"):
         check_settings(config["use_quant"], {"weights": FLAG, "activations": FLAG})
 
@@ -174,4 +198,9 @@ def _sound(name: str, tensor: Tensor, train_timesteps: int) -> bool:
         return starts_rule(train_timesteps)(tensor.tolist())
     if not tensor.is_floating_point():
         return True
-    return bool(tensor.isfinite().all() and (tensor > 0 if kind == "weight_scale" else tensor >= 0).all())
+    if kind.endswith("zero_point") and not (tensor == tensor.round()).all():
+        return False
+    within_range = (
+        tensor > 0 if kind == "weight_scale" else (tensor >= 0) & (tensor <= _LARGEST.get(kind, inf))
+    )
+    return bool(tensor.isfinite().all() and within_range.all())

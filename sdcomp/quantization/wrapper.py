@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from bisect import bisect_right
 from dataclasses import dataclass
 from numbers import Real
 
@@ -85,13 +85,17 @@ class QuantizedWrapper(nn.Module):
         # Written so that nan is refused too.
         if not (low >= 0 and high < self.train_timesteps):
             raise ValueError(f"timesteps must be 0 to {self.train_timesteps - 1}, not {low} to {high}")
-        first, last = (_interval(self.starts, t) for t in (low, high))
+        first, last = map(self.interval_of, (low, high))
         if first != last:
             raise ValueError(
                 f"timesteps {low} and {high} of one batch are in different intervals,"
                 f" {self.intervals[first]} and {self.intervals[last]}: run them in separate batches"
             )
         return low, first
+
+    def interval_of(self, timestep: float) -> int:
+        """Return the number of the interval that holds a timestep."""
+        return bisect_right(self.starts, timestep) - 1
 
     def __getattr__(self, name: str) -> object:
         # What the module tells about itself (its config, its dtype) holds for its quantized twin.
@@ -101,7 +105,3 @@ class QuantizedWrapper(nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
-
-
-def _interval(starts: Sequence[int], timestep: float) -> int:
-    return sum(start <= timestep for start in starts) - 1

@@ -27,7 +27,7 @@ from sdcomp.quantization import (
     save_quant_model,
 )
 from sdcomp.quantization.intervals import group_costs, optimal_groups, optimal_starts
-from sdcomp.quantization.ranges import MagnitudeHistogram
+from sdcomp.quantization.ranges import Histogram
 
 PROMPTS = ["a red star on a navy background", "a blue circle", "a green square left of a red star"]
 SIX = {"n_bits": 6}
@@ -243,7 +243,7 @@ def test_weights_alone_need_no_calibration(small, monkeypatch):
     ("wrong", "message"),
     [
         ({"act_scale_policy": "mean"}, "'max' or 'mse'"),
-        ({"act_update_policy": "last"}, "'maximum' or 'momentum'"),
+        ({"act_update_policy": "last"}, "one of maximum, momentum, merged"),
         ({"momentum": 1}, "momentum must be"),
         ({"prompts": []}, "at least one prompt"),
         ({"sampler": "euler"}, "sampler must be"),
@@ -290,13 +290,13 @@ def test_costs_of_groups_are_those_of_the_merged_values(policy):
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(20_000, generator=generator) * s for s in (0.3, 2.0, 1.1)]
     steps.append(torch.zeros(10))
-    histograms = [MagnitudeHistogram.of(x) for x in steps]
+    histograms = [Histogram.of(x) for x in steps]
     costs = group_costs(histograms, 7, policy)
     for i, j in itertools.combinations_with_replacement(range(4), 2):
-        merged = MagnitudeHistogram()
+        merged = Histogram()
         for h in histograms[i : j + 1]:
             merged.add(h)
-        step = max(merged.clip(policy, 7), 1e-9) / 7
+        step = max(merged.range(policy, 7)[1], 1e-9) / 7
         expected = 0.0
         for x in steps[i : min(j + 1, 3)]:
             error = (x / step).round().clamp(-7, 7) * step - x
@@ -309,10 +309,10 @@ def test_boundaries_lie_where_the_range_changes():
     timesteps = [1, 101, 201, 301, 401, 501]
     widths = (0.1, 0.1, 1.0, 1.0, 1.0, 9.0)
     generator = torch.Generator().manual_seed(0)
-    steps = [MagnitudeHistogram.of(torch.randn(5000, generator=generator) * w) for w in widths]
+    steps = [Histogram.of(torch.randn(5000, generator=generator) * w) for w in widths]
     for policy in ("max", "mse"):
         assert optimal_starts([steps], timesteps, 3, 7, policy) == [0, 151, 451]
-        still = [MagnitudeHistogram.of(torch.randn(5000, generator=generator))] * 6
+        still = [Histogram.of(torch.randn(5000, generator=generator))] * 6
         assert optimal_starts([still, steps], timesteps, 3, 7, policy) == [0, 151, 451]
 
 

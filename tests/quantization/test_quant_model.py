@@ -208,7 +208,7 @@ def test_an_offloaded_model_follows_its_weights(small):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
-    from sdcomp.quantization import layers
+    from sdcomp.quantization import state
 
     q = calibrated(QuantModel(small.unet))
     names = [layer.name for layer in q.quantized_layers()]
@@ -218,11 +218,11 @@ def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
     q.set_use_quant(weights=False)
     seen = []
 
-    def counting(x, scale, qmax):
+    def counting(x, scale, qmax, low):
         seen.append(x.shape)
         return fake(x, torch.tensor(scale), qmax).float()
 
-    monkeypatch.setattr(layers, "fake_quantize", counting)
+    monkeypatch.setattr(state, "fake_quantize", counting)
     with mode():
         args = inputs(small.unet)
         made = q(*args)
@@ -230,7 +230,7 @@ def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
     cross_attentions = sum(name.endswith("attn2.to_q") for name in names)
     assert self_attentions and len(seen) == len(names) - 2 * self_attentions - cross_attentions
     # What the layers keep between them is gone with the call.
-    assert q.state._last is None
+    assert q.state._last._kept is None
     assert not made.requires_grad
 
 

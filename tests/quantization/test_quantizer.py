@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdcomp.errors import UserError
 from sdcomp.quantization import UniformSymmetricQuantizer, fake_quantize
-from sdcomp.quantization.ranges import BINS, MagnitudeHistogram
+from sdcomp.quantization.ranges import BINS, Histogram
 
 finite = st.floats(-1e4, 1e4, width=32)
 bits = st.integers(2, 8)
@@ -87,7 +87,7 @@ def test_mse_ranges_are_within_two_percent_of_brute_force(kind, n_bits):
     top = float(np.abs(x).max())
     best = min(lp_error(x, clip, qmax) for clip in top * np.linspace(0.005, 1, 600))
     weights = UniformSymmetricQuantizer(n_bits, scale_method="mse").scale(torch.from_numpy(x)).item() * qmax
-    activations = MagnitudeHistogram.of(torch.from_numpy(x)).clip("mse", qmax)
+    activations = Histogram.of(torch.from_numpy(x)).range("mse", qmax)[1]
     for clip in (weights, activations):
         assert lp_error(x, clip, qmax) <= 1.02 * best
         assert clip <= top * (1 + 1e-6)
@@ -161,36 +161,39 @@ def test_a_histogram_counts_as_numpy_does_in_any_memory_format():
     x = torch.randn(3, 5, 7, 9, generator=torch.Generator().manual_seed(1)) * 3
     x[0, 0] = 0
     for formatted in (x, x.to(memory_format=torch.channels_last), x[:, 1:4], x.double(), x.transpose(0, 1)):
-        made = MagnitudeHistogram.of(formatted)
+        made = Histogram.of(formatted)
         assert made.maximum == formatted.abs().max().item() and made.total == formatted.numel()
         assert 2.0**made.exponent > made.maximum >= 2.0 ** (made.exponent - 1)
-        assert (made.counts.numpy() == magnitudes(formatted.float(), made.exponent)).all()
+        assert (made.magnitudes.numpy() == magnitudes(formatted.float(), made.exponent)).all()
+        negative = formatted.float().clamp(max=0)
+        assert (made.counts[1].numpy() == magnitudes(negative, made.exponent)).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(parts=st.lists(st.lists(finite, max_size=12), min_size=1, max_size=6))
 def test_a_growing_range_is_binned_as_if_it_had_been_known(parts):
     tensors = [torch.tensor(part, dtype=torch.float32) for part in parts]
-    grown = MagnitudeHistogram()
+    grown = Histogram()
     for tensor in tensors:
-        grown.add(MagnitudeHistogram.of(tensor))
-    whole = MagnitudeHistogram.of(torch.cat(tensors))
+        grown.add(Histogram.of(tensor))
+    whole = Histogram.of(torch.cat(tensors))
     assert torch.equal(grown.counts, whole.counts)
     assert (grown.exponent, grown.total, grown.maximum) == (whole.exponent, whole.total, whole.maximum)
 
 
 def test_what_lies_beyond_a_range_is_counted():
     x = torch.arange(1, 1025) / 1024.0
-    made = MagnitudeHistogram.of(x)
-    assert made.beyond(0.75) == pytest.approx(256, abs=2)
-    assert made.beyond(made.maximum) == 0
-    assert MagnitudeHistogram.of(torch.zeros(4)).beyond(0) == 0
+    made = Histogram.of(x)
+    assert made.beyond(-0.75, 0.75) == pytest.approx(256, abs=2)
+    assert made.beyond(-made.maximum, made.maximum) == 0
+    assert Histogram.of(-x).beyond(-0.75, 0.0) == pytest.approx(256, abs=2)
+    assert Histogram.of(torch.zeros(4)).beyond(0, 0) == 0
 
 
 @pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
 def test_values_that_are_not_finite_are_refused(wrong):
     with pytest.raises(ValueError, match="not finite"):
-        MagnitudeHistogram.of(torch.tensor([1.0, wrong]))
+        Histogram.of(torch.tensor([1.0, wrong]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,71 @@
+"""Second-order rounding: GPTQ (Frantar et al. 2023) for convolutions and linear layers.
+
+Rounding to nearest changes each weight by itself. What a layer's output loses is tr(D H D^T), with D the
+change of the weight matrix and H the second moments of the inputs. The columns are rounded in order, and the
+columns after each take up as much of its error as they can: see `sdcomp.second_order`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdcomp.observation import weight_matrix
+from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
+from sdcomp.second_order import inverse_factor, sweep
+
+
+@dataclass(frozen=True)
+class SecondOrderRounding:
+    """Rounds weights by GPTQ, algorithm 1, with the layer's own grids.
+
+    `rows`: inputs of a layer that each call of the model contributes to H. `damping`: added to the diagonal
+    of H, as a share of its mean. The grids of groups of columns are found when their turn comes, from
+    weights that have taken up the errors of the columns before; the others stay as they are.
+    """
+
+    rows: int = 1024
+    damping: float = 0.01
+
+    def __call__(self, layer: QuantLayer, moments: Tensor) -> None:
+        """Give a layer its rounded weight; `moments` is H, `(columns, columns)`."""
+        rounding = _Rounding(layer)
+        block = rounding.group or 128
+        weight = sweep(weight_matrix(layer), inverse_factor(moments, self.damping), rounding, block=block)
+        layer.set_rounded(weight, [rounding.grid_of_groups()] if rounding.group else None)
+
+
+class _Rounding:
+    """The `sdcomp.second_order.Rule` that rounds columns to a layer's grids."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        self.quantizer: UniformQuantizer = layer.weight_quantizer
+        self.group = self.quantizer.group_size if self.quantizer.granularity == "group" else 0
+        # The first column of each part of the weight, and the part's grid; groups come later.
+        columns = 0
+        self._grids: list[tuple[int, Grid]] = []
+        if not self.group:
+            sizes = [layer.weight.shape[1]] if layer.split is None else [layer.split, 0]
+            for size, grid in zip(sizes, layer.weight_grids(), strict=True):
+                self._grids.append((columns, grid))
+                columns += size * layer.weight[0, 0].numel()
+
+    def begin(self, block: Tensor, cost: Tensor, start: int) -> None:
+        """Find the grid of the group that begins here."""
+        if self.group:
+            grid = self.quantizer.grid(block)
+            self._grids.append((start, Grid(*(part if part is None else part[:, 0] for part in grid))))
+
+    def column(self, values: Tensor, index: int) -> Tensor:
+        """Round a column."""
+        scale, zero_point = next(grid for start, grid in reversed(self._grids) if start <= index)
+        low, high = self.quantizer.bounds(zero_point)
+        return fake_quantize(values, scale, high, low)
+
+    def grid_of_groups(self) -> Grid:
+        """Return the grids of all groups, `(out, groups)`."""
+        scales, zeros = zip(*(grid for _, grid in self._grids), strict=True)
+        return Grid(torch.stack(scales, 1), None if zeros[0] is None else torch.stack(zeros, 1))

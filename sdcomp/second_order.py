@@ -1,0 +1,80 @@
+"""The column sweep of second-order compression: change one column of a weight matrix, correct the others.
+
+Let H = mean of x x^T over the rows x that a weight matrix W multiplies. Then the squared error of the
+output is tr(D H D^T) for a change D of W. Optimal Brain Surgeon (Hassibi & Stork 1993, equation 5) changes
+one weight and moves all others to where this error is least. GPTQ (Frantar et al. 2023, algorithm 1) and
+SparseGPT (Frantar & Alistarh 2023, algorithm 1) do this for all rows of W at once, column by column: what a
+column's change costs in the output is taken up by the columns after it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sdcomp.errors import UserError
+
+
+class Rule(Protocol):
+    """Decides what the columns become. Quantizers round them, pruners zero some of their entries."""
+
+    def begin(self, block: Tensor, cost: Tensor, start: int) -> None:
+        """See a block of columns, `(out, b)`, before its first one is changed; `start` is its index.
+
+        `cost`, of the same shape, is the squared output error of setting each weight alone to zero (up to
+        a factor 1/2), after the weights behind it were corrected.
+        """
+
+    def column(self, values: Tensor, index: int) -> Tensor:
+        """Return what a column `(out,)` becomes."""
+
+
+def inverse_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
+    """Return the upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32.
+
+    With J the reversal of rows, J H J = L L^T (Cholesky) gives H = R R^T for the upper triangular
+    R = J L J, so U = R^-1. Inputs that are always zero get a diagonal of 1: their weights do not matter.
+
+    Raises UserError where H is not positive definite even with damping.
+    """
+    h = moments.float().flip(0, 1).contiguous()
+    diagonal = h.diagonal()
+    diagonal += damping * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0
+    factor, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        raise UserError(
+            "second moments are not positive definite: gather them from more inputs, or raise damping"
+        )
+    upper = factor.flip(0, 1).contiguous()
+    eye = torch.eye(len(upper), device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
+
+
+@torch.no_grad()
+def sweep(weight: Tensor, factor: Tensor, rule: Rule, *, block: int = 128) -> Tensor:
+    """Return a weight matrix `(out, columns)`, float32, whose columns `rule` has changed one by one.
+
+    `factor` is the `inverse_factor` of the second moments. Errors of a column are passed on at once within
+    its block of `block` columns, and to the columns behind it when the block is done: the same result,
+    with less memory traffic.
+    """
+    weight = weight.float().clone()
+    count = weight.shape[1]
+    for start in range(0, count, block):
+        end = min(start + block, count)
+        # One column is one row of memory.
+        part, upper = weight[:, start:end].T.contiguous(), factor[start:end, start:end]
+        errors = torch.empty_like(part)
+        diagonal = upper.diagonal()
+        rule.begin(part.T, (part / diagonal[:, None]).square().T, start)
+        for i in range(end - start):
+            changed = rule.column(part[i], start + i)
+            errors[i] = (part[i] - changed) / diagonal[i]
+            part[i] = changed
+            part[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+        weight[:, start:end] = part.T
+        weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
+    return weight

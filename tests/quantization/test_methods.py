@@ -1,0 +1,125 @@
+"""Methods and recipes: what they do to layers, and what is left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import sdcomp
+from sdcomp.errors import UserError
+from sdcomp.observation import second_moments
+from sdcomp.quantization import PRESETS, QuantModel, Recipe, apply_recipe, load_quant_model, quantize
+from sdcomp.quantization.methods import SecondOrderRounding
+
+PROMPTS = ["a red star on a navy background", "a blue circle"]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(rows: int, columns: int) -> torch.Tensor:
+    return random(rows, columns) @ random(columns, columns, seed=1)
+
+
+def second_order(layer, x) -> None:
+    q = layer.state
+    SecondOrderRounding()(layer, second_moments(nn.Sequential(layer), ["0"], lambda: layer(x))["0"])
+    assert q is layer.state
+
+
+@pytest.mark.parametrize("params", [{}, {"symmetric": False}, {"granularity": "group", "group_size": 16}])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_second_order_rounding_keeps_outputs_closer_on_the_same_grids(kind, params):
+    torch.manual_seed(0)
+    if kind == "linear":
+        module, x = nn.Linear(48, 20), correlated(400, 48)
+    else:
+        module, x = nn.Conv2d(6, 20, 3, padding=1), nn.functional.avg_pool2d(random(8, 6, 12, 12), 5, 1)
+    q = QuantModel(module, weight_quant_params={"n_bits": 3, **params}, act_quant_params=None)
+    (layer,) = q.quantized_layers()
+    expected = module(x)
+    nearest, grids = (q(x) - expected).square().mean(), layer.weight_grids()[0].scale.clone()
+    second_order(layer, x)
+    assert (q(x) - expected).square().mean() < 0.75 * nearest
+    if not params.get("granularity"):
+        assert torch.equal(layer.weight_grids()[0].scale, grids)
+    # The rounded weight lies on the grids, and rounding it again changes nothing.
+    fake = layer.fake_weight()
+    assert torch.equal(layer.per_part(layer.weight_quantizer.simulate, fake), fake)
+    assert torch.equal(layer.per_part(layer.weight_quantizer.dequantize, layer.integer_weight()), fake)
+    # The full-precision layer is still there.
+    assert torch.equal(q.set_use_quant(weights=False)(x), expected)
+
+
+def test_halves_of_a_split_keep_their_own_grids(small):
+    q = QuantModel(small.unet, weight_quant_params={"n_bits": 3}, act_quant_params=None, split_shortcuts=True)
+    layer = next(layer for layer in q.quantized_layers() if layer.split is not None)
+    x = random(2, layer.weight.shape[1], 8, 8)
+    second_order(layer, x)
+    halves = layer.fake_weight().split([layer.split, layer.weight.shape[1] - layer.split], dim=1)
+    for half, scale in zip(halves, layer.weight_scale, strict=True):
+        multiples = half.flatten(1) / scale[:, None]
+        assert (multiples - multiples.round()).abs().max() < 1e-5 and multiples.abs().max() <= 3.001
+
+
+RECIPE = Recipe(
+    "test",
+    weights={"scale_method": "mse"},
+    inputs={"symmetric": False},
+    model={"overrides": "ends_at_8_bits"},
+    calibrator={"act_scale_policy": "mse", "act_update_policy": "merged"},
+    methods=(SecondOrderRounding(rows=256),),
+)
+
+
+def test_a_recipe_is_the_same_whatever_memory_it_has(small):
+    made = [
+        quantize(small, RECIPE, PROMPTS, weight_bits=4, act_bits=4, steps=2, memory=memory)
+        for memory in (2**30, 100_000)
+    ]
+    states = [q.state_dict() for q in made]
+    assert states[0].keys() == states[1].keys() and made[0].calibrated
+    # Grids and ranges are the same; moments draw other rows in each pass.
+    for name, tensor in states[0].items():
+        if not name.endswith("weight_integers"):
+            assert torch.equal(tensor, states[1][name]), name
+    assert any(name.endswith("weight_integers") for name in states[0])
+    again = quantize(small, RECIPE, PROMPTS, weight_bits=4, act_bits=4, steps=2, memory=2**30)
+    assert all(torch.equal(tensor, states[0][name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_recipe_runs_any_callable_once(small):
+    q = QuantModel(small.unet, weight_quant_params={"n_bits": 4}, act_quant_params=None)
+    calls = []
+
+    def run() -> None:
+        calls.append((q.state.weights, q.state.activations))
+        small.replace(unet=q).generate(PROMPTS, steps=2)
+
+    apply_recipe(q, Recipe("weights", methods=(SecondOrderRounding(rows=64),)), run)
+    assert calls == [(False, False)] and q.state.weights and q.state.activations
+    assert all(layer.weight_integers is not None for layer in q.quantized_layers())
+
+
+def test_a_layer_that_does_not_run_is_named():
+    module = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+    q = QuantModel(module, act_quant_params=None)
+    with pytest.raises(UserError, match="unused did not run"):
+        apply_recipe(q, Recipe("", methods=(SecondOrderRounding(),)), lambda: q.module["used"](random(3, 4)))
+
+
+def test_saved_and_loaded_it_gives_the_same_images(small, tmp_path):
+    q = quantize(small, RECIPE, PROMPTS, weight_bits=3, act_bits=6, steps=2)
+    expected = small.replace(unet=q).generate(PROMPTS, steps=2)
+    folder = sdcomp.save(small.replace(unet=q), tmp_path / "model")
+    loaded = sdcomp.load(folder)
+    assert torch.equal(loaded.generate(PROMPTS, steps=2), expected)
+    assert loaded.unet.arguments() == q.arguments() and loaded.unet.calibration["methods"]
+    again = load_quant_model(folder, small.unet)
+    assert torch.equal(small.replace(unet=again).generate(PROMPTS, steps=2), expected)
+    integers = loaded.unet.quantized_layers()[0].weight_integers
+    assert integers is not None and integers.dtype == torch.int8
+
+
+def test_every_preset_is_a_recipe():
+    assert all(isinstance(recipe, Recipe) and recipe.description for recipe in PRESETS.values())
