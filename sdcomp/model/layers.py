@@ -5,6 +5,9 @@ of a matrix product, the last values of an element-wise function, and the values
 threads in another order or by other code. The last bits of an image would then depend on its place in the
 batch. These layers compute image by image wherever that could happen. With gradients, on other devices and
 during an export they are PyTorch's own.
+
+For the same reason the product of a single row must not depend on the address of the weight in memory, which
+is another one after a model was saved and loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ _FEW = 4
 """Up to this many images, `linear` computes one product for each; more images share one convolution."""
 _GRAIN = 2**15
 """The least values that PyTorch's element-wise functions give a thread (`at::internal::GRAIN_SIZE`)."""
+_ALIGNMENT = 64
+"""PyTorch allocates memory at multiples of this many bytes; weights mapped from a file may be anywhere."""
 _BLOCK = 64
 """Element-wise functions compute blocks of values; each instruction set's block size divides this one."""
 
@@ -30,6 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Inputs with another number of dimensions go to `F.linear` as they are.
     """
     plain = type(weight) in (Tensor, nn.Parameter)  # other tools' quantized weights are subclasses
+    if plain and (x.dim() < 2 or x.shape[-2] == 1) and _is_misaligned(weight):
+        weight = weight.clone()
     if x.dim() != 3 or not plain or _pytorch_will_do(x):
         return F.linear(x, weight, bias)
     if len(x) > _FEW and x.dtype in (torch.float32, torch.bfloat16):
@@ -86,6 +93,10 @@ def is_quantized(module: nn.Module) -> bool:
 def is_recorded() -> bool:
     """Whether a compiler or exporter is tracing the call: then no branch may depend on a tensor's values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_misaligned(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and not is_recorded() and weight.data_ptr() % _ALIGNMENT != 0
 
 
 def _pytorch_will_do(x: Tensor) -> bool:

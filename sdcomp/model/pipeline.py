@@ -197,9 +197,9 @@ class StableDiffusion:
         """Generate one image for each prompt: `(N, 3, H, W)` float32 in [0, 1], on the CPU.
 
         `guidance_scale` (Ho & Salimans 2021) is the model's own by default; 1 switches guidance off. With
-        `image` `(N or 1, 3, H, W)` in [0, 1] it is image-to-image (Meng et al. 2022): the share `strength`
-        of the steps, the last ones, starts from the noised image. `size` is (height, width) in pixels.
-        `trace=True` also returns a `Trace`.
+        `image` `(N or 1, 3, H, W)` in [0, 1] it is image-to-image (Meng et al. 2022): only the last steps
+        run, a share of `strength` of all steps, and they start from the noised image. `size` is (height,
+        width) in pixels. `trace=True` also returns a `Trace`.
 
         Each image has its own random generator. A single `seed` is combined with each prompt and the
         number of its earlier occurrences; a sequence gives one seed for each prompt. Every batch has
@@ -222,7 +222,7 @@ class StableDiffusion:
         total = len(batches) * (steps - asked.first)
         with tqdm(total=total, desc="generate", disable=not progress) as bar:
             for rows in batches:
-                kept = rows[-1] - rows[0] + 1
+                kept = rows[-1] - rows[0] + 1  # the rows after these are padding
                 path = [] if trace else None
                 images.append(self._generate_rows(asked, rows, solver, bar, path)[:kept].cpu())
                 if trace:

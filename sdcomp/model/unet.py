@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm(groups, in_channels), SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(SiLU(), nn.Linear(emb_channels, out_channels))
+        self.emb_layers = nn.Sequential(SiLU(), Linear(emb_channels, out_channels))
         # The checkpoints count a dropout layer, which SD 1.x sets to 0, as out_layers.2.
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels),
@@ -196,7 +196,7 @@ class UNet(nn.Module):
                 channels, config.context_dim, config.num_heads, config.transformer_depth, groups
             )
 
-        self.time_embed = nn.Sequential(nn.Linear(c, emb), SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(Linear(c, emb), SiLU(), Linear(emb, emb))
 
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, c, 3, padding=1))])
         channels, skips = c, [c]

@@ -88,8 +88,7 @@ def fit(
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
         if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step == steps - 1):
             so_far = {"step": step + 1, "losses": losses, "seconds": seconds + time.monotonic() - begun}
-            states = {name: part.state_dict() for name, part in stateful.items()}
-            _write({"recipe": recipe} | states | so_far, checkpoint)
+            _write(checkpoint, recipe, stateful, so_far)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
 
@@ -105,10 +104,12 @@ def _backward(loss: Tensor | Iterator[Tensor], where: str) -> float:
     return total
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
+def _write(path: Path, recipe: dict[str, Any], stateful: dict[str, Any], so_far: dict[str, Any]) -> None:
+    """Write the checkpoint that `_resume` loads."""
+    states = {name: part.state_dict() for name, part in stateful.items()}
     with replacing(path) as partial, open(partial, "wb") as file:
         try:
-            torch.save(state, file)
+            torch.save({"recipe": recipe, **states, **so_far}, file)
         except RuntimeError as error:  # PyTorch's writer hides the OSError of a full disk behind this
             raise error.__context__ or error from None
 

@@ -285,8 +285,8 @@ def main(folder: Path) -> None:
         function(copy / file)
         start = time.process_time()
         # Longer than SECONDS, since other processes may be busy. The second one works even in a C function.
-        signal.alarm(4 * SECONDS)
-        faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+        signal.alarm(20 * SECONDS)
+        faulthandler.dump_traceback_later(30 * SECONDS, exit=True)
         try:
             end, message = ends(copy / LOADED.get(model, ""))
         except (Exception, TooLong) as error:

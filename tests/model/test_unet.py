@@ -118,6 +118,19 @@ def test_a_row_is_the_same_wherever_it_stands_in_the_batch(randomize, memory_for
     assert torch.equal(output[1], output[0]) and torch.equal(output[2], output[0])
 
 
+@pytest.mark.usefixtures("threads")
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_address_of_the_weights(randomize):
+    unet, moved = (randomize(UNet(CONFIGS["tiny"]), 5) for _ in range(2))
+    for parameter in moved.parameters():
+        # Weights mapped from a file are not aligned either.
+        memory = torch.empty(parameter.numel() + 2)[2:].view_as(parameter)
+        parameter.data = memory.copy_(parameter)
+    assert all(p.data_ptr() % 16 for p in moved.parameters())
+    latents, _, context = inputs(CONFIGS["tiny"])
+    assert torch.equal(moved(latents, 501, context), unet(latents, 501, context))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_float_types_are_kept_throughout(randomize, dtype):
     unet = randomize(UNet(SD_LIKE), 5)
