@@ -172,6 +172,10 @@ def test_an_absurd_safetensors_header_is_refused(tmp_path):
         assert "damaged or no safetensors file" in refused(file)
     file.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     assert "damaged or no safetensors file" in refused(file)
+    # A valid header that only takes too long to parse.
+    header = b'{"__metadata__": {"a": "' + b"x" * 2**24 + b'"}}'
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert f"a header of {len(header)} bytes" in refused(file)
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path, state):
