@@ -5,7 +5,7 @@ import warnings
 # Silence tqdm's warning when ipywidgets is missing.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-from sdcomp.integer import to_int8  # noqa: E402
+from sdcomp.integer import PackedModel, to_int8, to_packed  # noqa: E402
 from sdcomp.model import (  # noqa: E402
     SD15,
     TINY,
@@ -23,6 +23,7 @@ __all__ = [
     "TINY",
     "Calibrator",
     "ModelError",
+    "PackedModel",
     "QuantModel",
     "StableDiffusion",
     "TimeStepCalibratedQuantModel",
@@ -32,4 +33,5 @@ __all__ = [
     "load_from_standard_weights",
     "save",
     "to_int8",
+    "to_packed",
 ]

@@ -70,9 +70,9 @@ def can_observe(layer: nn.Module) -> bool:
 class MomentObserver:
     """Gathers H = mean of x x^T of the named layers' inputs while it is entered as a context.
 
-    A call contributes at most about `rows` rows of each layer's input, drawn at random, so equal runs give
-    equal moments. H takes 4 columns^2 bytes: 2.1 GB for the largest convolution of SD 1.5. Layers that read
-    the same tensor share one H, so do not change H in place.
+    A call contributes at most about `rows` rows of each layer's input, drawn at random. Equal runs give equal
+    moments, whichever other layers are observed. H takes 4 columns^2 bytes: 2.1 GB for the largest
+    convolution of SD 1.5. Layers that read the same tensor share one H, so do not change H in place.
 
     Raises UserError for a layer that `can_observe` does not take.
     """
@@ -85,7 +85,7 @@ class MomentObserver:
                     f"layer {name} has no second moments: these need linear layers, or convolutions with one"
                     " group and zero padding"
                 )
-        self._rows, self._generator = rows, torch.Generator().manual_seed(seed)
+        self._rows, self._seed = rows, seed
         self._moments: dict[str, _Moments] = {}
         self._last = LastInput()
         self._handles: list[RemovableHandle] = []
@@ -107,8 +107,8 @@ class MomentObserver:
         key = None if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.padding)
         shared = self._last.get(x, key)
         if shared is None:
-            shared = self._moments.setdefault(name, _Moments())
-            shared.add(layer, x, self._rows, self._generator)
+            shared = self._moments.setdefault(name, _Moments(self._seed))
+            shared.add(layer, x, self._rows)
             self._last.keep(x, key, shared)
         self._moments[name] = shared
 
@@ -137,17 +137,18 @@ def second_moments(
 class _Moments:
     """A running sum of x x^T."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
         self.sum: Tensor | None = None
         self.count = 0
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def add(self, layer: nn.Module, x: Tensor, rows: int, generator: torch.Generator) -> None:
+    def add(self, layer: nn.Module, x: Tensor, rows: int) -> None:
         """Add up to about `rows` rows of one input."""
 
         def draw(tensor: Tensor, count: int) -> Tensor:
             if len(tensor) <= count:
                 return tensor
-            return tensor[torch.randperm(len(tensor), generator=generator)[:count].to(x.device)]
+            return tensor[torch.randperm(len(tensor), generator=self._generator)[:count].to(x.device)]
 
         if isinstance(layer, nn.Conv2d):
             # Patches are costly to cut out, so few images give many rows each.

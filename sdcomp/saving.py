@@ -1,9 +1,9 @@
 """Compressed models as folders that `sdcomp.load` opens and `generate` runs, with nothing else at hand.
 
-Such a folder is a model folder in which the UNet is quantized: beside its weights stand the scales
-(`quantization.json`), or in their place the integers (`int8.json`). `compression.json` says where it comes
-from and how it is quantized. What pruning removed is in `unet_channels.json`, as in any model folder, or in
-`int8.json`.
+Such a folder is a model folder with a quantized UNet. Either the scales stand beside its weights
+(`quantization.json`), or its integers stand in their place: bytes (`int8.json`), or n bits each
+(`packed.json`). `compression.json` says where the model comes from and how it is quantized. What pruning
+removed is in `unet_channels.json`, as in any model folder, or in the file of the integers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,25 @@ from torch import nn
 from sdcomp import model
 from sdcomp.errors import UserError
 from sdcomp.files import resolve_input, write_text
-from sdcomp.integer import Int8Model, files, load_int8, save_int8
+from sdcomp.integer import (
+    Int8Model,
+    PackedModel,
+    load_int8,
+    load_packed,
+    packed_files,
+    save_int8,
+    save_packed,
+    to_packed,
+)
+from sdcomp.integer import files as int8_files
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
+from sdcomp.quantization.layers import is_quantizable
 
 RECORD = "compression.json"
+_Integers = Int8Model | PackedModel
+"""UNets whose files hold all of them, so that no plain weights stand beside."""
 
 
 def save(
@@ -35,24 +48,31 @@ def save(
     format: str | None = None,
     record: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a model, whose UNet may be plain, pruned, quantized or int8; returns the path.
+    """Write a model, whose UNet may be plain, pruned, quantized, packed or int8; returns the path.
 
-    `dtype` and `format` ("sdcomp", "original" or "diffusers") are those of `sdcomp.model.save`; a quantized
-    or int8 UNet takes the first format only, and keeps its type. `record` is whatever should be known of
-    the model later, ready for JSON: where it comes from, the evaluation that it passed.
+    `format` is "sdcomp", "original" or "diffusers", see `sdcomp.model.save`, or "packed". A UNet that is
+    quantized in any way takes the first one only, and keeps its type. "packed" is for a quantized or packed
+    UNet: its weights are written with n bits each, see `sdcomp.to_packed`, whose errors these may be.
+    `dtype` is the type of the plain weights. `record` is whatever should be known of the model later, ready
+    for JSON: where it comes from, the evaluation that it passed.
 
     Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold.
     """
     path, unet = Path(path).expanduser(), sd.unet
-    quantized = isinstance(unet, Int8Model | QuantModel)
+    if format == "packed":
+        if not isinstance(unet, QuantModel | PackedModel):
+            raise ModelError("the packed format holds quantized UNets: quantize the UNet first")
+        unet = to_packed(unet) if isinstance(unet, QuantModel) else unet
+        format = "sdcomp"
+    quantized = isinstance(unet, _Integers | QuantModel)
     if (quantized or record is not None) and (format or "sdcomp") != "sdcomp":
         raise ModelError(f"the {format} format holds plain models without a record: save a folder of ours")
-    if isinstance(unet, Int8Model):
+    if isinstance(unet, _Integers):
         sd = sd.replace(unet=None)
     elif quantized:
         sd = sd.replace(unet=_plain(unet))
     path = model.save(sd, path, dtype, "sdcomp" if quantized else format)
-    if isinstance(unet, Int8Model):
+    if isinstance(unet, _Integers):
         (path / "unet.safetensors").unlink(missing_ok=True)
     if quantized or record is not None:
         about = {
@@ -65,37 +85,47 @@ def save(
         }
         write_text(path / RECORD, json.dumps(about, indent=2) + "\n")
     # Last, so that a killed save is not taken for a whole one.
-    if isinstance(unet, Int8Model):
-        save_int8(unet, path)
-    elif quantized:
-        save_quant_model(unet, path)
+    for kind, write in ((Int8Model, save_int8), (PackedModel, save_packed), (QuantModel, save_quant_model)):
+        if isinstance(unet, kind):
+            write(unet, path)
     return path
 
 
 def load(path: str | Path, *, execution: str = "auto", **options: Any) -> StableDiffusion:
     """Load any model: see `sdcomp.model.load`, whose arguments and errors these are.
 
-    A folder that `sdcomp.save` wrote gives the quantized or int8 UNet that it was written with. An int8
-    UNet keeps the type that it was saved in, `dtype` is then of the other parts; `device` and `execution`
-    choose how it runs, see `sdcomp.integer.execution.choose_execution`.
+    A folder that `sdcomp.save` wrote gives the quantized, packed or int8 UNet that it was written with. An
+    int8 UNet keeps the type that it was saved in, `dtype` is then of the other parts; `device` and
+    `execution` choose how it runs, see `sdcomp.integer.execution.choose_execution`. The weights of a packed
+    UNet are mapped from the file; it computes in `dtype`, None for the type that it was saved in.
 
     Raises UserError for an execution that cannot be had there, or of a model that is not int8.
     """
     folder = resolve_input(path)
     # Where one of the two is missing, loading says so.
-    if any(os.path.lexists(folder / name) for name in (files.CONFIG, files.TENSORS)):
+    if _has(folder, int8_files.CONFIG, int8_files.TENSORS):
         # The other parts first: they check the device.
         sd = model.load(path, unet=nn.Identity(), **options)
         sd = sd.replace(unet=load_int8(folder, device=sd.device, execution=execution))
-        _check(sd, folder / files.CONFIG)
+        _check(sd, folder / int8_files.CONFIG)
         return sd
     if execution != "auto":
         raise UserError(f"{path} holds no int8 model: leave execution={execution!r} out")
+    if _has(folder, packed_files.CONFIG, packed_files.TENSORS):
+        sd = model.load(path, unet=nn.Identity(), **options)
+        dtype = options.get("dtype", torch.float32)
+        sd = sd.replace(unet=load_packed(folder, device=sd.device, dtype=dtype))
+        _check(sd, folder / packed_files.CONFIG)
+        return sd
     sd = model.load(path, **options)
-    if any(os.path.lexists(folder / name) for name in (storage.CONFIG, storage.SCALES)):
+    if _has(folder, storage.CONFIG, storage.SCALES):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
         _check(sd, folder / storage.CONFIG)
     return sd
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 def _check(sd: StableDiffusion, file: Path) -> None:
@@ -118,10 +148,13 @@ def _quantization(unet: nn.Module) -> dict[str, Any] | None:
     if isinstance(unet, QuantModel):
         bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
         left_out = list(unet.left_out)
-    elif isinstance(unet, Int8Model):
-        bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
-        plain = (nn.Conv2d, nn.Linear)
-        left_out = [name for name, layer in unet.module.named_modules() if isinstance(layer, plain)]
+    elif isinstance(unet, _Integers):
+        if isinstance(unet, Int8Model):
+            bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
+        else:
+            bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
+        layers = unet.module.named_modules()
+        left_out = [name for name, layer in layers if is_quantizable(layer)]
     else:
         return None
     return {

@@ -12,6 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from sdcomp.study import FP32, quantized
+from sdcomp.study.results import COLUMNS, columns
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
 
@@ -36,7 +39,7 @@ NUMBER = re.compile(
     r"seconds?\b|minutes?\b|hours?\b|times\b|images\b|prompts\b)))"
 )
 MARK = (
-    "<!-- interval: 02_pruning; unstructured; prompt accuracy difference; amount=0.3; .1f -->"
+    "<!-- interval: 02_pruning; unstructured 30 %; prompt accuracy difference; ; .1f -->"
     "0.0 [0.0, 0.0]<!-- end -->"
 )
 MARKED = r"<!-- (?:value|interval): (.*?) -->(.*?)<!-- end -->"
@@ -49,18 +52,31 @@ NO_RESULTS = {
 
 
 def typed_results(page: str) -> list[str]:
-    """The results in prose that no mark makes; an amount of pruning that a mark beside it names is none."""
+    """The results in prose that are not marked. An amount of pruning that a mark beside it names is none."""
     for made in (r"```.*?```", r"<!-- table: .*?<!-- end -->"):
         page = re.sub(made, "", page, flags=re.DOTALL)
     found = []
     for paragraph in page.splitlines():
-        shares = re.findall(r"amount=(0\.\d+)", paragraph)
-        known = [*NO_RESULTS, *(f"{100 * float(share):g}{space}%" for share in shares for space in ("", " "))]
+        amounts = re.findall(r"<!-- [^>]*? ([\d.]+) %[;,]", paragraph)
+        known = [*NO_RESULTS, *(f"{amount}{space}%" for amount in amounts for space in ("", " "))]
         prose = re.sub(rf"{MARKED}|`[^`]*`|\]\([^)]*\)", " ", paragraph)
         for words in known:
             prose = prose.replace(words, " ")
         found += NUMBER.findall(prose)
     return found
+
+
+def test_the_first_screen_shows_the_result():
+    """One sentence, one figure, a table of at most six rows, what its score is, and the two commands."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    screen = lines[:25]
+    table = [line for line in screen if line.startswith("| ")]
+    assert 2 <= len(table) <= 1 + 6 and all("[" in line for line in table[2:])
+    assert sum(line.startswith("![") for line in screen) == 1
+    assert len([line for line in screen if line.startswith("*Prompt accuracy* is")]) == 1
+    assert [line.split("  ")[0] for line in screen if line.startswith("make")] == ["make study", "make test"]
+    paragraphs = (line for line in lines if not line.startswith(("|", "<!--")))
+    assert max(len(re.sub(r"<!--.*?-->", "", line)) for line in paragraphs) < 600
 
 
 def test_no_result_in_the_readme_is_typed_by_hand():
@@ -88,7 +104,7 @@ INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")
 
 
 def test_each_interval_in_the_readme_is_a_row_of_a_report():
-    """Found in the files themselves, whatever the builder does."""
+    """Found in the files themselves, without the builder."""
     rows = []
     for path in sorted(ROOT.glob("reports/*/metrics.csv")):
         with open(path, newline="", encoding="utf-8") as file:
@@ -121,9 +137,11 @@ def test_a_changed_digit_in_the_readme_is_noticed():
 @pytest.mark.parametrize(
     "mark",
     [
-        "02_pruning; unstructured; prompt accuracy difference; amount=0.31; .1f",
+        "02_pruning; unstructured 31 %; prompt accuracy difference; ; .1f",
         "02_pruning; unstructured; prompt accuracy difference; ; .1f",
-        "02_pruning; no such method; prompt accuracy; amount=0.3; .1f",
+        "02_pruning; unstructured 30 %; noise MSE at timestep; ; .1f",
+        "03_profiling; fp32; time; component=vae; .1f",
+        "benchmarks/loading; load_s; dtype=float32; .1f",
     ],
 )
 def test_a_mark_that_names_no_row_or_several_is_an_error(mark):
@@ -133,33 +151,27 @@ def test_a_mark_that_names_no_row_or_several_is_an_error(mark):
 
 
 def test_direct_comparisons_have_names_of_their_own(tmp_path):
-    """A variant's difference to the model is not taken for its difference to another variant."""
+    """The difference of a variant to the baseline is not taken for its difference to another variant."""
     builder = _load(ROOT / "tools" / "build_readme.py")
     builder.ROOT = tmp_path
     folder = tmp_path / "reports" / "01_quantization"
     folder.mkdir(parents=True)
-    rows = ("max,fp,-3", "mse,fp,-1", "mse,max,2")
-    lines = [f"{m},{{}},change,{value},,,{b}" for m, b, value in (row.split(",") for row in rows)]
-    header = "method,parameters,metric,value,ci_low,ci_high,baseline"
-    (folder / "metrics.csv").write_text("\n".join([header, *lines]), encoding="utf-8")
-    assert builder.number("value", "01_quantization; mse; change; ; .0f") == "-1"
-    assert builder.number("value", "01_quantization; mse less max; change; ; .0f") == "2"
+    largest, mse = quantized("max", 6, 6), quantized("mse", 6, 6)
+    with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        for variant, baseline, value in ((largest, FP32, -3), (mse, FP32, -1), (mse, largest, 2)):
+            row = {"metric": "change", "value": value, "baseline": baseline.label}
+            writer.writerow(row | columns(variant, {}))
+    assert builder.number("value", "01_quantization; mse W6A6; change; ; .0f") == "-1"
+    assert builder.number("value", "01_quantization; mse W6A6 less max W6A6; change; ; .0f") == "2"
 
 
 def test_prompt_sets_are_what_their_script_makes():
     maker = _load(ROOT / "data" / "prompts" / "make_prompts.py")
-    for name, (split, n, seed) in maker.SETS.items():
+    for name, drawn in maker.SETS.items():
         path = ROOT / "data" / "prompts" / f"scenes_{name}.jsonl"
-        assert path.read_text(encoding="utf-8") == maker.make(split, n, seed)
-
-
-def test_readme_python_snippets_run(capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert "torch.Size([1, 3, 64, 64]) 29.8% zero" in capsys.readouterr().out
+        assert path.read_text(encoding="utf-8") == maker.make(*drawn)
 
 
 def test_what_readme_links_to_is_there():

@@ -13,7 +13,7 @@ LEVELS = (
     {"settings"},
     {"scenes"},
     {"model"},
-    {"observation", "second_order"},
+    {"budgets", "observation", "second_order"},
     {"quantization", "pruning"},
     {"training"},
     {"integer"},

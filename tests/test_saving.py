@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import sdcomp
-from sdcomp.integer import Int8Model, to_int8
+from sdcomp.errors import UserError
+from sdcomp.integer import Int8Model, PackedModel, to_int8
 from sdcomp.pruning import prune_structured, prune_unstructured
-from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
+from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
 
 SETTINGS = {"steps": 3, "batch_size": 1, "seed": 5}
+GROUPS = {"n_bits": 3, "granularity": "group", "group_size": 32}
 PROMPTS = ["a small red star on a navy background"]
 
 
@@ -29,14 +31,15 @@ def compressed(sd, how):
     if "quantized" in how or "int8" in how:
         unet = TimeStepCalibratedQuantModel(unet, timesteps=4, k=2, quant_filters=["time_embed"])
         Calibrator(sd, unet, act_scale_policy="mse").calibrate(PROMPTS, steps=4, batch_size=1)
+    if "packed" in how:
+        unet = sdcomp.to_packed(QuantModel(unet, weight_quant_params=GROUPS, act_quant_params=None))
     return sd.replace(unet=to_int8(unet) if "int8" in how else unet)
 
 
-@pytest.mark.parametrize(
-    "how", ["zeroed", "removed", "quantized", "removed quantized", "int8", "removed int8"]
-)
-def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, how):
-    sd = compressed(loaded, how)
+@pytest.mark.parametrize("removed", ["", "removed "])
+@pytest.mark.parametrize("how", ["zeroed", "quantized", "int8", "packed"])
+def test_a_saved_model_is_the_same_bit_for_bit(loaded, tmp_path, removed, how):
+    sd = compressed(loaded, removed + how)
     folder = sdcomp.save(sd, tmp_path / "model", record={"prompt accuracy": 0.9})
     moved = folder.rename(tmp_path / "elsewhere")
     again = sdcomp.load(moved)
@@ -57,13 +60,50 @@ def test_int8_takes_about_a_quarter_and_needs_no_other_weights(loaded, tmp_path)
     assert sizes < 0.45  # of a model this small, names and scales are a good part
 
 
-def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path):
-    sdcomp.save(compressed(loaded, "int8"), tmp_path)
-    assert isinstance(sdcomp.load(tmp_path).unet, Int8Model)
+def test_the_packed_format_packs_a_simulation(loaded, tmp_path):
+    sd = compressed(loaded, "quantized")
+    folder = sdcomp.save(sd, tmp_path / "packed", format="packed")
+    again = sdcomp.load(folder)
+    assert isinstance(again.unet, PackedModel) and isinstance(sd.unet, TimeStepCalibratedQuantModel)
+    assert torch.equal(again.generate(PROMPTS, **SETTINGS), sd.generate(PROMPTS, **SETTINGS))
+    assert not (folder / "unet.safetensors").exists() and not (folder / "quantization.json").exists()
+    packed = sdcomp.save(again, tmp_path / "again", format="packed")
+    files = ("packed.json", "packed.safetensors", "compression.json")
+    assert all((packed / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    with pytest.raises(sdcomp.ModelError, match="the packed format holds quantized UNets"):
+        sdcomp.save(loaded, tmp_path / "plain", format="packed")
+    with pytest.raises(UserError, match="holds no int8 model"):
+        sdcomp.load(folder, execution="kernels")
+
+
+def test_a_packed_model_computes_in_the_type_that_is_asked_for(loaded, tmp_path):
+    folder = sdcomp.save(compressed(loaded, "packed"), tmp_path)
+    sd = sdcomp.load(folder, dtype=torch.bfloat16)
+    assert sd.unet.dtype is torch.bfloat16
+    assert sd.generate(PROMPTS, **SETTINGS).isfinite().all()
+    assert sdcomp.load(folder, dtype=None).unet.dtype is torch.float32
+    assert sdcomp.load(folder, device="meta").unet.out[2].packed_weight.is_meta
+
+
+@pytest.mark.parametrize("how", ["packed", "int8"])
+def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path, how):
+    sdcomp.save(compressed(loaded, how), tmp_path)
+    assert isinstance(sdcomp.load(tmp_path).unet, Int8Model if how == "int8" else PackedModel)
     sdcomp.save(loaded, tmp_path)
     assert type(sdcomp.load(tmp_path).unet) is type(loaded.unet)
     sdcomp.save(loaded, tmp_path)
     assert not (tmp_path / "compression.json").exists()
+
+
+def test_the_record_of_a_packed_model(loaded, tmp_path):
+    folder = sdcomp.save(compressed(loaded, "quantized"), tmp_path, format="packed")
+    about = json.loads((folder / "compression.json").read_text())
+    assert about["unet"] == "PackedModel" and about["quantization"] == {
+        "weight_bits": 8,
+        "act_bits": 8,
+        "intervals": [[0, 499], [500, 999]],
+        "left_out": ["time_embed.0", "time_embed.2"],
+    }
 
 
 @pytest.mark.parametrize("how", ["quantized", "removed int8"])
@@ -80,7 +120,7 @@ def test_the_record_says_how_the_model_is_quantized(loaded, tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["zeroed quantized", "removed int8"])
+@pytest.mark.parametrize("how", ["zeroed quantized", "removed int8", "removed packed"])
 def test_a_new_process_draws_the_same_image_from_a_copy_alone(loaded, tmp_path, how):
     sd = compressed(loaded, how)
     folder = sdcomp.save(sd, tmp_path / "model")

@@ -1,9 +1,9 @@
 """Our UNet's blocks with less to do between the integer kernels.
 
-Each computes what its floating-point class computes, in fewer passes over memory: an input that several
-layers read is quantized once; sums go into their first operand, and GELU into the product before it, where
-the kernel offers that; the wide middle of a feed-forward is made in pieces that stay in cache. Layers that
-are not quantized, or not in a way that allows it, take the usual way.
+Each block computes what its floating-point class computes, in fewer passes over memory. It quantizes an
+input that several layers read once. The kernels add sums in place and apply GELU to their product where they
+can. A feed-forward computes some tokens at a time, so that its wide middle stays in the cache. Layers that
+are not quantized, or not in a way that allows it, run as usual.
 """
 
 from __future__ import annotations
@@ -30,25 +30,44 @@ _LARGE = 2**17
 """From this many values per image on, the images of a batch go through norms and blocks one by one."""
 
 
-def specialize(module: nn.Module) -> None:
-    """Turn the blocks of a module whose layers are integer ones into those below."""
-    for block in list(module.modules()):
-        if isinstance(block, GEGLU) and type(block.proj) is Int8Linear and block.proj.split is None:
-            block.proj.__class__ = Int8GatedLinear
-        block.__class__ = _BLOCKS.get(type(block), type(block))
+def layer_kind(module: nn.Module, name: str, split: int | None) -> type[Int8Layer]:
+    """Return the class of the integer layer that takes the place of one of a module's layers."""
+    parent, _, own = name.rpartition(".")
+    if isinstance(module.get_submodule(name), nn.Conv2d):
+        return Int8Conv2d
+    gated = own == "proj" and isinstance(module.get_submodule(parent), GEGLU) and split is None
+    return Int8GatedLinear if gated else Int8Linear
+
+
+def specialize(module: nn.Module) -> nn.Module:
+    """Put the blocks below in the places of those that they specialize; returns the module.
+
+    The new blocks hold the same layers. A module that is such a block itself is returned as a new one.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, specialize(child))
+    return _BLOCKS[type(module)](module) if type(module) in _BLOCKS else module
+
+
+class _SpecialBlock(nn.Module):
+    """A block with the layers and numbers of the plain one that it is made of."""
+
+    def __init__(self, block: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(block.__dict__)
 
 
 def _add(layer: nn.Module, x: Tensor, accumulate: Tensor | None) -> Tensor:
-    """`accumulate += layer(x)`, in place; the layer's output in the type of `accumulate`."""
+    """Compute `accumulate += layer(x)` in place, in the type of `accumulate`."""
     if isinstance(layer, Int8Layer):
         return layer(x, accumulate, accumulate.dtype)
     return accumulate.add_(layer(x.to(accumulate.dtype)))
 
 
 def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """What layers without a split make of one input, which is quantized once if they scale it alike.
+    """Apply layers without a split to one input; quantize it once if their grids are equal.
 
-    In float32, as attention wants it: few CPUs multiply bfloat16 faster.
+    The results are float32 for attention, since few CPUs multiply bfloat16 faster.
     """
     integers = [layer for layer in layers if isinstance(layer, Int8Linear)]
     if len(integers) < len(layers) or len({layer.input_grids()[0] for layer in integers}) > 1:
@@ -57,7 +76,7 @@ def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer.multiply([quantized], torch.float32) for layer in layers]
 
 
-class Int8ResBlock(ResBlock):
+class Int8ResBlock(_SpecialBlock, ResBlock):
     """`ResBlock`, activations and sums in place."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -73,14 +92,14 @@ class Int8ResBlock(ResBlock):
         if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
             h = silu(norm(x), inplace=True)
             return conv(h) if accumulate is None else _add(conv, h, accumulate)
-        # Image by image, as the norm takes them anyway, so that only the integers leave the cache.
+        # Image by image, as the norm goes anyway, so that only the integers leave the cache.
         images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))
         integers = torch.cat([conv.quantize(F.silu(image, inplace=True)) for image in images])
         return conv.multiply([integers], x.dtype, accumulate)
 
 
-class Int8CrossAttention(CrossAttention):
-    """`CrossAttention`; `accumulate` takes up the sum, in place."""
+class Int8CrossAttention(_SpecialBlock, CrossAttention):
+    """`CrossAttention`; adds its output to `accumulate`, in place, if that is given."""
 
     def forward(self, x: Tensor, context: Tensor | None = None, accumulate: Tensor | None = None) -> Tensor:
         if context is None:
@@ -94,8 +113,8 @@ class Int8CrossAttention(CrossAttention):
         return _add(self.to_out[0], out, accumulate)
 
 
-class Int8FeedForward(FeedForward):
-    """`FeedForward`, some tokens at a time; `accumulate` takes up the sum, in place."""
+class Int8FeedForward(_SpecialBlock, FeedForward):
+    """`FeedForward`, some tokens at a time; adds its output to `accumulate`, in place, if that is given."""
 
     def forward(self, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
         wide, narrow = self.net[0].proj, self.net[2]
@@ -109,8 +128,8 @@ class Int8FeedForward(FeedForward):
         return accumulate
 
 
-class Int8TransformerBlock(TransformerBlock):
-    """`TransformerBlock`; `update` overwrites its input, which is contiguous, with its output."""
+class Int8TransformerBlock(_SpecialBlock, TransformerBlock):
+    """`TransformerBlock`; `update` overwrites its contiguous input with its output."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.update(x.clone(memory_format=torch.contiguous_format), context)
@@ -121,13 +140,13 @@ class Int8TransformerBlock(TransformerBlock):
         return self.ff(self.norm3(x), x)
 
 
-class Int8SpatialTransformer(SpatialTransformer):
-    """`SpatialTransformer`: channels-last pixels are tokens as they lie in memory."""
+class Int8SpatialTransformer(_SpecialBlock, SpatialTransformer):
+    """`SpatialTransformer`; pixels with the channels last are tokens without a copy."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).contiguous()
         context = context.expand(len(x), -1, -1)
-        # Image by image where they are large, so that what is between the kernels is still in the cache.
+        # Large images go one by one, so that values between the kernels are still in the cache.
         rows = 1 if tokens[0].numel() >= _LARGE else len(tokens)
         for image, text in zip(tokens.flatten(1, 2).split(rows), context.split(rows), strict=True):
             for block in self.transformer_blocks:
@@ -135,8 +154,8 @@ class Int8SpatialTransformer(SpatialTransformer):
         return self.proj_out(tokens.permute(0, 3, 1, 2)).add_(x)
 
 
-class Int8Upsample(Upsample):
-    """`Upsample`: repeats the integers, a quarter of which are to be found."""
+class Int8Upsample(_SpecialBlock, Upsample):
+    """`Upsample`; quantizes before it repeats pixels, so that it rounds a quarter of the values."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.conv, Int8Conv2d):
@@ -145,7 +164,7 @@ class Int8Upsample(Upsample):
         return self.conv.multiply([integers], x.dtype)
 
 
-_BLOCKS: dict[type, type] = {
+_BLOCKS: dict[type, type[_SpecialBlock]] = {
     ResBlock: Int8ResBlock,
     CrossAttention: Int8CrossAttention,
     FeedForward: Int8FeedForward,

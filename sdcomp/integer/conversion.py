@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution
+from sdcomp.integer.layers import TENSORS
 from sdcomp.integer.model import Int8Model, float_tensors
+from sdcomp.integer.nbit import NBitLayer
+from sdcomp.integer.packed import PackedModel
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.state import NotCalibratedError
 
+_FLOATS = tuple(kind for kind in TENSORS if kind != "weight")
 
-def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str = "auto") -> Int8Model:
-    """A calibrated model as one with int8 weights, on the same device; `model` stays as it is.
+
+def to_int8(
+    model: QuantModel | PackedModel, dtype: torch.dtype | None = None, execution: str = "auto"
+) -> Int8Model:
+    """Turn a calibrated model, simulated or packed, into one with int8 weights; `model` stays as it is.
 
     Weights and activations of any number of bits up to 8 run on the 8-bit kernels. `dtype`, float32,
     bfloat16 or float16, is what is between them: norms, activation functions, layers left out; by default
@@ -37,21 +45,18 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
         raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
     for layer in model.quantized_layers():
         _check(layer)
-    weight = model.quantized_layers()[0].weight
-    dtype = weight.dtype if dtype is None else dtype
-    execution = choose_execution(weight.device, dtype, execution)
     layers = {layer.name: layer for layer in model.quantized_layers()}
+    first = next(iter(layers.values()))
+    if dtype is None:
+        dtype = model.dtype if isinstance(model, PackedModel) else first.weight.dtype
+    execution = choose_execution(first.weight_scale.device, dtype, execution)
     integers = {
         name: {
             "weight": layer.integer_weight(),
-            "weight_scale": layer.weight_scale,
-            "act_scale": layer.act_scale,
-            "act_zero_point": layer.act_zero_point,
-            "bias": None if layer.bias is None else layer.bias.detach().float(),
+            **{kind: _float(getattr(layer, kind)) for kind in _FLOATS},
         }
         for name, layer in layers.items()
     }
-    timestep_aware = isinstance(model, TimeStepCalibratedQuantModel)
     settings = {
         "weight_bits": model.weight_quantizer.n_bits,
         "act_bits": model.act_quantizer.n_bits,
@@ -64,13 +69,17 @@ def to_int8(model: QuantModel, dtype: torch.dtype | None = None, execution: str 
         "execution": execution,
         "starts": list(model.starts),
         "train_timesteps": model.train_timesteps,
-        "timestep_arg": model.timestep_arg if timestep_aware else None,
+        "timestep_arg": getattr(model, "timestep_arg", None),
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     return Int8Model(model.module, integers, dict(float_tensors(model.module, layers)), settings)
 
 
-def _check(layer: QuantLayer) -> None:
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float()
+
+
+def _check(layer: QuantLayer | NBitLayer) -> None:
     """Raise UserError for a layer that does not run as a product of integers."""
     weight, act = layer.weight_quantizer, layer.act_quantizer
     if weight is None or act is None:

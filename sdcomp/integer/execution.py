@@ -9,8 +9,15 @@ from sdcomp.integer import kernels as int8_kernels
 
 EXECUTIONS = ("auto", "kernels", "dequantized")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What an int8 model may compute in between its integer layers."""
+"""The types that a model may compute in what is not quantized."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check_dtype(dtype: object) -> torch.dtype:
+    """Return the type. Raises ValueError unless it is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}")
+    return dtype
 
 
 def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str = "auto") -> str:
@@ -24,8 +31,7 @@ def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str
     """
     if wanted not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {wanted!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, not {dtype!r}")
+    check_dtype(dtype)
     if wanted == "dequantized":
         return wanted
     reason = why_no_kernels(torch.device(device), dtype)

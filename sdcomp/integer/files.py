@@ -73,7 +73,7 @@ def load_int8(
     device: torch.device | str = "cpu",
     execution: str = "auto",
 ) -> Int8Model:
-    """The model that `save_int8` wrote; on one machine its outputs are the saved one's bit for bit.
+    """Load the model that `save_int8` wrote; on one machine its outputs are the saved one's bit for bit.
 
     `module`: one of the same architecture, whose weights do not matter, or the configuration of our UNet.
     Our UNet's files name theirs, pruned channels included, so it may be left out. `device` and `execution`

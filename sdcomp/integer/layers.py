@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.integer import kernels as kernels
+from sdcomp.integer import kernels
 from sdcomp.model.layers import linear
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 from sdcomp.quantization.state import InputGrid, calibrated, input_grids
 
 _WIDE = 1024
-"""Output channels from which on a convolution is one matrix product. In SD 1.5 these see maps of 8x8 and
-16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
-
+"""A convolution with at least that many output channels is one matrix product. In SD 1.5 these see maps of
+8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
 """What an integer layer is made of."""
@@ -36,9 +35,8 @@ class Int8Layer(nn.Module):
 
     Made of a layer (for its geometry) and of tensors: `weight` int8 in the layer's shape, `weight_scale`,
     `act_scale`, `act_zero_point` (shapes as in `QuantLayer`) and `bias`, float32; the last two may be None.
-    Inputs have `act_bits` bits. `pack` hands the weight to oneDNN,
-    which lays it out anew; until then, and where that is not wanted, calls dequantize it. The state dict
-    has the plain tensors in either case. Nothing but devices changes with `to`.
+    Inputs have `act_bits` bits. `pack` hands the weight to oneDNN, which lays it out anew; without it calls
+    dequantize the weight. The state dict has the plain tensors in either case. `to` changes devices only.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Int8Layer(nn.Module):
         raise NotImplementedError
 
     def pack(self) -> None:
-        """Lay the weight out for the integer kernels, if it is not yet, and let go of the plain one."""
+        """Lay the weight out for the integer kernels, unless it is already, and free the plain one."""
         if self._packed:
             return
         parts = self.weight.split(self._sizes(), dim=1)
@@ -151,7 +149,7 @@ class Int8Linear(Int8Layer):
 
 
 class Int8GatedLinear(Int8Linear):
-    """An `Int8Linear` the second half of whose outputs gates the first: packed as two, to multiply apart."""
+    """An `Int8Linear` with values and then gates as outputs; packed as two layers, which run apart."""
 
     def pack(self) -> None:
         if not self._packed:
@@ -185,7 +183,7 @@ class Int8Conv2d(Int8Layer):
         super().__init__(layer, *args)
         self._mode, self._pads = layer.padding_mode, layer._reversed_padding_repeated_twice
         self._stride, self._dilation, self._groups = layer.stride, layer.dilation, layer.groups
-        # Zeros on all sides alike are the kernels' own business.
+        # The kernels pad with zeros themselves, equally on opposite sides.
         self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
         self._padding = layer.padding if self._inside else (0, 0)
 

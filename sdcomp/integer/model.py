@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sdcomp.errors import UserError
-from sdcomp.integer.blocks import specialize
+from sdcomp.integer.blocks import layer_kind, specialize
 from sdcomp.integer.execution import choose_execution, why_no_kernels
-from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear, Int8State
+from sdcomp.integer.layers import Int8Layer, Int8State
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 
@@ -50,36 +50,29 @@ class Int8Model(QuantizedWrapper):
         if self.timestep_arg is not None:
             self._argument = TimestepArgument.of(module, self.timestep_arg)
         with normal_tensors():
-            self.module = _assemble(module, integers, floats, self.settings, self.state, self.dtype)
+            layers = _int8_layers(module, integers, self.settings, self.state)
+            self.module = assemble(module, layers, floats, self.dtype)
             _check_finite(self.module)
             if self.execution == "kernels":
-                specialize(self.module)
-                for layer in self.module.modules():
-                    if isinstance(layer, Int8Layer):
-                        layer.pack()
+                self.module = specialize(self.module)
+                for layer in layers.values():
+                    layer.pack()
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> object:
         kwargs = self._enter(args, kwargs)
+        if self.execution != "kernels":
+            return call_in(self.dtype, self.module, args, kwargs)
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        kernels = self.execution == "kernels"
-        for x in given if kernels else ():
+        for x in given:
             self._require(x.device, self.dtype)
-
-        def enter(x: Tensor) -> Tensor:
-            # Timesteps, which have no second dimension, keep their type: bfloat16 has no 999.
-            x = x.to(self.dtype) if x.is_floating_point() and x.dim() > 1 else x
-            # The kernels' outputs are channels last, so everything is.
-            last = kernels and x.dim() == 4
-            return x.contiguous(memory_format=torch.channels_last) if last else x
-
-        with torch.no_grad():
-            out = self.module(*map(_on(enter), args), **{k: _on(enter)(v) for k, v in kwargs.items()})
-            for x in given if kernels else ():
-                if x.isnan().any():
-                    out = tree_map_only(Tensor, partial(_spread_nan, x), out)
-            before = next((x.dtype for x in given if x.dim() > 1), self.dtype)
-            return out if before == self.dtype else tree_map_only(Tensor, lambda x: x.to(before), out)
+        # The kernels' outputs have the channels last, so everything has.
+        args, kwargs = tree_map_only(Tensor, _channels_last, (args, kwargs))
+        out = call_in(self.dtype, self.module, args, kwargs)
+        for x in given:
+            if x.isnan().any():
+                out = tree_map_only(Tensor, partial(_spread_nan, x), out)
+        return out
 
     def _require(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UserError where the model cannot compute as it is laid out."""
@@ -107,32 +100,66 @@ class Int8Model(QuantizedWrapper):
         return f"{s['weight_bits']}-bit weights, {s['act_bits']}-bit inputs, {self.dtype}, {how}{intervals}"
 
 
-def _assemble(
+def call_in(dtype: torch.dtype, module: nn.Module, args: tuple, kwargs: Mapping[str, object]) -> object:
+    """Call a module that computes in `dtype`, without gradients.
+
+    Floating-point arguments of two and more dimensions are converted to `dtype`, and results back to the
+    type of the first of them. Timesteps, which have no second dimension, keep theirs: bfloat16 has no 999.
+    """
+    wide = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and _is_converted(x)]
+    before = wide[0].dtype if wide else dtype
+
+    def convert(x: Tensor) -> Tensor:
+        return x.to(dtype) if _is_converted(x) else x
+
+    args, kwargs = tree_map_only(Tensor, convert, (args, dict(kwargs)))
+    with torch.no_grad():
+        out = module(*args, **kwargs)
+    return out if before == dtype else tree_map_only(Tensor, lambda x: x.to(before), out)
+
+
+def _is_converted(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dim() > 1
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def assemble(
     module: nn.Module,
-    integers: dict[str, dict[str, Tensor | None]],
+    layers: Mapping[str, nn.Module],
     floats: Mapping[str, Tensor],
-    settings: Mapping[str, object],
-    state: Int8State,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A copy of the module with integer layers in place of those that are given, and new tensors."""
+    """Copy a module with `layers` in place of its own, and all that is not theirs in `dtype`.
+
+    `floats`: new tensors by name, in place of the module's own.
+    """
     # Contiguous, as `StableDiffusion` wants a UNet on CPU.
     new = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, old in [*module.named_parameters(), *module.named_buffers()]
-        if name.rpartition(".")[0] not in integers
+        if name.rpartition(".")[0] not in layers
         for tensor in [floats.get(name, old).detach()]
     }
+    return rebuild(module, layers, new).requires_grad_(False)
+
+
+def _int8_layers(
+    module: nn.Module,
+    integers: dict[str, dict[str, Tensor | None]],
+    settings: Mapping[str, object],
+    state: Int8State,
+) -> dict[str, Int8Layer]:
+    """Make the integer layers of a module; empties `integers`, so that no plain weight lives longer."""
     layers = {}
-    for name, layer in module.named_modules():
-        if name in integers:
-            # Given up by the caller, so that a plain weight lives no longer than until it is packed.
-            tensors = integers.pop(name)
-            kind = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
-            bits = settings["layer_act_bits"].get(name, settings["act_bits"])
-            layers[name] = kind(layer, name, tensors, settings["splits"].get(name), bits, state)
-    copied = rebuild(module, layers, new)
-    return copied.requires_grad_(False)
+    for name in list(integers):
+        split = settings["splits"].get(name)
+        bits = settings["layer_act_bits"].get(name, settings["act_bits"])
+        kind = layer_kind(module, name, split)
+        layers[name] = kind(module.get_submodule(name), name, integers.pop(name), split, bits, state)
+    return layers
 
 
 def float_tensors(module: nn.Module, integers: Mapping[str, object]) -> list[tuple[str, Tensor]]:
@@ -156,7 +183,3 @@ def _spread_nan(x: Tensor, out: Tensor) -> Tensor:
     rows = x.isnan().reshape(len(x) if x.dim() else 1, -1).any(dim=1)
     rows = rows if len(rows) in (1, len(out)) else rows.any()[None]
     return out.masked_fill(rows.view(-1, *[1] * (out.dim() - 1)), float("nan"))
-
-
-def _on(function: Callable[[Tensor], Tensor]) -> Callable[[object], object]:
-    return lambda value: function(value) if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
-"""Networks with fewer channels: which tensors shrink together, and which channels were kept.
+"""Networks with fewer channels or blocks: which tensors shrink together, and which units were kept.
 
-A module that can shrink has a method `prune_groups()`. Its groups are independent of each other: any units
-of any group can be removed, and the module's input, output and residual connections keep their shapes.
+A module that can shrink has a method `prune_groups()`. Each group is a residual branch, or a part of one. Any
+or all of its units can be removed; the module's input, output and residual connections keep their shapes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from torch import Tensor, nn
 class PruneGroup:
     """Tensors that shrink together, in `units` units of equal size: heads, gated pairs, or norm groups.
 
+    The group of a whole block is one unit.
+
     A unit owns a slice of the outputs (weights and biases) of each layer in `rows`, and the matching
     slice of the inputs of the layer `columns`. The outputs of `rows` hold all units `repeats` times, one
     after the other: twice if a layer computes all values and then all gates. `counters` are attributes
     that are proportional to the number of units, such as an attention's number of heads. All these names
     are relative to the submodule `name`, which holds the whole group.
+
+    A block that adds its input to the group's output has a `shortcut`: the name of the submodule that the
+    input passes, or "" if there is none.
     """
 
     name: str
@@ -32,6 +37,7 @@ class PruneGroup:
     columns: str
     repeats: int = 1
     counters: tuple[str, ...] = ()
+    shortcut: str | None = None
 
     def slices(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]]:
         """The tensors that the units share, each as (layer, parameter name, dimension, repeats)."""
@@ -66,7 +72,8 @@ def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
     if kind == "ResnetBlock2D" and block.time_embedding_norm == "default" and block.time_emb_proj is not None:
         rows = ("conv1", "time_emb_proj", "norm2")
         units = block.norm2.num_groups
-        return PruneGroup(name, "residual", units, rows, "conv2", counters=("norm2.num_groups",))
+        counters = ("norm2.num_groups",)
+        return PruneGroup(name, "residual", units, rows, "conv2", counters=counters, shortcut="conv_shortcut")
     if kind == "Attention" and block.added_kv_proj_dim is None and block.norm_q is block.norm_k is None:
         counters = ("heads", "inner_dim", "inner_kv_dim")
         rows = ("to_q", "to_k", "to_v")
@@ -77,13 +84,46 @@ def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
     return None
 
 
+class Bypass(nn.Module):
+    """What is left of a block without units: its shortcut, if it has one, and the last layer's bias.
+
+    `forward(x, ...)`: feature maps `(B, C, h, w)` or tokens `(B, N, C)` -> the shortcut of x plus the bias;
+    without a shortcut the bias, `(C,)`, which the caller adds to x. Other arguments are ignored.
+    """
+
+    def __init__(self, bias: nn.Parameter | None, shortcut: str | None, module: nn.Module | None) -> None:
+        super().__init__()
+        self.bias, self.shortcut = bias, shortcut
+        if module is not None:
+            self.add_module(shortcut, module)
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        if self.shortcut is None:
+            return x.new_zeros(()) if self.bias is None else self.bias
+        if self.shortcut:
+            x = getattr(self, self.shortcut)(x)
+        if self.bias is None:
+            return x
+        return x + (self.bias[:, None, None] if x.dim() == 4 else self.bias)
+
+
 _SIZES = {0: ("out_channels", "out_features", "num_channels"), 1: ("in_channels", "in_features")}
 
 
 @torch.no_grad()
 def keep_units(module: nn.Module, group: PruneGroup, kept: list[int]) -> None:
-    """Shrink one group of `module` in place to the units `kept` (increasing indices)."""
+    """Shrink one group of `module` in place to the units `kept` (increasing indices).
+
+    Without any unit a block becomes its `Bypass`.
+    """
     if len(kept) == group.units:
+        return
+    record = module.__dict__.setdefault("_kept_units", {})
+    if not kept:
+        _bypass(module, group)
+        for name in [name for name in record if name.startswith(f"{group.name}.")]:
+            del record[name]
+        record[group.name] = []
         return
     for layer, name, dim, repeats in group.slices(module):
         old = getattr(layer, name)
@@ -96,9 +136,17 @@ def keep_units(module: nn.Module, group: PruneGroup, kept: list[int]) -> None:
         owner, _, name = f"{group.name}.{counter}".rpartition(".")
         owner = module.get_submodule(owner)
         setattr(owner, name, getattr(owner, name) * len(kept) // group.units)
-    record = module.__dict__.setdefault("_kept_units", {})
     before = record.get(group.name, range(group.units))
     record[group.name] = [before[i] for i in kept]
+
+
+def _bypass(module: nn.Module, group: PruneGroup) -> None:
+    block = module.get_submodule(group.name)
+    # diffusers' blocks have None where the input stays as it is.
+    inside = getattr(block, group.shortcut) if group.shortcut else None
+    shortcut = "" if group.shortcut and inside is None else group.shortcut
+    last = block.get_submodule(group.columns)
+    module.set_submodule(group.name, Bypass(last.bias, shortcut, inside).train(block.training))
 
 
 def _select(tensor: Tensor, dim: int, repeats: int, units: int, kept: list[int]) -> Tensor:
@@ -113,7 +161,8 @@ def _select(tensor: Tensor, dim: int, repeats: int, units: int, kept: list[int])
 def channel_map(module: nn.Module) -> dict[str, list[int]]:
     """Return the original indices of the units that were kept, for each group that lost some.
 
-    The map is empty for a whole module. It consists of plain containers, ready for JSON.
+    The map is empty for a whole module; a removed block has an empty list. It consists of plain containers,
+    ready for JSON.
     """
     return {name: list(kept) for name, kept in module.__dict__.get("_kept_units", {}).items()}
 
@@ -133,10 +182,12 @@ def apply_channel_map(module: nn.Module, channels: dict[str, list[int]]) -> nn.M
         if name not in groups:
             raise ValueError(f"{type(module).__name__} has no group {name!r} that could shrink")
         units = groups[name].units
-        if not (isinstance(kept, list) and kept and all(type(i) is int and 0 <= i < units for i in kept)):
+        if not (isinstance(kept, list) and all(type(i) is int and 0 <= i < units for i in kept)):
             raise ValueError(f"the units kept in {name!r} must be a list of numbers from 0 to {units - 1}")
         if any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"the units kept in {name!r} must be in increasing order, each once")
+        if any(name.startswith(f"{other}.") and not units_there for other, units_there in channels.items()):
+            raise ValueError(f"{name!r} is inside a block that is gone")
     for name, kept in channels.items():
         keep_units(module, groups[name], kept)
     return module

@@ -236,12 +236,14 @@ class UNet(nn.Module):
     def shortcut_splits(self) -> dict[str, int]:
         """The layers after a skip concatenation: name -> channels of the deeper half, which comes first."""
         splits = {}
-        channels = self.middle_block[0].out_layers[3].out_channels
+        widths = [self.config.model_channels * m for m in reversed(self.config.channel_mult)]
+        channels = widths[0]
         for i, stage in enumerate(self.output_blocks):
-            splits[f"output_blocks.{i}.0.in_layers.2"] = channels
+            if isinstance(stage[0], ResBlock):  # a removed block has its shortcut only
+                splits[f"output_blocks.{i}.0.in_layers.2"] = channels
             if isinstance(stage[0].skip_connection, nn.Conv2d):
                 splits[f"output_blocks.{i}.0.skip_connection"] = channels
-            channels = stage[0].out_layers[3].out_channels
+            channels = widths[i // (self.config.num_res_blocks + 1)]
         return splits
 
     def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
@@ -277,23 +279,20 @@ class UNet(nn.Module):
         for name, block in self.named_modules():
             if isinstance(block, ResBlock):
                 # Units are whole groups of the second norm, so the other groups are normalized as before.
+                units, rows = block.out_layers[0].num_groups, ("in_layers.2", "emb_layers.1", "out_layers.0")
+                counters = ("out_layers.0.num_groups",)
+                shortcut = "skip_connection"
                 groups.append(
-                    PruneGroup(
-                        name, "residual", block.out_layers[0].num_groups,
-                        rows=("in_layers.2", "emb_layers.1", "out_layers.0"), columns="out_layers.3",
-                        counters=("out_layers.0.num_groups",),
-                    )
-                )  # fmt: skip
+                    PruneGroup(name, "residual", units, rows, "out_layers.3", 1, counters, shortcut)
+                )
+            elif isinstance(block, SpatialTransformer):
+                groups.append(PruneGroup(name, "transformer", 1, (), "proj_out", shortcut=""))
             elif isinstance(block, CrossAttention):
+                rows = ("to_q", "to_k", "to_v")
                 groups.append(
-                    PruneGroup(
-                        name, "attention", block.heads,
-                        rows=("to_q", "to_k", "to_v"), columns="to_out.0", counters=("heads",),
-                    )
-                )  # fmt: skip
+                    PruneGroup(name, "attention", block.heads, rows, "to_out.0", counters=("heads",))
+                )
             elif isinstance(block, FeedForward):
                 units = block.net[2].in_features
-                groups.append(
-                    PruneGroup(name, "feed-forward", units, rows=("net.0.proj",), columns="net.2", repeats=2)
-                )
+                groups.append(PruneGroup(name, "feed-forward", units, ("net.0.proj",), "net.2", repeats=2))
         return groups

@@ -1,4 +1,4 @@
-"""What is pruned: the layers below some parts of a module, and by how much."""
+"""The layers that pruning works on, and checks of what it is asked for."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
 
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
-"""The parts of the UNet that published work prunes: not the time embedding, not the output layer."""
+"""The parts of the UNet that published work prunes: all but the time embedding and the output layer."""
 
 
 def check_amount(amount: object) -> None:
-    """Raise ValueError for an amount that is no share from 0 to below 1."""
+    """Raise ValueError for an amount that is not a fraction from 0 to below 1."""
     if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount < 1:
         raise ValueError(f"amount must be a fraction from 0 to below 1, not {amount!r}")
 
 
-def require_rest(amount: float, counts: Sequence[int]) -> None:
-    """Raise UserError where `amount` rounds to all of each of the `counts`."""
-    if all(round(amount * count) == count for count in counts):
+def require_rest(amount: object, counts: Sequence[tuple[int, int]]) -> None:
+    """Raise UserError where pruning leaves nothing: `counts` are pairs (how many go, of how many)."""
+    if counts and all(removed == count for removed, count in counts):
         raise UserError(f"amount={amount!r} rounds to all weights: give a smaller one")
 
 
-def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> list[nn.Conv2d | nn.Linear]:
-    """The convolutions and linear layers below `parts`, each once, in the order of the parts.
+def prunable_layers(
+    module: nn.Module, parts: Sequence[str] | None = None
+) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The convolutions and linear layers below `parts` by name, each once, in the order of the parts.
 
-    By default the parts are the UNet's blocks, or all of a module that has none. Raises ValueError for a
-    part that is not there, and UserError for a quantized module and for weights that are not finite.
+    By default the parts are the UNet's blocks, or all of a module that has none. Raises ValueError for an
+    unknown part, and UserError for a quantized module and for weights that are not finite.
     """
     if is_quantized(module):
         raise UserError("this module is quantized already: prune the plain one first, then quantize that")
@@ -40,22 +42,22 @@ def prunable_layers(module: nn.Module, parts: Sequence[str] | None = None) -> li
     layers = {}
     for name, part in zip(parts, find_parts(module, parts), strict=True):
         for path, layer in part.named_modules(prefix=name):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in layers:
                 require_finite(path, layer)
-                layers[layer] = None
-    return list(layers)
+                layers[layer] = path
+    return {path: layer for layer, path in layers.items()}
 
 
 @torch.no_grad()
 def require_finite(name: str, layer: nn.Module) -> None:
-    """Raise UserError for a layer with NaN or infinite weights, whose magnitudes say nothing."""
+    """Raise UserError for a layer with NaN or infinite weights, which cannot be ranked."""
     for kind, parameter in layer.named_parameters(recurse=False):
         if not parameter.is_meta and not parameter.isfinite().all():
             raise UserError(f"the {kind} of {name} has NaN or infinite values: check where it comes from")
 
 
 def find_parts(module: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
-    """The submodules of these names. Raises ValueError for one that is not there."""
+    """Return the submodules of these names. Raises ValueError for a name that does not exist."""
     if isinstance(parts, str):
         raise ValueError(f"parts must be a list of names: [{parts!r}]")
     found = []

@@ -1,4 +1,4 @@
-"""What pruned weights take on disk, in files that are really written."""
+"""The size of pruned weights on disk, measured on files that are really written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 def disk_sizes(weights: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, int]:
     """Bytes of a safetensors file of some weights, converted to `dtype` if given.
 
-    `dense` is the file itself; `dense_zstd` that file through Zstandard at its default level, 3; `sparse`
-    a file of the same weights in which each tensor is stored by `sparse_state` where that is smaller.
+    `dense` is the file itself; `dense_zstd` is that file compressed by Zstandard at its default level, 3;
+    `sparse` is a file of the tensors that `sparse_state` gives.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {
@@ -37,10 +37,11 @@ def disk_sizes(weights: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | N
 
 
 def sparse_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Tensors as bit masks and nonzero values, where these take fewer bytes.
+    """Store tensors as bit masks and nonzero values where this takes fewer bytes.
 
-    Returns the tensors to store and the shapes of those that became sparse: `name` is then the two tensors
-    `name.mask`, one bit an entry in row-major order, the first in a byte's highest bit, and `name.values`.
+    Returns the tensors to store, and the shapes of those that became sparse. A sparse tensor `name` is stored
+    as `name.mask` and `name.values`. The mask has one bit for each entry in row-major order; the first entry
+    is the highest bit of the first byte.
     """
     stored, shapes = {}, {}
     for name, tensor in state.items():

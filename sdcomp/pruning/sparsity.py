@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ZeroCount:
-    """Parameters of a module: how many there are, and how many are not zero."""
+    """The number of parameters of a module, and of those that are not zero."""
 
     total: int
     nonzero: int

@@ -1,15 +1,17 @@
-"""Structured pruning: whole output channels as masks, or units taken out so that the network is smaller."""
+"""Structured pruning: output channels set to zero, or units removed so that the network is smaller."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
-from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers, require_rest
+from sdcomp.model.channels import PruneGroup, keep_units
+from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
+from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
+from sdcomp.pruning.removal import group_levels, groups_below, remove_units
 
 CRITERIA = {"l1": 1, "l2": 2}
 
@@ -21,51 +23,82 @@ def prune_structured(
     *,
     n: float | None = None,
     criterion: str | None = None,
+    importance: str = "magnitude",
+    calibration: Calibration | Callable[[], object] | None = None,
     parts: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Take out the share `amount` (0 to below 1) of each layer's channels, or of each group's units.
+    """Remove the share `amount` (0 to below 1) of each layer's channels, or of each group's units.
 
     Mode "mask" is `torch.nn.utils.prune.ln_structured` on every convolution and linear layer below
     `parts` (by default the UNet's blocks): the output channels with the smallest L_`n` norm (2 by default)
     of their weights are set to zero. Biases and norms are left; shapes stay, and nothing gets faster.
 
-    Mode "remove" takes tensors that depend on each other apart together (`PruneGroup`): hidden channels
-    of residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
-    attention heads; our UNet's and diffusers'. A unit's score is the L1 or L2 norm (`criterion`, "l2" by
-    default) of all that would go with it; in each group below `parts` the round(amount * units) units of
-    smallest score go, and at least one stays. The result is smaller and faster, and `channel_map` says
-    what was kept.
+    Mode "remove" shrinks tensors that depend on each other together (`PruneGroup`): hidden channels of
+    residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
+    attention heads; in our UNet and in diffusers'. In each group below `parts` the round(amount * units)
+    units of least importance go, and at least one stays. The result is smaller and faster, and `channel_map`
+    says what was kept. To remove units where it costs least, see `remove_cheapest`.
+
+    The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all that goes with it.
+    The other kinds need a `calibration`, or a callable that runs `module`. For "wanda" and "gradient" a unit
+    counts as the sum over its inputs to the group's last layer. "second_order" removes one unit after the
+    other and corrects the weights that stay (`sdcomp.pruning.elimination`).
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of
-    range, an unknown mode, criterion or part, an argument of the other mode, a quantized module, and
-    weights that are not finite.
+    range, an unknown mode, criterion, importance or part, an argument of the other mode, and missing data;
+    UserError for a quantized module and for weights or inputs that are not finite.
     """
     check_amount(amount)
-    if mode == "mask":
-        if criterion is not None:
-            raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
-        # Before the copy, which may be of gigabytes.
-        require_rest(amount, [len(layer.weight) for layer in prunable_layers(module, parts)])
-        module = module if inplace else copy.deepcopy(module)
-        for layer in prunable_layers(module, parts):
-            _zero_channels(layer.weight, amount, 2 if n is None else n)
-        return module
-    if mode != "remove":
+    check_importance(importance, calibration)
+    if mode not in ("mask", "remove"):
         raise ValueError(f"mode must be 'mask' or 'remove', not {mode!r}")
-    if n is not None:
+    if mode == "remove" and n is not None:
         raise ValueError("n belongs to mode 'mask'; for removal choose a criterion")
+    if mode == "mask" and criterion is not None:
+        raise ValueError("criterion belongs to mode 'remove'; the norm of a mask is n")
+    if mode == "mask" and importance != "magnitude":
+        raise ValueError(f"importance {importance!r} belongs to mode 'remove'")
     if criterion not in (None, *CRITERIA):
         raise ValueError(f"criterion must be 'l1' or 'l2', not {criterion!r}")
-    prunable_layers(module, [""])  # refuses what cannot be pruned
-    groups = _groups_below(module, parts)
+    # Refuse what cannot be pruned before the copy, which may be of gigabytes.
+    layers = prunable_layers(module, parts if mode == "mask" else [""])
+    if mode == "mask":
+        rows = [len(layer.weight) for layer in layers.values()]
+        require_rest(amount, [(round(amount * count), count) for count in rows])
+        module = module if inplace else copy.deepcopy(module)
+        for name in layers:
+            _zero_channels(module.get_submodule(name).weight, amount, 2 if n is None else n)
+        return module
+    groups = groups_below(module, parts)
+    calibration = gather(module, calibration, parts, importance in ("gradient", "second_order"))
     module = module if inplace else copy.deepcopy(module)
     for group in groups:
-        removed = min(round(amount * group.units), group.units - 1)
-        scores = unit_scores(module, group, CRITERIA[criterion or "l2"])
-        kept = scores.argsort(stable=True)[removed:].sort().values
-        keep_units(module, group, kept.tolist())
+        _remove_share(module, group, amount, importance, CRITERIA[criterion or "l2"], calibration)
     return module
+
+
+def _remove_share(
+    module: nn.Module,
+    group: PruneGroup,
+    amount: float,
+    importance: str,
+    p: float,
+    calibration: Calibration | None,
+) -> None:
+    """Remove round(amount * units) units of a group, in place, but not the last one."""
+    removed = min(round(amount * group.units), group.units - 1)
+    if not removed:
+        return
+    if importance == "second_order":
+        levels, _ = group_levels(module, group, calibration, steps=group.units)
+        remove_units(module, group, levels[removed], calibration)
+        return
+    if importance == "magnitude":
+        scores = unit_scores(module, group, p)
+    else:
+        scores = input_scores(module, group, importance, calibration)
+    keep_units(module, group, scores.argsort(stable=True)[removed:].sort().values.tolist())
 
 
 @torch.no_grad()
@@ -78,24 +111,9 @@ def _zero_channels(weight: Tensor, amount: float, n: float) -> None:
     weight.index_fill_(0, pruned.nonzero().flatten(), 0)
 
 
-def _groups_below(module: nn.Module, parts: Sequence[str] | None) -> list[PruneGroup]:
-    groups = prune_groups(module)
-    if parts is None:
-        return groups
-    find_parts(module, parts)
-    below = {
-        part: [g for g in groups if f"{g.name}.".startswith(f"{part}." if part else "")] for part in parts
-    }
-    for part, found in below.items():
-        if not found:
-            raise ValueError(f"below {part!r} there is nothing that can be removed")
-    wanted = {group.name for found in below.values() for group in found}
-    return [group for group in groups if group.name in wanted]
-
-
 @torch.no_grad()
 def unit_scores(module: nn.Module, group: PruneGroup, p: float) -> Tensor:
-    """The L_p norm of all that would go with each unit of a group, `(units,)` float32 or wider."""
+    """The L_p norm of all that goes with each unit of a group, `(units,)` float32 or wider."""
     norms = []
     for layer, name, dim, repeats in group.slices(module):
         tensor = getattr(layer, name)
@@ -103,3 +121,10 @@ def unit_scores(module: nn.Module, group: PruneGroup, p: float) -> Tensor:
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         norms.append(torch.linalg.vector_norm(units, p, dim=1, dtype=dtype))
     return torch.linalg.vector_norm(torch.stack(norms), p, dim=0)
+
+
+def input_scores(module: nn.Module, group: PruneGroup, importance: str, calibration: Calibration) -> Tensor:
+    """The sum of `weight_scores` over each unit's inputs to the group's last layer, `(units,)`."""
+    name = f"{group.name}.{group.columns}"
+    scores = weight_scores(name, module.get_submodule(name), importance, calibration)
+    return scores.sum(0).view(group.units, -1).sum(1)

@@ -190,6 +190,8 @@ class QuantLayer(nn.Module):
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the weight to compute with."""
         state, grids = self.state, None
+        if state.only not in (None, self.name):
+            return x, self.weight
         if self.spec.calibrated:
             if state.observer is not None:
                 grids = state.observer(self, x)

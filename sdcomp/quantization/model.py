@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -121,6 +122,20 @@ class QuantModel(QuantizedWrapper):
         if not weights:
             self.clear_cache()
         return self
+
+    @contextmanager
+    def only(self, layer: str) -> Iterator[None]:
+        """Quantize one layer alone while this context is entered, to see what that layer costs.
+
+        Raises ValueError for a name that is not one of a quantized layer.
+        """
+        if layer not in {known.name for known in self.quantized_layers()}:
+            raise ValueError(f"there is no quantized layer {layer!r}")
+        self.state.only = layer
+        try:
+            yield
+        finally:
+            self.state.only = None
 
     def clear_cache(self) -> None:
         """Free the rounded weights; calls that need them make them again."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
+from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.observation import MomentObserver, can_observe, weight_matrix
 from sdcomp.quantization.calibration import Calibrator
+from sdcomp.quantization.checkpoint import RoundingCheckpoint
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.recipes import Recipe, build, recipe_of
@@ -32,6 +34,7 @@ def quantize(
     batch_size: int | None = None,
     guidance_scale: float | None = None,
     memory: int = MEMORY,
+    checkpoint: Path | None = None,
     progress: bool = False,
     **overrides: object,
 ) -> QuantModel:
@@ -39,18 +42,23 @@ def quantize(
 
     The model generates images of the calibration `prompts` (see `StableDiffusion.generate` for the
     arguments), and the layers' inputs are observed on the way. `overrides` are arguments of the model class,
-    see `build`; `memory` is that of `apply_recipe`. The same arguments give the same model.
+    see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments give the same
+    model.
     """
     model = build(recipe, sd.unet, weight_bits, act_bits, **overrides)
     quantized = sd.replace(unet=model)
+    generation = {
+        "steps": steps, "sampler": sampler, "seed": seed, "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+    }  # fmt: skip
 
     def run() -> None:
-        quantized.generate(
-            prompts, steps=steps, sampler=sampler, seed=seed, guidance_scale=guidance_scale,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+        quantized.generate(prompts, progress=progress, **generation)
 
-    return apply_recipe(model, recipe, run, memory=memory, progress=progress)
+    inputs = f"{list(prompts)} {generation}"
+    return apply_recipe(
+        model, recipe, run, memory=memory, checkpoint=checkpoint, inputs=inputs, progress=progress
+    )
 
 
 def apply_recipe(
@@ -59,49 +67,69 @@ def apply_recipe(
     run: Callable[[], object],
     *,
     memory: int = MEMORY,
+    checkpoint: Path | None = None,
+    inputs: str = "",
     progress: bool = False,
 ) -> QuantModel:
     """Calibrate a model that `build` made, and apply the recipe's methods; returns the model.
 
     `run` is any callable that calls the model, with quantization switched off for the time. It is called
     once, and once more for each further `memory` bytes that the second moments of all layers take: a layer
-    with n columns takes 4 n^2. Layers without second moments (see `can_observe`) keep weights rounded to
-    nearest.
+    with n columns takes 4 n^2. The result does not depend on `memory`. Layers without second moments (see
+    `can_observe`) keep weights rounded to nearest.
 
-    Raises what `Calibrator.observe` and `MomentObserver` raise.
+    A killed call goes on from the file `checkpoint`, with the same result; `inputs` says what `run` computes,
+    so that the checkpoint of another calibration is refused.
+
+    Raises what `Calibrator.observe` and `MomentObserver` raise, and UserError for a wrong checkpoint.
     """
     recipe = recipe_of(recipe)
-    calibrator = Calibrator(None, model, **recipe.calibrator)
     layers = model.quantized_layers() if recipe.methods else []
     layers = [layer for layer in layers if layer.weight_quantizer is not None and can_observe(layer)]
-    groups = list(_groups(layers, memory)) or [[]]
+    inputs = f"{recipe} {model.arguments()} {weights_digest(model.module)} {inputs}"
+    kept = RoundingCheckpoint(checkpoint, inputs)
+    done = kept.resume(model)
+    layers = [layer for layer in layers if layer.name not in done]
+    groups = list(_groups(layers, memory))
+    to_calibrate = not done and any(layer.spec.calibrated for layer in model.quantized_layers())
     with tqdm(total=len(layers), desc="round", disable=not progress) as bar:
-        for i, group in enumerate(groups):
-            with MomentObserver(model, ["module." + layer.name for layer in group], **_rows(recipe)) as seen:
-                if i == 0 and any(layer.spec.calibrated for layer in model.quantized_layers()):
-                    calibrator.observe(run)
-                elif group:
+        for i, group in enumerate(groups or [[]] * to_calibrate):
+            names = [f"module.{layer.name}" for layer in group]
+            with MomentObserver(model, names, rows=_rows(recipe)) as seen:
+                if i == 0 and to_calibrate:
+                    Calibrator(None, model, **recipe.calibrator).observe(run)
+                else:
                     with _switched_off(model):
                         run()
-            moments = seen.result()
-            for layer in group:
+            for layer, moments in zip(group, seen.result().values(), strict=True):
                 for method in recipe.methods:
-                    method(layer, moments["module." + layer.name])
+                    method(layer, moments)
+                done.add(layer.name)
+                kept.keep(model, done)
                 bar.update()
+            kept.keep(model, done, now=i + 1 < len(groups))
     model.calibration["methods"] = [repr(method) for method in recipe.methods]
+    kept.remove()
     return model
 
 
 def _groups(layers: Sequence[QuantLayer], memory: int) -> Iterator[list[QuantLayer]]:
-    """Layers in order, as many at a time as have their second moments in `memory` bytes, at least one."""
-    sizes = [4 * weight_matrix(layer).shape[1] ** 2 for layer in layers]
-    totals = itertools.accumulate(sizes)
-    for _, group in itertools.groupby(zip(totals, layers, strict=True), lambda pair: (pair[0] - 1) // memory):
-        yield [layer for _, layer in group]
+    """Yield layers in order, as many at a time as `memory` holds the second moments of, at least one."""
+    group: list[QuantLayer] = []
+    size = 0
+    for layer in layers:
+        own = 4 * weight_matrix(layer).shape[1] ** 2
+        if group and size + own > memory:
+            yield group
+            group, size = [], 0
+        group.append(layer)
+        size += own
+    if group:
+        yield group
 
 
-def _rows(recipe: Recipe) -> dict[str, int]:
-    return {"rows": max((method.rows for method in recipe.methods), default=1)}
+def _rows(recipe: Recipe) -> int:
+    return max((method.rows for method in recipe.methods), default=1)
 
 
 @contextmanager

@@ -16,6 +16,9 @@ GRANULARITIES = ("tensor", "channel", "group", "token")
 
 Number = float | Tensor
 
+_SMALLEST = 2.0**-126
+"""Smaller scales have no finite reciprocal and become 1: the values are zeros then."""
+
 
 class Grid(NamedTuple):
     """The values that a tensor is rounded to: `scale * (code - zero_point)`.
@@ -121,12 +124,16 @@ class UniformQuantizer:
     def grid_of_range(self, low: Tensor, high: Tensor) -> Grid:
         """Return the grid that covers ranges from `low` to `high`, float32 tensors of one shape.
 
-        A symmetric grid covers the larger magnitude of both, an affine one zero as well.
+        A symmetric grid covers the larger magnitude of both, an affine one zero as well. The many scales of
+        groups are rounded to float16, so that two bytes hold each of them exactly.
         """
-        if self.symmetric:
-            return Grid(_usable(torch.maximum(-low, high) / self.qmax))
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = _usable((high - low) / self.qmax)
+        scale = torch.maximum(-low, high) / self.qmax if self.symmetric else (high - low) / self.qmax
+        if self.granularity == "group":
+            scale = scale.clamp(max=torch.finfo(torch.float16).max).half().to(scale)
+        scale = torch.where(scale > _SMALLEST, scale, 1.0)
+        if self.symmetric:
+            return Grid(scale)
         return Grid(scale, (-low / scale).round_().clamp_(0, self.qmax))
 
     def bounds(self, zero_point: Number | None) -> tuple[Number, Number]:
@@ -227,8 +234,3 @@ class UniformSymmetricQuantizer(UniformQuantizer):
     def fake_quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return integers times scales, in the type and memory format of `x`."""
         return self.simulate(x, Grid(scale))
-
-
-def _usable(scale: Tensor) -> Tensor:
-    """Scales so small that they have no finite reciprocal become 1: such values are zeros too."""
-    return torch.where(scale > 2.0**-126, scale, 1.0)

@@ -42,6 +42,8 @@ _OPTIMAL = {"boundaries": "optimal"}
 _ENDS = {"overrides": "ends_at_8_bits"}
 _MSE_WEIGHTS = {"scale_method": "mse"}
 _GROUPS = {"scale_method": "mse", "granularity": "group", "group_size": 64}
+_AFFINE = {"symmetric": False}
+_GPTQ = (SecondOrderRounding(),)
 
 PRESETS: dict[str, Recipe] = {
     "weights_only": Recipe("weights only", activations=False),
@@ -60,8 +62,39 @@ PRESETS: dict[str, Recipe] = {
         model={**_OPTIMAL, "split_shortcuts": True},
         calibrator=_MERGED,
     ),
+    "weights_gptq": Recipe(
+        "weights only, second-order rounding, ends at 8 bits",
+        activations=False,
+        weights=_MSE_WEIGHTS,
+        model=_ENDS,
+        methods=_GPTQ,
+    ),
+    "weights_gptq_groups": Recipe(
+        "weights only in groups of 64, second-order rounding, ends at 8 bits",
+        activations=False,
+        weights=_GROUPS,
+        model=_ENDS,
+        methods=_GPTQ,
+    ),
+    "low_bits": Recipe(
+        "second-order rounding, affine inputs, ends at 8 bits",
+        weights=_MSE_WEIGHTS,
+        inputs=_AFFINE,
+        model=_ENDS,
+        calibrator=_MERGED,
+        methods=_GPTQ,
+    ),
+    "timestep_low_bits": Recipe(
+        "low_bits with affine inputs of their own in each of k timestep intervals",
+        True,
+        weights=_MSE_WEIGHTS,
+        inputs=_AFFINE,
+        model=_ENDS,
+        calibrator=_MERGED,
+        methods=_GPTQ,
+    ),
 }
-"""The methods that the quantization study compares. Their weights are scaled by the largest magnitude."""
+"""The named recipes. The published ones, down to `timestep_split`, scale weights by the largest magnitude."""
 
 
 def recipe_of(recipe: str | Recipe) -> Recipe:

@@ -33,12 +33,14 @@ class InputGrid(NamedTuple):
 class QuantState:
     """What the quantized layers of one model share: switches, the timestep's interval, the last input.
 
+    `only` names the one layer that is quantized for the time; None stands for all of them.
     While calibrating there is an `observer(layer, input)`. It sees each layer's input and returns the grids
     to round it to, one for each part, or None to leave it as it is.
     """
 
     weights: bool = True
     activations: bool = True
+    only: str | None = None
     interval: int = 0
     timestep: float = 0.0
     observer: Callable[[QuantLayer, Tensor], list[InputGrid] | None] | None = None

@@ -98,8 +98,8 @@ class QuantizationFileError(UserError):
     """A saved quantization cannot be read, or is of another module; the message says what to do."""
 
 
-def _buffers(model: QuantModel) -> dict[str, Tensor]:
-    """What quantization added to the state dict, by its names there."""
+def quantization_state(model: QuantModel) -> dict[str, Tensor]:
+    """Return what quantization added to the state dict, by its names there."""
     buffers = dict(model.named_buffers(recurse=False))
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -125,7 +125,7 @@ def save_quant_model(model: QuantModel, folder: str | Path) -> Path:
     }
     text = json.dumps(config, indent=2, default=lambda v: v.item() if hasattr(v, "item") else list(v))
     with replacing(folder / SCALES) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in _buffers(model).items()}, partial)
+        save_file({k: v.detach().cpu().contiguous() for k, v in quantization_state(model).items()}, partial)
     with replacing(folder / CONFIG) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
     return folder
@@ -149,12 +149,21 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
         return model
 
     model = read_json(folder / CONFIG, build, "does not fit this module", QuantizationFileError)
-    saved = read_safetensors(folder / SCALES, QuantizationFileError)
+    load_quantization_state(model, folder / SCALES)
+    return model
+
+
+def load_quantization_state(model: QuantModel, file: Path) -> None:
+    """Take over what `quantization_state` gave, from a safetensors file.
+
+    Raises QuantizationFileError for a file that is damaged or of another module.
+    """
+    saved = read_safetensors(file, QuantizationFileError)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer) and layer.weight_quantizer and f"{name}.weight_integers" in saved:
             integers = torch.zeros(layer.weight.shape, dtype=layer.weight_quantizer.integer_dtype)
             layer.register_buffer("weight_integers", integers)
-    wanted = _buffers(model)
+    wanted = quantization_state(model)
     differing = sorted(
         name
         for name in saved.keys() | wanted.keys()
@@ -163,17 +172,14 @@ def load_quant_model(folder: str | Path, module: nn.Module) -> QuantModel:
         or (saved[name].shape, saved[name].dtype) != (wanted[name].shape, wanted[name].dtype)
     )
     if differing:
-        raise QuantizationFileError(
-            f"{folder / SCALES} was made for another module: {listed(differing)} differ"
-        )
+        raise QuantizationFileError(f"{file} was made for another module: {listed(differing)} differ")
     wrong = [name for name, tensor in saved.items() if not _sound(name, tensor, model.train_timesteps)]
     if wrong:
         raise QuantizationFileError(
-            f"{folder / SCALES} is damaged: {listed(sorted(wrong))} hold values that are not finite or out "
+            f"{file} is damaged: {listed(sorted(wrong))} hold values that are not finite or out "
             "of range; copy it again"
         )
     model.load_state_dict(saved, strict=False)
-    return model
 
 
 def _check(config: dict[str, Any]) -> None:

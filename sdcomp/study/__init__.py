@@ -1,26 +1,36 @@
-"""What notebooks share: checked parameters, run records, paired measurements, plots."""
+"""What notebooks share: parameters, variants, records of runs, paired measurements, plots."""
 
+from sdcomp.study.build import Builder, as_executed, calibration_settings
 from sdcomp.study.paired import PairedStudy, reference_images
 from sdcomp.study.parameters import ParameterError, read_parameters
-from sdcomp.study.plots import error_band, heat_map, image_grid, label_ends, scatter, style
-from sdcomp.study.pruned import pruned
-from sdcomp.study.quantized import bit_pairs, check_calibration, needs_intervals
+from sdcomp.study.plan import as_list, bit_pairs, check_calibration, needs_intervals, pruned_variants
+from sdcomp.study.plots import error_band, heat_map, image_grid, label_ends, plot_front, scatter, style
 from sdcomp.study.run import Run
 from sdcomp.study.times import PairedTimes
+from sdcomp.study.variants import FP32, Variant, pruned, quantized
 
 __all__ = [
+    "FP32",
+    "Builder",
     "PairedStudy",
     "PairedTimes",
     "ParameterError",
     "Run",
+    "Variant",
+    "as_executed",
+    "as_list",
     "bit_pairs",
+    "calibration_settings",
     "check_calibration",
     "error_band",
     "heat_map",
     "image_grid",
     "label_ends",
     "needs_intervals",
+    "plot_front",
     "pruned",
+    "pruned_variants",
+    "quantized",
     "read_parameters",
     "reference_images",
     "scatter",

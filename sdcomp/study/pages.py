@@ -1,4 +1,4 @@
-"""Finished runs as web pages: each notebook, and an index with what it asks, answers and draws.
+"""Finished runs as web pages: one page for each notebook, and an index of questions, answers and figures.
 
 python -m sdcomp.study.pages reports/runs
 """
@@ -20,8 +20,8 @@ from nbformat import NotebookNode
 from sdcomp.errors import UserError
 from sdcomp.files import write_text
 
-# nbconvert's page without the scripts that it loads from the network: notebooks here have neither formulas
-# nor diagrams, and the pages open offline.
+# nbconvert's page without scripts from the network, so that it opens offline. The notebooks have no formulas
+# and no diagrams that need them.
 _PAGE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
@@ -53,7 +53,7 @@ figure img {{ height: 9rem; max-width: 18rem; object-fit: contain; display: bloc
 
 
 def drop_stderr(notebook: NotebookNode) -> None:
-    """Take what was written to stderr, progress bars mostly, out of a notebook's outputs."""
+    """Remove stderr (progress bars, mostly) from a notebook's outputs."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
@@ -62,8 +62,8 @@ def drop_stderr(notebook: NotebookNode) -> None:
 def write_pages(folder: Path) -> Path:
     """Write `<study>/<study>.html` for each `<study>/<study>.ipynb` below `folder`, and `index.html`.
 
-    The notebooks lose their stderr too. Returns the index. Raises UserError where no run is, and for a run
-    that is not whole.
+    The notebooks lose their stderr too. Returns the index. Raises UserError where there is no run, and for an
+    incomplete run.
     """
     notebooks = sorted(path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name)
     if not notebooks:
@@ -75,12 +75,12 @@ def write_pages(folder: Path) -> Path:
 
 
 def _write_page(path: Path) -> str:
-    """Write one run's page; returns its section of the index."""
+    """Write the page of one run; returns its section of the index."""
     try:
         notebook = nbformat.read(path, as_version=4)
         record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
     except (OSError, nbformat.reader.NotJSONError, json.JSONDecodeError) as error:
-        raise UserError(f"the run in {path.parent} is not whole ({error}); run it again") from None
+        raise UserError(f"the run in {path.parent} is incomplete ({error}); run it again") from None
     drop_stderr(notebook)
     write_text(path, nbformat.writes(notebook) + "\n")
     exporter = HTMLExporter(extra_loaders=[DictLoader({"page": _PAGE})], template_file="page")

@@ -1,7 +1,7 @@
 """A notebook's parameters, checked before anything runs.
 
-A parameters cell declares `name: type = value  # help`, and papermill injects a cell of assignments
-after it. papermill only warns about a name that the notebook does not know; here that stops the run.
+A parameters cell declares `name: type = value  # help`. papermill injects a cell of assignments after it.
+papermill only warns about a name that the notebook does not have; here such a name stops the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdcomp.study.rules import STUDIES
 from sdcomp.study.rules.common import COMMON, Rule
 
 LONGEST = 4000
-"""Characters that a text may have: more than any path, and than any prompt that a model reads."""
+"""The longest text, in characters: longer than any path, and than any prompt that a model reads."""
 
 
 class ParameterError(UserError):
@@ -28,12 +28,11 @@ _PLURALS = {"int": "whole numbers", "float": "numbers", "str": "texts"}
 
 
 def read_parameters(namespace: dict[str, Any], study: str) -> dict[str, Any]:
-    """Check the parameters of a study's notebook, which runs in `namespace` (its `globals()`).
+    """Check the parameters of a study's notebook; `namespace` is its `globals()`.
 
-    What the notebook declares and what papermill injected is read from the cells run so far (`In`).
-    Returns the values by name. Raises ParameterError, one sentence, for a name that was not declared or
-    has no rule, a value of another type than declared, one that breaks its rule (`STUDIES`), and several
-    that do not go together.
+    The declared and the injected names are read from the cells run so far (`In`). Returns the values by name.
+    Raises ParameterError, with one sentence, for a name that is not declared or has no rule, for a value of
+    another type, for a value that breaks its rule (`STUDIES`), and for values that contradict each other.
     """
     if study not in STUDIES:
         raise ParameterError(f"the study {study!r} has no rules; write them in sdcomp/study/rules")
@@ -55,13 +54,13 @@ def read_parameters(namespace: dict[str, Any], study: str) -> dict[str, Any]:
 
 
 def _declared(namespace: dict[str, Any]) -> tuple[dict[str, ast.AnnAssign], list[str]]:
-    """The lines of the parameters cell that was run last, by name, and the names injected after it."""
+    """The lines of the last parameters cell, by name, and the names that were injected after it."""
     cells = [_parse(source) for source in namespace["In"]]
     found = [
         (i, lines) for i, cell in enumerate(cells) if (lines := _declarations(cell)).keys() >= COMMON.keys()
     ]
     if not found and namespace.get("__annotations__", {}).keys() >= COMMON.keys():
-        # nbval runs cells without history; it injects nothing either.
+        # nbval runs cells without history, and injects nothing.
         return _declarations(_parse(_written(namespace))), []
     if not found:
         raise ParameterError("run the parameters cell first; each of its lines is `name: type = value`")
@@ -77,19 +76,19 @@ def _declared(namespace: dict[str, Any]) -> tuple[dict[str, ast.AnnAssign], list
 def _parse(source: str) -> ast.Module:
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError):  # shell and magic lines; characters that no source may have
+    except (SyntaxError, ValueError):  # shell and magic lines; characters that Python forbids
         return ast.Module([], [])
 
 
 def _written(namespace: dict[str, Any]) -> str:
-    """The parameters cell, rewritten from its annotations; a list may be empty where it is now."""
+    """The parameters cell, rewritten from its annotations. A list that is empty now may be empty."""
     names = {n: t.__name__ if type(t) is type else repr(t) for n, t in namespace["__annotations__"].items()}
     empty = {n: "[]" if namespace[n] == [] else "None" for n in names}
     return "\n".join(f"{name}: {kind} = {empty[name]}" for name, kind in names.items())
 
 
 def _declarations(cell: ast.Module) -> dict[str, ast.AnnAssign]:
-    """The lines by name of a cell that only has `name: type = value` lines, else nothing."""
+    """The lines of a cell by name, if all its lines are `name: type = value`; otherwise nothing."""
     if not all(isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) for node in cell.body):
         return {}
     return {node.target.id: node for node in cell.body}
@@ -105,7 +104,7 @@ def _assignments(cell: ast.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class _Kinds:
-    """What an annotation allows: plain values of some types, lists of items of some types."""
+    """The types that an annotation allows, for plain values and for items of lists."""
 
     plain: tuple[str, ...]
     items: tuple[str, ...]
@@ -119,7 +118,7 @@ class _Kinds:
         plain = tuple(t for t in written if not t.startswith("list["))
         if not set(plain) <= _NOUNS.keys() or not set(items) <= _PLURALS.keys():
             raise ParameterError(
-                f"{text!r} is no type of a parameter: take int, float, str, bool, or a list such as list[int]"
+                f"a parameter cannot have the type {text!r}: use int, float, str, bool or list[int]"
             )
         return cls(plain, items)
 
@@ -130,7 +129,7 @@ class _Kinds:
 
 
 def _typed(value: Any, types: tuple[str, ...]) -> Any:
-    """A value of one of these types, a whole number as float where only that fits; else None."""
+    """The value if it has one of these types, else None. An int becomes a float where only that fits."""
     kind = type(value).__name__
     if kind == "int" and "int" not in types and "float" in types:
         try:
@@ -141,10 +140,10 @@ def _typed(value: Any, types: tuple[str, ...]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as one short line, whatever it is."""
+    """Any value as one short line."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of more digits than Python writes; a list in itself
+    except (ValueError, RecursionError):  # a number with too many digits; a list that contains itself
         return f"this {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text):,} characters)"
@@ -195,7 +194,7 @@ def _wrong_type(name: str, kinds: _Kinds, value: Any) -> str:
 
 
 def _unusable(text: str) -> str:
-    """What a text would have to be instead, where neither a file nor a path can hold it."""
+    """What a text must be, if neither a file nor a path can hold this one; otherwise empty."""
     if len(text) > LONGEST:
         return f"text of at most {LONGEST:,} characters"
     try:

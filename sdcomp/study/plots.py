@@ -1,9 +1,10 @@
-"""How figures look, and the ones that several notebooks draw."""
+"""The look of figures, and drawings that notebooks share."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from sdcomp.study.front import GROUPS, pareto_front
+from sdcomp.study.variants import PUBLISHED
 
 
 def style() -> None:
@@ -26,9 +30,9 @@ def style() -> None:
 def image_grid(
     rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = ()
 ) -> Figure:
-    """A grid of images: each row a tensor `(N, 3, H, W)` in [0, 1] labelled at its left, prompts on top.
+    """Draw a grid of images: each of `rows` is a tensor `(N, 3, H, W)` in [0, 1].
 
-    Rows are cut to the shortest.
+    Labels of rows stand at the left, those of columns (prompts) on top. Rows are cut to the shortest.
     """
     columns = min(len(images) for images in rows)
     figure, axes = plt.subplots(
@@ -53,9 +57,9 @@ def error_band(
     color: Any = None,
     linestyle: str = "-",
 ) -> None:
-    """Draw results (rows of `Run.results`) over `x`: a line with its interval as a band, or as bars.
+    """Draw results (rows of `Run.results`) over `x`: a line, and the intervals as a band or, if few, as bars.
 
-    Without results, as of a method that failed, nothing is drawn.
+    Without rows (the method failed) nothing is drawn.
     """
     if not rows:
         return
@@ -72,11 +76,11 @@ def error_band(
 
 
 def label_ends(axis: Axes, size: float = 8) -> None:
-    """Write each line's name beside its right end, in its colour, moved apart where names would overlap.
+    """Write the name of each line beside its right end, in its colour. Names do not overlap.
 
-    For curves that end together; call it when scales and limits are final.
+    Call it when scales and limits are final.
     """
-    axis.autoscale_view()  # limits are otherwise not known before the figure is drawn
+    axis.autoscale_view()  # sets the limits, which matplotlib does only when it draws
     lines = [line for line in axis.lines if len(line.get_xdata()) and not line.get_label().startswith("_")]
     ends = {}
     for line in lines:
@@ -99,13 +103,13 @@ def scatter(
     label: str = "",
     color: Any = None,
 ) -> None:
-    """Draw quality against cost, row by row (of `Run.results`), with the intervals of both where known."""
+    """Draw quality against cost, row by row (of `Run.results`), with both intervals where they are known."""
 
     def bars(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
         ends = [
             (row["ci_low"], row["ci_high"]) if row["ci_low"] != "" else 2 * (row["value"],) for row in rows
         ]
-        # Of a share of 0 or 100 % the interval's end may miss it by a rounding.
+        # Rounding can put the end of an interval on the wrong side of a share of 0 or 100 %.
         return [
             [max(0.0, sign * (end[i] - row["value"])) for row, end in zip(rows, ends, strict=True)]
             for i, sign in ((0, -1), (1, 1))
@@ -117,7 +121,7 @@ def scatter(
 
 
 def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figure:
-    """Results (rows of `Run.results`) on a log scale, by two of their parameters, in the order recorded."""
+    """Draw results (rows of `Run.results`) by two of their parameters, in order; colours have a log scale."""
     cells = [{**row["parameters"], "value": row["value"]} for row in rows]
     table = pd.DataFrame(cells).pivot_table("value", y, x, sort=False)
     figure, axis = plt.subplots(figsize=(1.1 * table.shape[1] + 3.2, 0.32 * table.shape[0] + 0.9))
@@ -125,3 +129,47 @@ def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figu
     axis.tick_params(axis="y", rotation=0)
     axis.set(ylabel="")
     return figure
+
+
+def plot_front(axis: Axes, points: pd.DataFrame, cost: str, packed: bool = False) -> None:
+    """Draw the `quality` of all `points` (`sdcomp.study.front.measured`) over their column `cost`.
+
+    Filled dots are real files (`file`), hollow dots are packed sizes that nothing writes. A solid line is
+    the front of the real files; with `packed`, a dotted line is the front of all. Colours tell the `group`.
+    Points on a front, fp32 and the published combination have a label and an interval. Set limits and scale
+    of the axis first.
+    """
+    colors = dict(zip(GROUPS.values(), sns.color_palette(), strict=False))
+    for (group, real), dots in points.groupby(["group", "file"], sort=False):
+        face, name = (colors[group], group) if real else ("none", f"{group}, packed")
+        look = {"color": colors[group], "markerfacecolor": face, "markersize": 5}
+        axis.plot(dots[cost], dots["quality"], "o", label=name, **look)
+    published = points["variant"].map(lambda v: replace(v, k=0) == PUBLISHED)
+    named = points[published | (points["group"] == "fp32")]
+    for line, some in ((":", points), ("-", points[points["file"]]))[0 if packed else 1 :]:
+        front = some.iloc[pareto_front(some[cost].tolist(), some["quality"].tolist())]
+        axis.step(front[cost], front["quality"], line, where="post", color="0.4", linewidth=1, zorder=0)
+        named = pd.concat([named, front])
+    named = named[~named.index.duplicated()].sort_values([cost, "quality"])
+    place = axis.transData + axis.transAxes.inverted()
+    named["x"] = [place.transform((x, 0.5))[0] for x in named[cost]]
+    # Labels go down like stairs from the middle, so that no line to a dot crosses a label.
+    stairs = pd.concat([named[named["x"] > 0.6], named[named["x"] <= 0.6][::-1]])
+    for step, (_, point) in enumerate(stairs.iterrows()):
+        color, height = colors[point["group"]], 0.66 - 0.055 * step
+        axis.vlines(point[cost], point["low"], point["high"], color=color, alpha=0.3, linewidth=2)
+        _label_point(axis, point, cost, height, " (published)" if published[point.name] else "")
+
+
+def _label_point(axis: Axes, point: pd.Series, cost: str, height: float, note: str) -> None:
+    """Write the label of a point at a height (of the axis, 0 to 1), with a line to its dot."""
+    right = point["x"] > 0.6
+    axis.annotate(
+        point["label"] + note,
+        (point[cost], point["quality"]),
+        xytext=(point["x"], height),
+        textcoords="axes fraction",
+        ha="right" if right else "left",
+        fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "relpos": (float(right), 1)},
+    )

@@ -22,6 +22,8 @@ from sdcomp.errors import UserError
 from sdcomp.evaluation.precision import fix_precision, precision_facts
 from sdcomp.files import ROOT, replacing, resolve_input, resolve_output, sha256
 from sdcomp.study.parameters import read_parameters
+from sdcomp.study.results import COLUMNS, Row, columns, name_of, table, typed
+from sdcomp.study.variants import Variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,29 +31,23 @@ if TYPE_CHECKING:
     from sdcomp.evaluation import Estimate
     from sdcomp.model import StableDiffusion
 
-COLUMNS = (
-    "run_id", "study", "model", "method", "parameters", "metric",
-    "value", "ci_low", "ci_high", "n", "unit", "baseline",
-)  # fmt: skip
 PACKAGES = ("torch", "transformers", "torchmetrics", "numpy", "sdcomp")
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-"""How the names of files end that hold weights."""
-FAILED = "failed"
-"""The metric of a variant that gave no images; the unit says why."""
+"""Endings of files that hold weights."""
 
 
 class Run:
     """One run of a study, started by its notebook's third cell.
 
-    `folder` takes `metrics.csv`, `run.json` and the figures: the parameter `out`, or
+    `metrics.csv`, `run.json` and the figures go into `folder`: the parameter `out`, or
     `reports/runs/<study>/<hash of the parameters>` where that is empty.
     """
 
     def __init__(self, study: str, namespace: dict[str, Any]) -> None:
-        """Check the notebook's parameters, and fix the precision of what is computed from here on.
+        """Check the parameters of the notebook, and fix the precision of everything computed after this.
 
-        Raises ParameterError, or UserError for a folder that cannot be written to and a model without
-        weights.
+        Raises ParameterError for a bad parameter, and UserError for a folder that cannot be written to or a
+        model without weights.
         """
         self.study = study
         self.parameters = read_parameters(namespace, study)
@@ -76,37 +72,39 @@ class Run:
 
     def record(
         self,
-        method: str,
+        subject: Variant | str,
         metric: str,
         estimate: Estimate | float,
         *,
         unit: str = "",
-        baseline: str = "",
-        **parameters: Any,
+        baseline: Variant | str = "",
+        **about: Any,
     ) -> None:
         """Add one result: an `Estimate`, or a plain number that is exact (a count, a share of zeros).
 
-        `parameters` say which variant of `method` this is; `baseline` names what a difference is to. The
-        same result recorded again, by a cell that is run again, takes the place of the first.
+        `subject` is a variant, or a text for something else, such as "machine". `about` says more about the
+        result, such as its timestep. `baseline` is what a difference is taken to. A result that is recorded
+        again, by a cell that is run again, replaces the first.
         """
         row = dict.fromkeys(COLUMNS, "")
-        row.update(
-            run_id=self.id, study=self.study, model=self.parameters.get("model", ""), method=method,
-            parameters=json.dumps(parameters, sort_keys=True), metric=metric, unit=unit, baseline=baseline,
-        )  # fmt: skip
+        row |= {"run_id": self.id, "study": self.study, "model": self.parameters.get("model", "")}
+        row |= columns(subject, about)
+        row |= {"metric": metric, "unit": unit, "baseline": name_of(baseline)}
         if isinstance(estimate, int | float):
-            row.update(value=estimate)
+            row |= {"value": estimate}
         else:
-            row.update(value=estimate.value, ci_low=estimate.low, ci_high=estimate.high, n=estimate.n)
-        self._rows[method, metric, row["parameters"], baseline] = row
+            row |= {
+                "value": estimate.value,
+                "ci_low": estimate.low,
+                "ci_high": estimate.high,
+                "n": estimate.n,
+            }
+        self._rows[row["method"], metric, row["parameters"], row["baseline"]] = row
 
-    def results(self, metric: str) -> list[dict[str, Any]]:
-        """The rows of one metric so far, with `parameters` as a dictionary."""
-        return [
-            {**r, "parameters": json.loads(r["parameters"])}
-            for r in self._rows.values()
-            if r["metric"] == metric
-        ]
+    def results(self, *metrics: str) -> list[Row]:
+        """The rows so far of these metrics, by default of all, as `sdcomp.study.results.typed` makes them."""
+        rows = [row for row in self._rows.values() if not metrics or row["metric"] in metrics]
+        return [typed({**row, "parameters": json.loads(row["parameters"])}) for row in rows]
 
     @property
     def metrics(self) -> list[str]:
@@ -116,28 +114,10 @@ class Run:
     def table(self, *metrics: str, direct: bool = False) -> pd.DataFrame:
         """Results so far: a row for each variant, a column for each metric (default: all), with intervals.
 
-        Comparisons of one variant with another, rather than with the study's baseline, are in the table
-        that `direct` asks for, and only there. A variant that failed is in every other table, with the
-        reason.
+        A variant that failed is there too, with the reason. With `direct` the table has the comparisons of a
+        variant with another variant instead, and only those.
         """
-        cells: dict[tuple[str, str], dict[str, str]] = {}
-        variants = {row["method"] for row in self._rows.values() if row["baseline"]}
-        for row in self._rows.values():
-            failed = row["metric"] == FAILED
-            if (metrics and row["metric"] not in metrics and not failed) or (
-                row["baseline"] in variants
-            ) != direct:
-                continue
-            interval = "" if row["ci_low"] == "" else f" [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
-            variant = ", ".join(f"{k} {v}" for k, v in json.loads(row["parameters"]).items())
-            column = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
-            method = f"{row['method']} less {row['baseline']}" if direct else row["method"]
-            value = f"{row['value']:.4g}{interval}"
-            cells.setdefault((method, variant), {})[FAILED if failed else column] = (
-                row["unit"] if failed else value
-            )
-        index = pd.MultiIndex.from_tuples(list(cells), names=["method", "variant"])
-        return pd.DataFrame(list(cells.values()), index).fillna("")
+        return table(self.results(), metrics, direct)
 
     @property
     def device(self) -> str:
@@ -151,10 +131,10 @@ class Run:
         return getattr(torch, self.parameters["dtype"])
 
     def generation(self, sd: StableDiffusion) -> dict[str, Any]:
-        """What `sd.generate` is asked for in every study: seed, steps, sampler, guidance and batch size.
+        """The arguments of `sd.generate` that every study has: seed, steps, sampler, guidance, batch size.
 
-        Where the parameters leave guidance and batch size to the model, they are the model's own, written
-        out: studies that ask for the same share their images. `run.json` has the guidance as well.
+        Where a parameter leaves guidance or batch size to the model, the model's own number is written out:
+        studies with equal arguments share cached images. `run.json` records the guidance.
         """
         p = self.parameters
         scale = sd.config.guidance_scale if p["guidance_scale"] == "" else p["guidance_scale"]
@@ -169,7 +149,7 @@ class Run:
 
     @property
     def progress(self) -> bool:
-        """Whether to show progress bars: not where a notebook's output is being compared."""
+        """Whether to show progress bars. A test that compares a notebook's output shows none."""
         return "PYTEST_VERSION" not in os.environ
 
     def figure(self, figure: Figure, name: str) -> Path:
@@ -183,7 +163,7 @@ class Run:
     def save(self) -> Path:
         """Write `metrics.csv` and `run.json`; returns the folder.
 
-        Raises UserError when the parameters were changed since the run was started.
+        Raises UserError when a parameter was changed after the run was started.
         """
         if read_parameters(self._namespace, self.study) != self.parameters:
             raise UserError("parameters were changed after the run was started; run all cells again")

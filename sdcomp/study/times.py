@@ -1,4 +1,4 @@
-"""Times of compressed UNets, each in rounds of its own with the model as it is."""
+"""Times of compressed UNets, each measured in turn with the UNet as it is."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 PARTS = ("text encoder", "UNet", "decoder", "total")
-"""What the time of a generation is divided into."""
+"""The parts of the time of a generation."""
 
 
 class PairedTimes:
-    """Times one UNet at a time against the model's own, so that no more than these two are in memory.
+    """Times one UNet at a time beside the model's own, so that only two UNets are in memory.
 
-    Every round runs both, and a ratio is that of a round: what slows the machine down meets both alike.
+    Every round runs both, and a ratio is taken within a round. If the machine slows down, both slow down.
     """
 
     def __init__(self, sd: StableDiffusion, repeats: int, *, images: int, seed: int = 0) -> None:
-        """Make the inputs of a call as guidance makes them: 2 `images` rows, with all of the context."""
+        """Make the inputs of a call with guidance: 2 x `images` rows, with a context of full length."""
         self.sd, self.repeats = sd, repeats
         generator = torch.Generator().manual_seed(seed)
         rows, side = 2 * images, sd.config.image_size // sd.config.vae.downsampling
@@ -39,7 +39,7 @@ class PairedTimes:
 
     @torch.no_grad()
     def step(self, unet: nn.Module) -> tuple[Estimate, Estimate]:
-        """Seconds of a call of `unet`, and their ratio to a call of the model's own in the same round."""
+        """Seconds of a call of `unet`, and the ratio to a call of the model's own UNet in the same round."""
         calls = {"baseline": lambda: self.sd.unet(*self.inputs), "variant": lambda: unet(*self.inputs)}
         seconds = interleaved_times(calls, self.repeats, device=self.sd.device)
         return median(seconds["variant"]), median(seconds["variant"], seconds["baseline"])
@@ -48,7 +48,7 @@ class PairedTimes:
     def peak(self, unet: nn.Module) -> int | None:
         """Bytes that a call of `unet` takes beyond the weights on a GPU, None elsewhere.
 
-        A CPU's process keeps and reuses memory, so only a process of its own could tell.
+        A process on a CPU keeps and reuses memory, so only a fresh process could tell.
         """
         if self.sd.device.type != "cuda":
             return None
@@ -59,8 +59,8 @@ class PairedTimes:
     ) -> dict[str, tuple[Estimate, float]]:
         """Times of the `PARTS` of `generate(prompts, **settings)` with `unet`.
 
-        Of each part: its seconds, and their ratio to the seconds of the whole generation with the model's
-        own UNet, which runs beside it.
+        For each part: its seconds, and their ratio to the seconds of the whole generation with the model's
+        own UNet, measured in turn.
         """
         models = {"baseline": self.sd, "variant": self.sd.replace(unet=unet)}
         times = component_times(models, prompts, self.repeats, **settings)

@@ -1,4 +1,4 @@
-"""Recovery: train a pruned UNet to predict what the dense one predicts. No images are needed."""
+"""Recovery: train a pruned UNet to predict what the dense UNet predicts. It needs no images."""
 
 from __future__ import annotations
 
@@ -49,17 +49,16 @@ def recover(
     UNet alone. The generation takes `sampling_steps` steps; `sampling` are further arguments of
     `StableDiffusion.generate`: `negative_prompt`, `sampler`, `guidance_scale`, `size`.
 
-    There are `steps` updates of `batch_size` rows. Parameters that are exactly zero stay zero. Returns a
-    new UNet (the moving average) with the loss of each step; `unet` is not changed. A killed run resumes
-    from `checkpoint` with the same result.
+    There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
+    new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.
 
-    Memory: an update adds up gradients of `micro_batch` rows at a time (default: the rows of one UNet call
-    in `generate`). `recompute` recomputes activations in the backward pass instead of storing them
+    Memory: an update sums the gradients of micro-batches of `micro_batch` rows (default: the rows of one UNet
+    call in `generate`). `recompute` recomputes activations in the backward pass instead of storing them
     (default: if `generate` takes fewer than 16 images at a time). `autocast` multiplies in bfloat16
     (default: on CUDA); weights stay float32. The recorded tensors stay on the CPU.
 
-    Raises ValueError for no prompts, for another type than float32, and for micro-batches that do not
-    divide a batch; UserError for a quantized UNet; what `generate` and `fit` raise.
+    Raises ValueError for no prompts, for weights that are not float32, and if `micro_batch` does not divide
+    `batch_size`; UserError for a quantized UNet; and what `generate` and `fit` raise.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(unet, prompts, steps, batch_size)
@@ -69,7 +68,8 @@ def recover(
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling |= {"steps": sampling_steps, "seed": seed}
     recorder, at_once = _Recorder(sd.unet), min(own, len(prompts))
-    sd.replace(unet=recorder).generate(prompts, batch_size=at_once, progress=progress, **sampling)
+    blind = sd.replace(unet=recorder, decoder=_NoImages(sd.decoder, sd.config.vae.downsampling))
+    blind.generate(prompts, batch_size=at_once, progress=progress, **sampling)
     student = copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student)
     _set_recompute(student, own < 16 if recompute is None else recompute)
@@ -103,7 +103,7 @@ Call = tuple[Tensor, int, Tensor, Tensor]
 
 
 class _Recorder(nn.Module):
-    """A UNet that remembers its calls: latents, timestep, context, prediction, all on the CPU."""
+    """A UNet that records its calls: latents, timestep, context, prediction, all on the CPU."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -113,17 +113,29 @@ class _Recorder(nn.Module):
 
     def forward(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         predicted = self.unet(latents, timestep, context)
-        # One tensor for all steps of a batch, so it is kept once.
+        # All steps of a batch share one context: keep it once.
         if self._context is None or self._context[0] is not context:
             self._context = context, context.float().cpu()
         self.calls.append((latents.float().cpu(), timestep, self._context[1], predicted.float().cpu()))
         return predicted
 
 
+class _NoImages(nn.Module):
+    """In place of a decoder whose images nobody looks at: gray ones, at no cost."""
+
+    def __init__(self, decoder: nn.Module, downsampling: int) -> None:
+        super().__init__()
+        self.decoder, self.downsampling = decoder, downsampling  # its weights tell the device and the type
+
+    def forward(self, latents: Tensor) -> Tensor:
+        height, width = (side * self.downsampling for side in latents.shape[2:])
+        return latents.new_zeros(len(latents), 3, 1, 1).expand(-1, -1, height, width)
+
+
 def _distillation_loss(
     student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool | None
 ) -> Loss:
-    """Losses of micro-batches of `rows`, drawn from the recorded calls, that add up to their batch's mean."""
+    """The loss of a batch of recorded rows, in parts: its micro-batches' losses add up to its mean."""
     recorded = [(call, i) for call in calls for i in range(len(call[0]))]
     device = next(student.parameters()).device
     half = device.type == "cuda" if half is None else half
@@ -152,8 +164,8 @@ def _set_recompute(unet: nn.Module, recompute: bool) -> None:
 
 
 def _hold_zeros(module: nn.Module) -> None:
-    """Give what is zero no gradient; without decay, AdamW then leaves it at zero."""
-    for layer in prunable_layers(module, [""]):
+    """Set the gradients of zero weights to zero; without weight decay AdamW then leaves them at zero."""
+    for layer in prunable_layers(module, [""]).values():
         for parameter in layer.parameters():
             if (zeros := parameter.detach() == 0).any():
                 parameter.register_hook(partial(torch.Tensor.masked_fill, mask=zeros, value=0))

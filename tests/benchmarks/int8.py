@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def torchao_int8(model: str, folder: str) -> Step:
     return lambda: unet(*call)
 
 
-def openvino(model: str, precision: str) -> Step:
+def openvino(model: str, folder: str, precision: str) -> Step:
     import openvino
 
     call = inputs(model)
@@ -142,42 +143,56 @@ VARIANTS: dict[str, Callable[[str, str], Step]] = {
     "sdcomp fp32, torch.compile": compiled,
     "diffusers fp32": diffusers_eager,
     "torchao int8, linears only": torchao_int8,
-    "openvino fp32": lambda model, folder: openvino(model, "fp32"),
-    "openvino bf16": lambda model, folder: openvino(model, "bf16"),
-    "openvino int8": lambda model, folder: openvino(model, "int8"),
+    "openvino fp32": partial(openvino, precision="fp32"),
+    "openvino bf16": partial(openvino, precision="bf16"),
+    "openvino int8": partial(openvino, precision="int8"),
 }
 REFERENCE = "sdcomp fp32"
 
 
-def serve(name: str, model: str, folder: str, threads: int, pipe: Connection) -> None:
+def serve(make: Callable[[str, str], Step], model: str, folder: str, threads: int, pipe: Connection) -> None:
     """A variant's process: a step each time it is asked, its time and the peak memory so far as answer."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
+
+    def seconds(function: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    steps: list[Step] = []
     try:
         with torch.inference_mode():
-            step = VARIANTS[name](model, folder)
-            step()
-            pipe.send(None)
+            started = peak_memory()
+            load = seconds(lambda: steps.append(make(model, folder)))
+            pipe.send({"start_bytes": started, "load_seconds": load, "first_seconds": seconds(steps[0])})
             while pipe.recv():
-                begin = time.perf_counter()
-                step()
-                seconds = time.perf_counter() - begin
-                pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+                pipe.send((seconds(steps[0]), peak_memory()))
     except ImportError as error:
         pipe.send(f"{error.name} is not installed")
     except Exception as error:  # a peer's failure is a line of the table, whatever it is
         pipe.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
 
 
-class Worker:
-    """A variant in a process; `failed` says why there is none."""
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory so far, pages of mapped files included."""
+    status = Path("/proc/self/status").read_text()
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def __init__(self, name: str, *args: object) -> None:
+
+class Worker:
+    """A variant in a process; `failed` says why there is none, `loading` how long that took."""
+
+    def __init__(self, make: Callable[[str, str], Step], *args: object) -> None:
         self.pipe, there = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=serve, args=(name, *args, there), daemon=True)
+        self.process = multiprocessing.Process(target=serve, args=(make, *args, there), daemon=True)
         self.process.start()
         there.close()
-        self.failed: str | None = self._answer()
+        answer = self._answer()
+        self.failed = answer if isinstance(answer, str) else None
+        self.loading = {} if self.failed else answer
 
     def step(self) -> tuple[float, int]:
         self.pipe.send(True)
@@ -194,9 +209,14 @@ class Worker:
         self.process.join()
 
 
-def measure(name: str, reference: Worker, repeats: int, *args: object) -> dict[str, object]:
-    """One line of the table: seconds and gibibytes of a variant, and its speed against the reference's."""
-    worker = reference if name == REFERENCE else Worker(name, *args)
+def measure(
+    name: str, make: Callable[[str, str], Step] | None, reference: Worker, repeats: int, *args: object
+) -> dict[str, object]:
+    """One line of the table: seconds and gibibytes of a variant, and its speed against the reference's.
+
+    `make` is None for the reference itself.
+    """
+    worker = reference if make is None else Worker(make, *args)
     if worker.failed:
         return {"variant": name, "note": worker.failed}
     own, baseline, peak = [], [], 0
@@ -216,6 +236,7 @@ def measure(name: str, reference: Worker, repeats: int, *args: object) -> dict[s
         "speedup_low": ratio.low,
         "speedup_high": ratio.high,
         "peak_gib": peak / 2**30,
+        **worker.loading,
         "n": repeats,
         "note": "",
     }
@@ -277,10 +298,11 @@ def main() -> None:
             print(table)
             table.to_csv(args.where)
             return
-        reference = Worker(REFERENCE, *settings)
+        reference = Worker(fp32, *settings)
         rows = []
         for name in args.variants:
-            rows.append(measure(name, reference, args.repeats, *settings))
+            make = None if name == REFERENCE else VARIANTS[name]
+            rows.append(measure(name, make, reference, args.repeats, *settings))
             print(rows[-1], flush=True)
         reference.stop()
     table = pd.DataFrame(rows)

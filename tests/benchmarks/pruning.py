@@ -1,12 +1,12 @@
 """Cost and gain of pruning: this package beside torch.nn.utils.prune and Torch-Pruning.
 
     python tests/benchmarks/pruning.py --out pruning.csv            # SD 1.5's UNet, random weights
-    python tests/benchmarks/pruning.py --small --out pruning.csv    # the base model's
+    python tests/benchmarks/pruning.py --small --out pruning.csv    # the tiny model's
 
-Two questions. How long does pruning at one amount take, and how much memory beyond the UNet itself? And of
-the multiplications that removal saves, what share is saved in time? Every method has a process of its own,
-so that peak memory is its own; steps of the whole and of the smaller UNet are timed in turn, so that drift
-cancels. Torch-Pruning needs the `peers` extra.
+It asks two questions. How long does pruning take, and how much memory does it need beside the UNet? If
+removal saves a share of the multiply-accumulates, what share of the time does it save? Each method runs in
+its own process, so its peak memory is its own. Steps of the whole and of the smaller UNet are timed in turn,
+so drift cancels. Torch-Pruning needs the `peers` extra.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sdcomp.pruning.layers import prunable_layers
 
 
 def torch_unstructured(unet: nn.Module, amount: float) -> None:
-    for layer in prunable_layers(unet):
+    for layer in prunable_layers(unet).values():
         for name in ("weight", "bias"):
             if getattr(layer, name) is not None:
                 prune.l1_unstructured(layer, name, amount)
@@ -43,7 +43,7 @@ def torch_unstructured(unet: nn.Module, amount: float) -> None:
 
 def torch_global(unet: nn.Module, amount: float) -> None:
     tensors = [
-        (layer, name) for layer in prunable_layers(unet) for name in ("weight", "bias")
+        (layer, name) for layer in prunable_layers(unet).values() for name in ("weight", "bias")
         if getattr(layer, name) is not None
     ]  # fmt: skip
     prune.global_unstructured(tensors, prune.L1Unstructured, amount=amount)
@@ -52,9 +52,26 @@ def torch_global(unet: nn.Module, amount: float) -> None:
 
 
 def torch_structured(unet: nn.Module, amount: float) -> None:
-    for layer in prunable_layers(unet):
+    for layer in prunable_layers(unet).values():
         prune.ln_structured(layer, "weight", amount, n=2, dim=0)
         prune.remove(layer, "weight")
+
+
+def second_order(unet: UNet, amount: float) -> None:
+    """Second-order pruning stage by stage, so that the moments of one stage at a time are in memory."""
+    args = example(small=unet.config == TINY.unet)
+
+    def run() -> None:
+        with torch.no_grad():
+            unet(*args)
+
+    stages = [
+        f"{part}.{i}" for part in ("input_blocks", "output_blocks") for i in range(len(getattr(unet, part)))
+    ]
+    for stage in [*stages, "middle_block"]:
+        prune_unstructured(
+            unet, amount, importance="second_order", calibration=run, parts=[stage], inplace=True
+        )
 
 
 PRUNING: dict[str, tuple[str, Callable[[nn.Module, float], object]]] = {
@@ -62,6 +79,7 @@ PRUNING: dict[str, tuple[str, Callable[[nn.Module, float], object]]] = {
     "torch l1_unstructured": ("layer", torch_unstructured),
     "sdcomp global": ("global", lambda u, a: prune_unstructured(u, a, "global", inplace=True)),
     "torch global_unstructured": ("global", torch_global),
+    "sdcomp second order": ("layer", second_order),
     "sdcomp mask": ("mask", lambda u, a: prune_structured(u, a, inplace=True)),
     "torch ln_structured": ("mask", torch_structured),
     "sdcomp remove": ("remove", lambda u, a: prune_structured(u, a, "remove", inplace=True)),
@@ -104,10 +122,10 @@ def measure_pruning(method: str, small: bool, amount: float) -> dict[str, object
 
 
 def torch_pruning_remove(unet: UNet, small: bool, amount: float) -> UNet:
-    """The peer on the same blocks, at the same amount and with the same criterion.
+    """Torch-Pruning on the same blocks, at the same amount and with the same criterion.
 
-    It also narrows the residual connections, and cuts a gated feed-forward network to far less than the
-    amount says; so at one amount it removes more. Compare at equal MACs.
+    It also narrows the residual connections, and it cuts a gated feed-forward network by more than the
+    amount. So it removes more at one amount: compare at equal multiply-accumulates.
     """
     import torch_pruning as tp
 
@@ -172,7 +190,7 @@ def _child(pipe, function: Callable[..., dict[str, object]], args: tuple) -> Non
 
 
 def apart(function: Callable[..., dict[str, object]], *args: object) -> dict[str, object]:
-    """What `function` returns in a process of its own; one that dies, out of memory say, is reported."""
+    """Run `function` in its own process and return its result; report a process that dies."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, function, args))
@@ -188,7 +206,7 @@ def apart(function: Callable[..., dict[str, object]], *args: object) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="the base model's UNet instead of SD 1.5's")
+    parser.add_argument("--small", action="store_true", help="the tiny model's UNet instead of SD 1.5's")
     parser.add_argument("--amount", type=float, default=0.3, help="of the pruning that is timed")
     parser.add_argument("--removed", type=float, nargs="*", default=[0.25, 0.5], help="amounts of removal")
     parser.add_argument("--repeats", type=int, default=5, help="steps timed, after one to warm up")

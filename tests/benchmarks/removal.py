@@ -1,10 +1,11 @@
-"""Images after channels were taken out: this package beside Torch-Pruning, on the base model.
+"""Images after removal of channels and blocks: this package beside Torch-Pruning, on the tiny model.
 
     python tests/benchmarks/removal.py --out removal.csv
 
-Every variant draws the same prompts from the same noise as the whole UNet; differences are paired, with 95 %
-intervals. At one amount Torch-Pruning takes out more (`torch_pruning_remove` says why), so each of this
-package's variants is also compared with that of Torch-Pruning's whose multiplications are nearest to its own.
+Every variant generates the same prompts from the same noise as the whole UNet. Differences are paired, with
+95 % intervals. "sdcomp" removes equal shares of all groups by magnitude; "sdcomp cheapest" removes what costs
+least for its multiply-accumulates. Torch-Pruning removes more at one amount (`torch_pruning_remove` says
+why), so each variant is also compared with Torch-Pruning's variant of the nearest multiply-accumulates.
 Torch-Pruning needs the `peers` extra.
 """
 
@@ -18,8 +19,16 @@ import torch
 from pruning import example, torch_pruning_remove
 
 import sdcomp
-from sdcomp.evaluation import Estimate, estimate, load_prompts, macs, paired_difference, scores
-from sdcomp.pruning import prune_structured
+from sdcomp.evaluation import (
+    Estimate,
+    estimate,
+    layer_profile,
+    load_prompts,
+    macs,
+    paired_difference,
+    scores,
+)
+from sdcomp.pruning import calibrate, prune_structured, remove_cheapest
 
 METRIC = "prompt accuracy"
 
@@ -28,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--ours", type=float, nargs="+", default=[0.1, 0.25, 0.45])
+    parser.add_argument("--cheapest", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--theirs", type=float, nargs="+", default=[0.01, 0.02, 0.1])
     parser.add_argument("--out", help="CSV file for the table")
     options = parser.parse_args()
@@ -68,11 +78,17 @@ def main() -> None:
     for amount in options.theirs:
         report("torch-pruning", amount, torch_pruning(amount))
     peers = list(rows)
-    for amount in options.ours:
-        report("sdcomp", amount, prune_structured(sd.unet, amount, "remove"))
+    calibration = calibrate(sd.unet, lambda: sd.generate(load_prompts(sd, "calibration", 32).texts, seed=1))
+    operations = layer_profile(sd.unet, *call).set_index("name")["flops"].to_dict()
+    variants = [("sdcomp", amount, prune_structured(sd.unet, amount, "remove")) for amount in options.ours]
+    for amount in options.cheapest:
+        smaller = remove_cheapest(sd.unet, amount, calibration, costs=operations)
+        variants.append(("sdcomp cheapest", amount, smaller))
+    for method, amount, unet in variants:
+        report(method, amount, unet)
         nearest = min(peers, key=lambda peer: abs(peer["macs"] - rows[-1]["macs"]))
         against = found["torch-pruning", nearest["amount"]]
-        change = paired_difference(found["sdcomp", amount], against, prompts.groups)
+        change = paired_difference(found[method, amount], against, prompts.groups)
         rows[-1] |= {"beside": nearest["amount"], **show(change, "advantage")}
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="%.3f"))

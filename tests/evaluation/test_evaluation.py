@@ -428,7 +428,7 @@ def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("sd", "name", "n", "message"),
     [
-        (SCENES, "test", 513, "n_images must be 1 to 512, the size of scenes_test.jsonl, not 513"),
+        (SCENES, "test", 257, "n_images must be 1 to 256, the size of scenes_test.jsonl, not 257"),
         (SCENES, "test", 0, "n_images must be 1 to 512"),
         (SCENES, "test", -3, "n_images must be 1 to 512"),
         (SCENES, "validation", 1, "scenes_validation.jsonl is missing"),

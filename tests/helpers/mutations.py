@@ -73,6 +73,7 @@ def make_models(folder: Path) -> None:
     Calibrator(whole, q).calibrate(PROMPTS, steps=4, batch_size=1)
     sdcomp.save(whole.replace(unet=q), folder / "quantized")
     sdcomp.save(whole.replace(unet=to_int8(q)), folder / "int8")
+    sdcomp.save(whole.replace(unet=q), folder / "packed", format="packed")
     sdcomp.save(whole, folder / "diffusers", format="diffusers")
     for name in ("safetensors", "pickle"):
         shutil.copytree(folder / "quantized", folder / name, ignore=lambda _, names: set(names) - WORDS)
@@ -86,6 +87,7 @@ FILES = {
     + [f"{name}.safetensors" for name in ("unet", "vae", "clip")],
     "quantized": ["quantization.json", "quantization.safetensors"],
     "int8": ["int8.json", "int8.safetensors"],
+    "packed": ["packed.json", "packed.safetensors"],
     "diffusers": ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"]
     + [f"{name}/config.json" for name in ("unet", "vae", "text_encoder")]
     + ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
@@ -105,11 +107,13 @@ def damages(folder: Path, seed: int = 0) -> Iterator[Damage]:
                 yield model, file, what, function
             contents = dict(_bytes(good, rng))
             if file.endswith(".json"):
-                contents |= _json(json.loads(good), rng, 25 if re.search("config|int8|quant", file) else 8)
+                contents |= _json(
+                    json.loads(good), rng, 25 if re.search("config|int8|packed|quant", file) else 8
+                )
             if file.endswith(".safetensors"):
                 made = _tensors(good, rng)
                 contents |= {what: made[what] for what in rng.sample(sorted(made), 14)}
-            if file in ("config.json", "int8.json"):
+            if file in ("config.json", "int8.json", "packed.json"):
                 contents |= {"nested": b'{"a":' * 100_000, "many": b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"}
             if file.endswith(".txt"):
                 contents |= _lines(good.decode().splitlines(), rng)

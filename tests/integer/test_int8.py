@@ -2,6 +2,8 @@
 
 import copy
 import json
+from functools import partial
+from statistics import median
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.integer import kernels, load_int8, save_int8, to_int8
+from sdcomp.integer.blocks import _BLOCKS
 from sdcomp.integer.layers import Int8Layer
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
@@ -185,19 +188,33 @@ def test_every_layer_of_a_unet_is_its_simulation(small, kind):
 
 
 def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
+    # Block by block, on equal inputs. oneDNN's GELU and PyTorch's differ in last bits on some CPUs. Now and
+    # then that flips a rounding: one step of one value. Later roundings of a whole UNet would multiply it.
+    found = {special.__name__: [] for special in _BLOCKS.values()}
     calls = [small_call(small), small_call(small, 1)]
     for kind in KINDS:
         q = calibrate(build(small.unet, kind), *calls)
         m = to_int8(q)
         with monkeypatch.context() as patch:
-            patch.setattr("sdcomp.integer.model.specialize", lambda module: None)
+            patch.setattr("sdcomp.integer.model.specialize", lambda module: module)
             plain = to_int8(q)
-        assert type(plain.middle_block[0]) is not type(m.middle_block[0])
+
+        def compare(block, args, out, special):
+            given = copy.deepcopy(args)
+            found[type(special).__name__].append(decibels(special(*given), out))
+            assert all(torch.equal(a, b) for a, b in zip(given, args, strict=True))
+
+        for name, block in plain.module.named_modules():
+            if type(block) in _BLOCKS:
+                block.register_forward_hook(partial(compare, special=m.module.get_submodule(name)))
         for call in calls:
-            inputs = [copy.deepcopy(part) for part in call]
-            # Not a rounding flip in between: the same operations, in other places.
-            assert decibels(m(*call), plain(*call)) > 80, kind
+            inputs = copy.deepcopy(call)
+            m(*call)  # so that both are in the call's interval
+            plain(*call)
             assert all(a is b or torch.equal(a, b) for a, b in zip(inputs, call, strict=True))
+    for name, values in found.items():
+        assert median(values) > 100, name
+        assert min(values) > 40, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import matplotlib
@@ -13,8 +12,9 @@ from notebook_parameters import NOTEBOOKS, namespace
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.quantization import QuantModel
-from sdcomp.study import Run
+from sdcomp.integer import kernels
+from sdcomp.study import Builder, Run, Variant
+from sdcomp.study.results import read_rows
 
 QUICK = {"n_images": 2, "steps": 2, "device": "cpu"}
 JUDGED = {"noise_images": 1, "timing_repeats": 1}
@@ -31,37 +31,38 @@ def run_with(folder: Path, study: str, broken: list[float], **injected: object) 
     found["display"] = lambda *_: None
     for cell in cells:
         exec(cell.source, found)
-        if "pruned" in found and "from sdcomp.study import" in cell.source:
-            found["pruned"] = breaking(found["pruned"], broken)
+        if "Builder" in found and "from sdcomp.study import" in cell.source:
+            found["Builder"] = breaking(broken)
     return found
 
 
-def breaking(pruned, amounts: list[float]):
-    def made(run, sd, kind, amount, *args, **options) -> nn.Module:
-        unet = pruned(run, sd, kind, amount, *args, **options)
-        if amount in amounts:
-            with torch.no_grad():
-                unet.out[2].bias.fill_(float("nan"))
-        return unet
+def breaking(amounts: list[float]) -> type[Builder]:
+    class Broken(Builder):
+        def pruned(self, variant: Variant) -> nn.Module:
+            unet = super().pruned(variant)
+            if variant.amount in amounts:
+                with torch.no_grad():
+                    unet.out[2].bias.fill_(float("nan"))
+            return unet
 
-    return made
+    return Broken
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def amounts(rows: list[dict]) -> list[float]:
+    return [row["variant"].amount for row in rows]
+
+
+def rows(folder: Path, *metrics: str) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.csv") if row["metric"] in metrics]
 
 
 @pytest.mark.parametrize("broken", [[0.4], [0.2, 0.4]], ids=["one fails", "all fail"])
 def test_a_pruned_variant_that_fails(tmp_path, broken):
     found = run_with(tmp_path, "02_pruning", broken, amount=[0.2, 0.4], **JUDGED)
-    failed = [row for row in rows(tmp_path) if row["metric"] == "failed"]
-    assert [row["parameters"] for row in failed] == [f'{{"amount": {amount}}}' for amount in broken]
+    failed = rows(tmp_path, "failed")
+    assert amounts(failed) == broken
     assert all("step 1 of 2" in row["unit"] for row in failed)
-    others = {
-        row["parameters"] for row in rows(tmp_path) if row["metric"] in ("PSNR", "time saved", "noise MSE")
-    }
-    assert others == {'{"amount": 0.2}'} - {row["parameters"] for row in failed}
+    assert set(amounts(rows(tmp_path, "PSNR", "time saved", "noise MSE"))) == {0.2} - set(broken)
     table = found["run"].table("PSNR")
     assert table["failed"].astype(bool).sum() == len(broken)
     assert {"quality.png", "gains.png", "images.png", "run.json"} <= {
@@ -74,28 +75,18 @@ def test_a_combined_variant_that_fails(tmp_path):
     settings = {"amount": [0.2, 0.4], "backends": ["fp32"], "remove_amounts": [], **few}
     settings["save_to"] = str(tmp_path / "model")
     found = run_with(tmp_path, "04_combined", [0.4], **settings)
-    assert [row["parameters"] for row in rows(tmp_path) if row["metric"] == "failed"] == ['{"amount": 0.4}']
+    assert amounts(rows(tmp_path, "failed")) == [0.4]
     assert found["same"] and len(found["images"]) == 1 and len(found["points"][found["points"]["own"]]) == 2
     with pytest.raises(UserError, match="every variant failed"):
         run_with(tmp_path / "all", "04_combined", [0.2, 0.4], **settings)
-    assert len([row for row in rows(tmp_path / "all") if row["metric"] == "failed"]) == 2
+    assert amounts(rows(tmp_path / "all", "failed")) == [0.2, 0.4]
 
 
 def test_int8_without_kernels_is_named_so_in_rows_and_figures(tmp_path, monkeypatch):
-    def dequantized(self):
-        self.execution = "dequantized"
-        return self
-
-    monkeypatch.setattr(QuantModel, "to_int8", dequantized)
+    monkeypatch.setattr(kernels, "missing", lambda: "this machine has no integer kernels")
     few = {"n_calibration": 1, "calibration_steps": 5, "repeats": 1, "amounts": [0.25], "backends": ["int8"]}
     found = run_with(tmp_path, "03_profiling", [], **few)
-    assert list(found["times"].index) == [
-        "fp32",
-        "int8 (dequantized)",
-        "removed + int8 (dequantized) 25 %",
-    ]
-    assert {row["method"] for row in rows(tmp_path) if row["metric"] == "time relative to fp32"} == {
-        "int8 (dequantized)",
-        "removed + int8 (dequantized)",
-    }
+    labels = [f"{pruning}timestep_mse k5 W8A8 int8 (dequantized)" for pruning in ("", "removed 25 %, ")]
+    assert list(found["times"].index) == ["fp32", *labels]
+    assert [row["label"] for row in rows(tmp_path, "time relative to fp32")] == labels
     assert found["run"].facts["int8 execution"] == "dequantized"

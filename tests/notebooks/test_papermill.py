@@ -32,7 +32,7 @@ BAD = [
         ("-y", "weight_bits: [6.5]"),
         "weight_bits must be a list of whole numbers, not of 6.5",
     ),
-    ("01_quantization", ("-p", "k", "50"), "k must be at most calibration_steps, 40, and not 50"),
+    ("01_quantization", ("-p", "k", "50"), "k must be at most calibration_steps, 40, not 50"),
     ("01_quantization", ("-y", "{weight_bits: [8, 6], act_bits: [8, 6, 5]}"), "not of 2 and 3"),
     ("02_pruning", ("-p", "amount", "1.3"), "such as 0.3 for 30 %, not 1.3"),
     ("02_pruning", ("-p", "amount", "abc"), "amount must be a number or a list of numbers, not 'abc'"),

@@ -100,7 +100,7 @@ def started(out: Path) -> Run:
 def results(folder: Path, small: StableDiffusion, version: int) -> None:
     run = started(folder)
     for i in range(500):
-        run.record("unstructured", "zero-valued share", i + version, amount=i)
+        run.record("machine", "a number", i + version, index=i)
     run.save()
 
 

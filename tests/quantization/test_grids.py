@@ -61,11 +61,12 @@ def test_a_group_is_a_tensor_of_its_own(columns, symmetric, method):
     for i, part in enumerate(x.split(32, dim=1)):
         own = Grid(*(g if g is None else g[:, i] for g in grid))
         assert torch.equal(made[:, 32 * i : 32 * i + 32], alone.simulate(part, own))
+        assert torch.equal(own.scale, own.scale.half().float())
         if method == "max":
-            assert torch.equal(own.scale, alone.grid(part).scale)
+            torch.testing.assert_close(own.scale, alone.grid(part).scale, rtol=1e-3, atol=0)
         else:
             whole = (alone(part) - part).abs().pow(2.4).sum(1)
-            assert ((alone.simulate(part, own) - part).abs().pow(2.4).sum(1) <= whole * (1 + 1e-5)).all()
+            assert ((alone.simulate(part, own) - part).abs().pow(2.4).sum(1) <= whole * 1.01).all()
 
 
 def test_groups_of_a_convolution_are_those_of_its_matrix():

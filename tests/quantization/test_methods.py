@@ -79,13 +79,37 @@ def test_a_recipe_is_the_same_whatever_memory_it_has(small):
     ]
     states = [q.state_dict() for q in made]
     assert states[0].keys() == states[1].keys() and made[0].calibrated
-    # Grids and ranges are the same; moments draw other rows in each pass.
-    for name, tensor in states[0].items():
-        if not name.endswith("weight_integers"):
-            assert torch.equal(tensor, states[1][name]), name
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert any(name.endswith("weight_integers") for name in states[0])
     again = quantize(small, RECIPE, PROMPTS, weight_bits=4, act_bits=4, steps=2, memory=2**30)
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeypatch):
+    settings = {"weight_bits": 4, "act_bits": 4, "steps": 2}
+    expected = quantize(small, RECIPE, PROMPTS, **settings).state_dict()
+    file, rounded = tmp_path / "quantize.ckpt", []
+    monkeypatch.setattr("sdcomp.quantization.checkpoint._EVERY", 0)
+    plain = SecondOrderRounding.__call__
+
+    def killed_at_the_tenth(self, layer, moments):
+        rounded.append(layer.name)
+        if len(rounded) == 10:
+            raise KeyboardInterrupt
+        plain(self, layer, moments)
+
+    monkeypatch.setattr(SecondOrderRounding, "__call__", killed_at_the_tenth)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
+    with pytest.raises(UserError, match="is of another quantization"):
+        quantize(small, RECIPE, PROMPTS[:1], checkpoint=file, **settings)
+    resumed = quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
+    # Nothing was rounded twice but the layer at which it was killed.
+    assert len(rounded) == 1 + len(resumed.quantized_layers()) and not file.exists()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is no checkpoint of a quantization"):
+        quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
 
 
 def test_a_recipe_runs_any_callable_once(small):

@@ -91,6 +91,21 @@ def test_with_both_switches_off_the_plain_module_runs(small):
         assert not torch.equal(acts, expected) and not torch.equal(acts, weights)
 
 
+def test_one_layer_alone(small):
+    args = inputs(small.unet)
+    q = calibrated(QuantModel(small.unet))
+    name = "middle_block.0.in_layers.2"
+    others = [layer.name for layer in q.quantized_layers() if layer.name != name]
+    with q.only(name):
+        made = q(*args)
+    alone = calibrated(QuantModel(small.unet, quant_filters=others))
+    scale = next(layer for layer in q.quantized_layers() if layer.name == name).act_scale
+    alone.quantized_layers()[0].set_act_scales(scale, torch.zeros(1))
+    assert torch.equal(made, alone(*args)) and not torch.equal(made, q(*args))
+    with pytest.raises(ValueError, match="no quantized layer 'nowhere'"), q.only("nowhere"):
+        pass
+
+
 def test_one_side_alone(small):
     args = inputs(small.unet)
     both = calibrated(QuantModel(small.unet))

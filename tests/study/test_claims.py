@@ -13,10 +13,9 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from sdcomp.errors import UserError
-from sdcomp.study import claims
-from sdcomp.study.claims import FAILS, HOLDS, IN_PART, MISSING, UNKNOWN, Part, read_reports, read_rows, select
-from sdcomp.study.run import COLUMNS
+from sdcomp.study import FP32, Variant, claims, pruned, quantized
+from sdcomp.study.claims import FAILS, HOLDS, IN_PART, MISSING, UNKNOWN, Comparison
+from sdcomp.study.results import COLUMNS, columns, read_reports, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "05_claims.ipynb"
@@ -30,14 +29,17 @@ def report(folder: Path, study: str, *rows: dict) -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            fixed = {"study": study, "model": "data/tiny", "unit": "%", "n": 256}
-            writer.writerow({**fixed, **row, "parameters": json.dumps(row.get("parameters", {}))})
+            writer.writerow({"study": study, "model": "data/tiny", "unit": "%", "n": 256, **row})
 
 
-def change(method: str, baseline: str, low: float, value: float, high: float, **parameters) -> dict:
+def change(variant: Variant, baseline: Variant, low: float, value: float, high: float) -> dict:
     numbers = {"value": value, "ci_low": low, "ci_high": high}
-    about = {"method": method, "baseline": baseline, "metric": "prompt accuracy difference"}
-    return {**about, **numbers, "parameters": parameters}
+    about = {"baseline": baseline.label, "metric": "prompt accuracy difference"}
+    return {**columns(variant, {}), **about, **numbers}
+
+
+def at(bits: int, recipe: str, k: int = 0) -> Variant:
+    return quantized(recipe, bits, 32 if recipe == "weights_only" else bits, k)
 
 
 # Rules
@@ -46,22 +48,22 @@ def change(method: str, baseline: str, low: float, value: float, high: float, **
 @pytest.mark.parametrize(
     ("rule", "low", "high", "verdict"),
     [
-        ("no_loss", -4.9, -1, HOLDS),
-        ("no_loss", -5.1, 3, UNKNOWN),
-        ("no_loss", -30, -5.1, FAILS),
-        ("loss", -30, -5.1, HOLDS),
-        ("loss", -30, -4.9, UNKNOWN),
-        ("loss", -4.9, 2, FAILS),
-        ("gain", 0.1, 2, HOLDS),
-        ("gain", -0.1, 5.1, UNKNOWN),
-        ("gain", -0.1, 4.9, FAILS),
-        ("gain", -9, -7, FAILS),
-        ("large_gain", 5.1, 9, HOLDS),
-        ("large_gain", 0.1, 9, IN_PART),
-        ("large_gain", 0.1, 2, IN_PART),
-        ("large_gain", -0.1, 9, UNKNOWN),
-        ("large_gain", -0.1, 4.9, FAILS),
-        *((rule, NAN, NAN, UNKNOWN) for rule in ("no_loss", "loss", "gain", "large_gain")),
+        ("not_worse", -4.9, -1, HOLDS),
+        ("not_worse", -5.1, 3, UNKNOWN),
+        ("not_worse", -30, -5.1, FAILS),
+        ("is_worse", -30, -5.1, HOLDS),
+        ("is_worse", -30, -4.9, UNKNOWN),
+        ("is_worse", -4.9, 2, FAILS),
+        ("is_better", 0.1, 2, HOLDS),
+        ("is_better", -0.1, 5.1, UNKNOWN),
+        ("is_better", -0.1, 4.9, FAILS),
+        ("is_better", -9, -7, FAILS),
+        ("is_much_better", 5.1, 9, HOLDS),
+        ("is_much_better", 0.1, 9, IN_PART),
+        ("is_much_better", 0.1, 2, IN_PART),
+        ("is_much_better", -0.1, 9, UNKNOWN),
+        ("is_much_better", -0.1, 4.9, FAILS),
+        *((rule, NAN, NAN, UNKNOWN) for rule in ("not_worse", "is_worse", "is_better", "is_much_better")),
     ],
 )
 def test_rules_by_the_interval_of_a_difference(rule, low, high, verdict):
@@ -72,8 +74,8 @@ def test_rules_by_the_interval_of_a_difference(rule, low, high, verdict):
     ("low", "high", "verdict"),
     [(0.97, 0.989, HOLDS), (0.985, 1.004, UNKNOWN), (0.997, 0.999, FAILS), (NAN, NAN, UNKNOWN)],
 )
-def test_less_than_a_percent_of_time_is_not_time_saved(low, high, verdict):
-    assert claims.time_saved(low, high, 0.01) == verdict
+def test_less_than_a_percent_of_time_is_not_saves_time(low, high, verdict):
+    assert claims.saves_time(low, high, 0.01) == verdict
 
 
 @pytest.mark.parametrize(
@@ -98,80 +100,53 @@ def test_a_claim_of_several_parts(parts, verdict):
 
 
 def test_a_comparison_is_found_by_what_it_is_about(tmp_path):
-    wanted = change("mse", "max", 1, 2, 3, weight_bits=6, act_bits=6)
+    wanted = change(at(6, "mse"), at(6, "max"), 1, 2, 3)
     report(
         tmp_path,
         "01_quantization",
-        change("mse", "full precision", -9, -8, -7, weight_bits=6, act_bits=6),
-        change("mse", "max", -9, -8, -7, weight_bits=5, act_bits=5),
+        change(at(6, "mse"), FP32, -9, -8, -7),
+        change(at(5, "mse"), at(5, "max"), -9, -8, -7),
         {**wanted, "metric": "CLIP score difference", "value": 7},
         {**wanted, "model": "another", "value": 8},
         wanted,
     )
     report(tmp_path, "01_quantization_again", {**wanted, "study": "01_quantization", "value": 9})
     rows = read_reports(tmp_path, "data/tiny")
-    part = Part("6", "01_quantization", "mse", "max", {"weight_bits": 6, "act_bits": 6}, claims.gain)
-    assert [row["value"] for row in part.find(rows, "prompt accuracy")] == [2]
-    (finding,) = part.judge(rows, "prompt accuracy", 5.0)
+    comparison = Comparison("6", "01_quantization", at(6, "mse"), at(6, "max"), claims.is_better)
+    finding = comparison.judge(rows, "prompt accuracy", 5.0)
     assert (str(finding), finding.verdict) == ("6: 2.0 [1.0, 3.0]", HOLDS)
-    assert [row["value"] for row in part.find(rows, "CLIP score")] == [7]
-    (finding,) = part.judge(rows, "KID", 5.0)
+    assert comparison.find(rows, "CLIP score")["value"] == 7
+    finding = comparison.judge(rows, "KID", 5.0)
     assert (str(finding), finding.verdict) == (f"6: {MISSING}", MISSING)
+    # A comparison without a rule is left out where it was not measured.
+    assert Comparison("6", "01_quantization", at(4, "mse")).judge(rows, "prompt accuracy", 5.0) is None
 
 
-def test_any_value_of_a_parameter_is_any_but_zero(tmp_path):
-    report(
-        tmp_path,
-        "s",
-        *(change("m", "b", 0, a, 1, amount=a) for a in (0.0, 0.1, 0.2)),
-        change("m", "b", 0, 9, 9),
-    )
+def test_a_comparison_may_have_a_metric_and_a_tolerance_of_its_own(tmp_path):
+    row = {**change(at(8, "mse"), FP32, -30, -25, -20), "metric": "KID difference"}
+    report(tmp_path, "01_quantization", row)
     rows = read_reports(tmp_path, "data/tiny")
-    assert [row["value"] for row in select(rows, {"amount": None}, method="m")] == [0.1, 0.2]
+    about = {"report": "01_quantization", "variant": at(8, "mse"), "rule": claims.is_worse}
+    for tolerance, verdict in ((None, HOLDS), (40, FAILS), (25, UNKNOWN)):
+        comparison = Comparison("8", metric="KID difference", tolerance=tolerance, **about)
+        assert comparison.judge(rows, "prompt accuracy", 5.0).verdict == verdict
 
 
 def test_variants_never_compared_directly_differ_as_if_independent(tmp_path):
-    bits = {"weight_bits": 8, "act_bits": 8}
     report(
         tmp_path,
         "01_quantization",
-        change("mse", "full precision", 7, 10, 14, **bits),
-        change("timestep_mse", "full precision", 1, 4, 8, **bits, k=10),
-        change("timestep_mse", "full precision", 50, 60, 70, **bits, k=5),
+        change(at(8, "mse"), FP32, 7, 10, 14),
+        change(at(8, "timestep_mse", 10), FP32, 1, 4, 8),
+        change(at(8, "timestep_mse", 5), FP32, 50, 60, 70),
     )
-    part = Part("8", "01_quantization", "timestep_mse", "mse", {**bits, "k": 10}, claims.large_gain)
-    (row,) = part.find(read_reports(tmp_path, "data/tiny"), "prompt accuracy")
+    about = {"report": "01_quantization", "baseline": at(8, "mse"), "rule": claims.is_much_better}
+    comparison = Comparison("8", variant=at(8, "timestep_mse", 10), **about)
+    row = comparison.find(read_reports(tmp_path, "data/tiny"), "prompt accuracy")
     # 4 less 10; half-widths of 3 and 4 make 5.
     assert (row["value"], row["ci_low"], row["ci_high"]) == (-6, -11, -1)
-    assert row["n"] == 256 and str(claims.Finding("8", row, FAILS)).endswith("]*")
-
-
-BROKEN = {
-    "empty": "",
-    "cut short": ",".join(COLUMNS) + "\nr,s,data/tiny,m",
-    "too long": ",".join(COLUMNS) + "\n" + "," * 20,
-    "no numbers": ",".join(COLUMNS) + "\nr,s,data/tiny,m,{},metric,high,,,,,\n",
-    "no parameters": ",".join(COLUMNS) + "\nr,s,data/tiny,m,amount,metric,1,,,,,\n",
-    "parameters of another kind": ",".join(COLUMNS) + "\nr,s,data/tiny,m,3,metric,1,,,,,\n",
-    "other columns": "a,b\n1,2\n",
-    "not text": b"\xff\xfe\x00",
-}
-
-
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_a_file_that_is_no_report_is_named(tmp_path, content):
-    path = tmp_path / "02_pruning" / "metrics.csv"
-    path.parent.mkdir()
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(
-        UserError, match=r"metrics.csv .*: run the studies|metrics.csv is no whole table.*again$"
-    ):
-        read_reports(tmp_path, "data/tiny")
-
-
-def test_a_folder_without_reports_is_named(tmp_path):
-    with pytest.raises(UserError, match="is about 'data/tiny': run the studies first"):
-        read_reports(tmp_path, "data/tiny")
+    assert (row["n"], row["baseline"]) == (256, "mse W8A8")
+    assert str(claims.Finding("8", row, FAILS)).endswith("]*")
 
 
 # What was published
@@ -191,20 +166,18 @@ def test_published_figures_are_those_published():
         for i, pair in enumerate(text.split(",")):
             amount = (first + 5 * i) / 100
             for metric, value in zip(("CLIP score", "FID"), pair.split("/"), strict=True):
-                expected["02_pruning", method, f'{{"amount": {amount}}}', metric] = float(value)
+                expected["02_pruning", pruned(method, amount), None, metric] = float(value)
     for amount, line in zip((0.0, 0.2, 0.4), SECONDS.split(";"), strict=True):
         for component, value in zip(
             ("text encoder", "diffusion", "decoder", "total"), line.split(","), strict=True
         ):
-            about = json.dumps({"amount": amount, "component": component})
-            expected["03_profiling", "masked", about, "seconds"] = float(value)
+            expected["03_profiling", pruned("unstructured", amount), component, "seconds"] = float(value)
     for entry in EIGHT_BITS.split(","):
         method, pair = entry.split()
-        bits = json.dumps({"weight_bits": 8, "act_bits": 32 if method == "weights_only" else 8})
         for metric, value in zip(("CLIP score", "FID"), pair.split("/"), strict=True):
-            expected["01_quantization", method, bits, metric] = float(value)
+            expected["01_quantization", at(8, method), None, metric] = float(value)
     rows = read_rows(ROOT / "data" / "published.csv")
-    found = {(r["study"], r["method"], json.dumps(r["parameters"]), r["metric"]): r["value"] for r in rows}
+    found = {(r["study"], r["variant"], r["about"].get("component"), r["metric"]): r["value"] for r in rows}
     assert found == expected and len(rows) == len(expected) == 56
     assert all("Quantizing and Pruning Diffusion Models" in row["source"] for row in rows)
     assert all(("bar chart" in row["source"]) == (row["study"] == "01_quantization") for row in rows)
@@ -232,19 +205,18 @@ def judged(reports: Path) -> dict[str, str]:
 
 
 def test_verdicts_follow_the_reports(tmp_path):
-    eight, six = ({"weight_bits": bits, "act_bits": bits} for bits in (8, 6))
-    alone = {"weight_bits": 8, "act_bits": 32}
     quantization = [
-        change("weights_only", "full precision", -4, -2, 0, **alone),
-        change("mse", "max", 1, 2, 3, **eight),
-        change("mse", "max", -9, 0, 9, **six),
-        change("timestep_mse", "mse", -1, 0, 1, **eight, k=10),
-        change("timestep_mse", "mse", 20, 30, 40, **eight, k=5),
+        change(at(8, "weights_only"), FP32, -4, -2, 0),
+        change(at(8, "mse"), at(8, "max"), 1, 2, 3),
+        change(at(6, "mse"), at(6, "max"), -9, 0, 9),
+        change(at(8, "timestep_mse", 10), at(8, "mse"), -1, 0, 1),
+        change(at(8, "timestep_mse", 5), at(8, "mse"), 20, 30, 40),
     ]
     report(tmp_path, "01_quantization", *quantization)
-    whole = {"method": "unpruned", "metric": "prompt accuracy", "value": 80}
+    whole = {**columns(FP32, {}), "metric": "prompt accuracy", "value": 80}
     masks = [
-        change("masked channels", "unpruned", -60, -50, x, amount=a) for x, a in ((-41, 0.05), (-39, 0.1))
+        change(pruned("masked channels", amount), FP32, -60, -50, high)
+        for high, amount in ((-41, 0.05), (-39, 0.1))
     ]
     report(tmp_path, "02_pruning", whole, *masks)
     verdicts = judged(tmp_path)
@@ -253,13 +225,15 @@ def test_verdicts_follow_the_reports(tmp_path):
     ]  # fmt: skip
 
     # The same cells, after other runs.
-    quantization[0] = change("weights_only", "full precision", -20, -15, -10, **alone)
-    quantization[3] = change("timestep_mse", "mse", 6, 7, 8, **eight, k=10)
+    quantization[0] = change(at(8, "weights_only"), FP32, -20, -15, -10)
+    quantization[3] = change(at(8, "timestep_mse", 10), at(8, "mse"), 6, 7, 8)
     report(tmp_path, "01_quantization", *quantization)
-    sweet = change("unstructured + timestep_mse", "fp32", -9, -3, 3, amount=0.2, **eight, k=10)
-    report(tmp_path, "04_combined", sweet)
+    sweet_spot = quantized("timestep_mse", 8, 8, 10, of=pruned("unstructured", 0.2))
+    report(tmp_path, "04_combined", change(sweet_spot, FP32, -9, -3, 3))
     times = {"metric": "time relative to fp32", "unit": "x"}
-    times = [{**change("masked", "fp32", 0.9, 0.95, 0.98, amount=a), **times} for a in (0.1, 0.7)]
+    times = [
+        {**change(pruned("unstructured", amount), FP32, 0.9, 0.95, 0.98), **times} for amount in (0.1, 0.7)
+    ]
     report(tmp_path, "03_profiling", *times)
     assert list(judged(tmp_path).values()) == [
         FAILS, MISSING, IN_PART, MISSING, HOLDS, MISSING, IN_PART, HOLDS, UNKNOWN,
@@ -268,34 +242,29 @@ def test_verdicts_follow_the_reports(tmp_path):
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """Every row of every report, as text, with what it is about."""
-    found = []
-    for path in sorted((ROOT / "reports").glob("*/metrics.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            found += [{**row, "report": path.parent.name} for row in csv.DictReader(file)]
-    return found
+    """Every row of every report."""
+    return read_reports(ROOT / "reports", "data/tiny")
+
+
+def judged_rows(rows: list[dict]) -> list[dict]:
+    """The rows of the report of claims that have an interval."""
+    return [row for row in rows if row["report"] == "05_claims" and not math.isnan(row["ci_low"])]
 
 
 def test_each_row_of_the_report_is_one_of_another_report_or_a_difference_of_two(rows):
-    names = ("report", "method", "metric", "baseline", "parameters")
-    others = {tuple(row[name] for name in names): row for row in rows}
-    own = [row for row in rows if row["report"] == "05_claims" and row["ci_low"]]
+    others = {(row["report"], row["variant"], row["metric"], row["baseline"]): row for row in rows}
+    by_label = {row["label"]: row["variant"] for row in rows}
+    own = judged_rows(rows)
     assert len(own) > 10
     for row in own:
-        parameters = json.loads(row["parameters"])
-        study, paired = parameters.pop("report"), parameters.pop("paired")
-        about = json.dumps(parameters, sort_keys=True)
-        source = others.get((study, row["method"], row["metric"], row["baseline"], about))
-        if paired:
+        study, variant, metric = row["about"]["report"], row["variant"], row["metric"]
+        source = others.get((study, variant, metric, row["baseline"]))
+        if row["about"]["paired"]:
             assert all(row[name] == source[name] for name in ("value", "ci_low", "ci_high", "n"))
             continue
         assert source is None
-        less = json.dumps({k: v for k, v in parameters.items() if k != "k"}, sort_keys=True)
-        a, b = (
-            float(others[study, method, row["metric"], "full precision", which]["value"])
-            for method, which in ((row["method"], about), (row["baseline"], less))
-        )
-        assert float(row["value"]) == pytest.approx(a - b, abs=1e-4)
+        a, b = (others[study, v, metric, "fp32"]["value"] for v in (variant, by_label[row["baseline"]]))
+        assert row["value"] == pytest.approx(a - b, abs=1e-4)
 
 
 TRIPLE = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")
@@ -303,8 +272,7 @@ TRIPLE = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")
 
 def untraced(html: str, rows: list[dict]) -> list[tuple]:
     """Each "value [low, high]" of the table of claims that is not the report's at its place."""
-    own = [row for row in rows if row["report"] == "05_claims" and row["ci_low"]]
-    shown = TRIPLE.findall(html)
+    own, shown = judged_rows(rows), TRIPLE.findall(html)
     return [
         (numbers, row)
         for numbers, row in zip_longest(shown, own)
@@ -312,8 +280,7 @@ def untraced(html: str, rows: list[dict]) -> list[tuple]:
         or not row
         or numbers
         != tuple(
-            f"{float(row[name]):.{len(numbers[0].partition('.')[2])}f}"
-            for name in ("value", "ci_low", "ci_high")
+            f"{row[name]:.{len(numbers[0].partition('.')[2])}f}" for name in ("value", "ci_low", "ci_high")
         )
     ]
 
@@ -335,26 +302,17 @@ def test_each_number_of_the_table_is_a_row_of_the_report(rows):
 
 def test_each_number_about_few_images_is_a_row_of_a_report(rows):
     cells = re.findall(r"<td>(.*?)</td>", shown("the same at n"))
-    numbers = {
-        (row["metric"], json.loads(row["parameters"])["amount"]): row
-        for row in rows
-        if row["method"] == "unstructured"
-        and "amount" in row["parameters"]
-        and row["report"] == ("02_pruning" if "difference" in row["metric"] else "05_claims")
-        and not (row["report"] == "05_claims" and row["ci_low"])
-    }
-    amounts = [amount for metric, amount in numbers if metric == "half of the interval"]
+    found = {(row["report"], row["metric"], row["variant"]): row for row in rows if not row["about"]}
     expected = []
-    for amount in amounts:
-        change = numbers["prompt accuracy difference", amount]
-        half = numbers["half of the interval", amount]["value"]
-        few = numbers["the same at n = 10", amount]["value"]
+    for (report, metric, variant), row in found.items():
+        if (report, metric) != ("05_claims", "half of the interval"):
+            continue
+        change = found["02_pruning", "prompt accuracy difference", variant]
+        half, few = row["value"], found["05_claims", "the same at n = 10", variant]["value"]
         expected += [change["value"], change["n"], half, few]
-        assert float(half) == pytest.approx(
-            (float(change["ci_high"]) - float(change["ci_low"])) / 2, abs=1e-3
-        )
-        assert float(few) == pytest.approx(float(half) * math.sqrt(int(change["n"]) / 10), abs=1e-3)
-    assert len(cells) > 10 and cells == [f"{float(number):.1f}" for number in expected]
+        assert half == pytest.approx((change["ci_high"] - change["ci_low"]) / 2, abs=1e-3)
+        assert few == pytest.approx(half * math.sqrt(change["n"] / 10), abs=1e-3)
+    assert len(cells) > 10 and cells == [f"{number:.1f}" for number in expected]
 
 
 def test_the_answer_is_that_of_the_report():

@@ -103,7 +103,7 @@ def test_a_folder_without_runs_and_a_run_that_is_not_whole_are_named(runs):
     with pytest.raises(UserError, match="no <study>/<study>.ipynb below .*e2308127d25a"):
         write_pages(runs / "02_pruning" / "e2308127d25a")
     (runs / "02_pruning" / "run.json").unlink()
-    with pytest.raises(UserError, match="02_pruning is not whole .*run it again"):
+    with pytest.raises(UserError, match="02_pruning is incomplete .*run it again"):
         write_pages(runs)
 
 

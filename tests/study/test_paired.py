@@ -1,4 +1,4 @@
-"""The paired protocol records what comparing a variant with its baseline should give."""
+"""The paired protocol records the right comparison of a variant with the baseline."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from sdcomp.errors import UserError
 from sdcomp.evaluation import Prompts, cache, clip_scores, load_prompts
 from sdcomp.model.text import build_clip
 from sdcomp.scenes import render
-from sdcomp.study import PairedStudy, reference_images
+from sdcomp.study import FP32, PairedStudy, Variant, pruned, quantized, reference_images
 
 
 class Record:
@@ -24,8 +24,9 @@ class Record:
     def __init__(self):
         self.rows = {}
 
-    def record(self, method, metric, estimate, *, unit="", baseline="", **parameters):
-        key = method, metric, *parameters.values()
+    def record(self, variant, metric, estimate, *, unit="", baseline="", **about):
+        assert isinstance(variant, Variant)
+        key = variant, metric, *about.values()
         assert key not in self.rows
         self.rows[key] = SimpleNamespace(estimate=estimate, unit=unit, baseline=baseline)
 
@@ -65,48 +66,52 @@ def study(seeing, tmp_path, monkeypatch):
         monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
     prompts = Prompts([f"star number {i}" for i in range(32)])
     reference = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    options = {"baseline": "as it is", "reference": reference, "noise_images": 2, "shown": 32}
+    options = {"reference": reference, "noise_images": 2, "shown": 32}
     return PairedStudy(Record(), seeing, prompts, **options, steps=2, batch_size=8, guidance_scale=1.0)
 
 
-def test_a_variant_that_is_the_baseline_differs_in_nothing(study, seeing):
-    images = study.measure("same", seeing.unet, amount=0.0)
+LOUDER, TWICE = quantized("mse", 6, 6), quantized("timestep_mse", 6, 6, 2)
+BREAKS = quantized("max", 4, 4)
+
+
+def test_a_variant_with_the_same_weights_differs_in_nothing(study, seeing):
+    same = pruned("unstructured", 0.5)
+    images = study.measure(same, seeing.unet)
     assert torch.equal(images, study.images)
     rows = study.run.rows
     for metric in ("CLIP score", "KID"):
-        change = rows["same", f"{metric} difference", 0.0]
+        change = rows[same, f"{metric} difference"]
         assert (change.estimate.value, change.estimate.low, change.estimate.high) == (0, 0, 0)
-        assert change.baseline == "as it is"
-        assert rows["same", metric, 0.0].estimate == rows["as it is", metric].estimate
-    assert rows["same", "SSIM", 0.0].estimate.value == pytest.approx(1)
-    assert rows["same", "PSNR", 0.0].estimate.value > 100
-    assert rows["same", "noise MSE", 0.0].estimate.value < 1e-9
+        assert change.baseline == FP32
+        assert rows[same, metric].estimate == rows[FP32, metric].estimate
+    assert rows[same, "SSIM"].estimate.value == pytest.approx(1)
+    assert rows[same, "PSNR"].estimate.value > 100
+    assert rows[same, "noise MSE"].estimate.value < 1e-9
 
 
 def test_a_variant_with_another_prediction_is_told_apart(study, seeing):
-    study.measure("louder", Louder(seeing.unet, 1.1), amount=0.1)
+    study.measure(LOUDER, Louder(seeing.unet, 1.1))
     rows = study.run.rows
-    assert rows["louder", "PSNR", 0.1].estimate.value < 60 and rows["louder", "PSNR", 0.1].estimate.n == 32
-    assert rows["louder", "SSIM", 0.1].estimate.value < 0.999
-    # Each step's error is that of the prediction made a tenth larger.
+    assert rows[LOUDER, "PSNR"].estimate.value < 60 and rows[LOUDER, "PSNR"].estimate.n == 32
+    assert rows[LOUDER, "SSIM"].estimate.value < 0.999
+    # The prediction is a tenth larger, so the squared error of each step is 1 % of its power.
     power = study.trace.noise_predictions.square().mean((1, 2, 3, 4))
     for timestep, expected in zip(study.trace.timesteps.tolist(), 0.01 * power, strict=True):
-        found = rows["louder", "noise MSE at timestep", timestep, 0.1].estimate
+        found = rows[LOUDER, "noise MSE at timestep", timestep].estimate
         assert found.value == pytest.approx(expected.item(), rel=1e-3) and found.n == 2
     # 32 images cannot span 128 features, so there is no Frechet distance.
     assert not any("Frechet" in metric for _, metric, *_ in rows)
 
 
 def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
-    plain = study.measure("louder", Louder(seeing.unet, 1.1), bits=6)
-    twice = study.measure("twice", Louder(seeing.unet, 1.3), bits=6, k=2)
-    study.measure("louder", Louder(seeing.unet, 0.5), bits=4)
+    plain = study.measure(LOUDER, Louder(seeing.unet, 1.1))
+    twice = study.measure(TWICE, Louder(seeing.unet, 1.3))
     measured, study.run = study.run.rows, Record()
-    study.compare("twice", "louder", bits=6, k=2)
-    rows = {metric: row for (_, metric, *_), row in study.run.rows.items()}
-    assert set(study.run.rows) == {("twice", metric, 6, 2) for metric in rows}
+    study.compare(TWICE, LOUDER)
+    rows = {metric: row for (_, metric), row in study.run.rows.items()}
+    assert set(study.run.rows) == {(TWICE, metric) for metric in rows}
     assert set(rows) == {"CLIP score difference", "KID difference", "noise MSE difference"}
-    assert {row.baseline for row in rows.values()} == {"louder"}
+    assert {row.baseline for row in rows.values()} == {LOUDER}
 
     # A paired bootstrap by hand: prompts drawn with replacement, each with the images of both.
     one, other = (clip_scores(study.clip, x, study.prompts.texts).double().numpy() for x in (twice, plain))
@@ -120,25 +125,25 @@ def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
     assert found.n == 32 and rows["CLIP score difference"].unit == "100 x cosine"
     assert found.value == pytest.approx(one.mean() - other.mean(), rel=1e-6)
     assert [found.low, found.high] == pytest.approx([low, high], abs=0.1 * (high - low))
-    # Differences to a third cancel, so what was recorded of each gives the rest.
+    # The values of KID and noise MSE themselves were recorded; their difference must agree.
     for metric in ("KID", "noise MSE"):
-        values = [measured[key].estimate.value for key in (("twice", metric, 6, 2), ("louder", metric, 6))]
+        values = [measured[variant, metric].estimate.value for variant in (TWICE, LOUDER)]
         assert rows[f"{metric} difference"].estimate.value == pytest.approx(values[0] - values[1], rel=1e-6)
     assert rows["noise MSE difference"].estimate.n == 2
 
 
-def test_only_what_was_measured_can_be_compared(study, seeing):
-    study.measure("louder", Louder(seeing.unet, 1.1), bits=6)
-    for method, to, bits in (("louder", "other", 6), ("other", "louder", 6), ("louder", "louder", 4)):
-        with pytest.raises(ValueError, match=f"measure '{'other' if bits == 6 else 'louder'}' with"):
-            study.compare(method, to, bits=bits)
+def test_only_measured_variants_can_be_compared(study, seeing):
+    study.measure(LOUDER, Louder(seeing.unet, 1.1))
+    for variant, to in ((LOUDER, TWICE), (TWICE, LOUDER)):
+        with pytest.raises(ValueError, match="measure 'timestep_mse k2 W6A6' before"):
+            study.compare(variant, to)
 
 
 def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch):
     monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
     reference = torch.rand(40, 3, 64, 64)
     few = Prompts(["a star"] * 4)
-    study = PairedStudy(Record(), seeing, few, baseline="b", reference=reference, steps=1, batch_size=4)
+    study = PairedStudy(Record(), seeing, few, reference=reference, steps=1, batch_size=4)
     assert sorted(study.scores) == ["CLIP score"] and study.trace is None
 
 
@@ -146,7 +151,23 @@ def test_without_a_judge_there_is_no_study(seeing, monkeypatch):
     drawn = "sdcomp.study.paired.cached_images"
     monkeypatch.setattr(drawn, lambda *_, **__: pytest.fail("images were drawn"))
     with pytest.raises(UserError, match="name a CLIP with -p clip_model"):
-        PairedStudy(Record(), seeing.replace(clip=None, reader=None), Prompts(["a star"] * 4), baseline="b")
+        PairedStudy(Record(), seeing.replace(clip=None, reader=None), Prompts(["a star"] * 4))
+
+
+def test_a_run_names_the_judges_by_its_parameters(seeing, tmp_path, monkeypatch):
+    monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
+    monkeypatch.setitem(cache.cached_trace.__kwdefaults__, "folder", tmp_path)
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), 100 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    run = Record()
+    run.parameters = {"reference": str(tmp_path), "clip_model": "", "noise_images": 9, "seed": 0}
+    prompts = Prompts([f"star number {i}" for i in range(32)])
+    study = PairedStudy.of(run, seeing, prompts, steps=1, batch_size=8)
+    assert len(study.traced) == 9 and len(study.reference) == 3
+    run.rows.clear()
+    # There are fewer prompts than noise predictions are asked for.
+    few = PairedStudy.of(run, seeing, Prompts(["a star"] * 4), steps=1, batch_size=4)
+    assert len(few.traced) == 4 and few.reference is None
 
 
 def test_a_variant_with_images_that_are_not_finite_has_failed(study, seeing):
@@ -157,45 +178,44 @@ def test_a_variant_with_images_that_are_not_finite_has_failed(study, seeing):
         asked.append((timestep, int(rows.sum())))
         return rows & (timestep < 500)
 
-    assert study.measure("breaks", Breaks(seeing.unet, 1.0, where), bits=4) is None
+    assert study.measure(BREAKS, Breaks(seeing.unet, 1.0, where)) is None
     # Some images only, in the second of two steps.
     assert any(0 < rows < 8 for timestep, rows in asked if timestep < 500)
-    (row,) = [row for (method, *_), row in study.run.rows.items() if method == "breaks"]
-    assert study.run.rows["breaks", "failed", 4] is row
+    (row,) = [row for (variant, *_), row in study.run.rows.items() if variant == BREAKS]
+    assert study.run.rows[BREAKS, "failed"] is row
     assert row.estimate == 1 and "step 2 of 2" in row.unit and "\n" not in row.unit
-    # No score of it can be compared with, and the next variant is measured as ever.
-    study.measure("louder", Louder(seeing.unet, 1.1), bits=4)
-    for method, to in (("breaks", "louder"), ("louder", "breaks")):
-        with pytest.raises(ValueError, match="measure 'breaks' with"):
-            study.compare(method, to, bits=4)
+    # It has no score to compare, and the next variant is measured as usual.
+    study.measure(LOUDER, Louder(seeing.unet, 1.1))
+    for variant, to in ((BREAKS, LOUDER), (LOUDER, BREAKS)):
+        with pytest.raises(ValueError, match="measure 'max W4A4' before"):
+            study.compare(variant, to)
 
 
-def test_noise_predictions_that_are_not_finite_are_a_failure_though_all_images_are(study, seeing):
-    met = study.trace.latents[1, 0]  # which this variant does not meet on its own way
+def test_noise_predictions_that_are_not_finite_are_a_failure_even_if_all_images_are_finite(study, seeing):
+    met = study.trace.latents[1, 0]  # which this variant does not meet on its own path
 
     def where(latents, timestep):
         return ((latents.cpu() - met).abs() < 1e-6).all((1, 2, 3)) if timestep < 500 else []
 
-    assert study.measure("breaks", Breaks(seeing.unet, 1.1, where), bits=4) is None
-    metrics = {metric for method, metric, *_ in study.run.rows if method == "breaks"}
+    assert study.measure(BREAKS, Breaks(seeing.unet, 1.1, where)) is None
+    metrics = {metric for variant, metric, *_ in study.run.rows if variant == BREAKS}
     assert metrics == {"failed"}
     timestep = study.trace.timesteps[1].item()
-    assert f"at timestep {timestep} of the baseline's path" in study.run.rows["breaks", "failed", 4].unit
+    assert f"at timestep {timestep} of the baseline's path" in study.run.rows[BREAKS, "failed"].unit
 
 
 def test_only_the_images_of_a_figure_are_kept(seeing, tmp_path, monkeypatch):
     monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
     prompts = Prompts([f"star number {i}" for i in range(4)])
-    study = PairedStudy(Record(), seeing, prompts, baseline="b", shown=2, steps=1, batch_size=4)
-    images = study.measure("same", seeing.unet)
+    study = PairedStudy(Record(), seeing, prompts, shown=2, steps=1, batch_size=4)
+    images = study.measure(LOUDER, seeing.unet)
     assert torch.equal(images, study.images[:2]) and images.untyped_storage().nbytes() == images.nbytes
-    assert study.run.rows["same", "PSNR"].estimate.n == 4
+    assert study.run.rows[LOUDER, "PSNR"].estimate.n == 4
 
 
 def test_distances_are_to_scenes_of_the_prompt_set_or_to_the_images_named(tmp_path):
     tiny = sdcomp.load("data/tiny")
     prompts = load_prompts(tiny, "unseen", 4)
-    # There are fewer than 512 of this set.
     assert torch.equal(reference_images(tiny, prompts, "unseen", seed=7), render(prompts.scenes, 7))
     assert len(reference_images(tiny, load_prompts(tiny, "test", 4), "test")) == 512
     assert reference_images(tiny, Prompts(["a star"]), "test") is None

@@ -159,7 +159,7 @@ def test_a_parameter_without_a_rule_stops_the_run(monkeypatch):
             read(notebook(parameters=cell))
     with pytest.raises(ParameterError, match="the study '99_mine' has no rules"):
         read_parameters(notebook(), "99_mine")
-    with pytest.raises(ParameterError, match="'dict' is no type of a parameter"):
+    with pytest.raises(ParameterError, match="cannot have the type 'dict'"):
         read(notebook(parameters=PARAMETERS.replace("structured: bool", "structured: dict")))
 
 

@@ -18,7 +18,7 @@ from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.evaluation import Estimate
 from sdcomp.evaluation.precision import precision_facts
-from sdcomp.study import Run
+from sdcomp.study import FP32, Run, pruned, quantized
 from sdcomp.study import run as run_module
 
 COLUMNS = [
@@ -70,26 +70,33 @@ def test_the_hash_is_of_the_study_and_its_parameters_and_not_of_where_results_go
     assert len({first.id, *(run.id for run in others)}) == 6
 
 
+DENSE, L1 = FP32, pruned("unstructured", 0.3)
+
+
 def test_metrics_are_tidy_rows_that_survive_the_file(run):
-    run.record("dense", "prompt accuracy", Estimate(0.75, 0.7, 0.8125, 32), unit="%")
-    run.record("l1, per layer", "nonzero", 816_658_036, amount=0.05, scope="layer")
-    run.record(
-        'with "quotes"\nand lines', "clip score", Estimate(-1 / 3, float("nan"), 2e-9, 1), baseline="dense"
-    )
-    run.record("dense", "zeros", 0.0)
+    run.record(DENSE, "prompt accuracy", Estimate(0.75, 0.7, 0.8125, 32), unit="%")
+    run.record(pruned("unstructured", 0.05, scope="global"), "nonzero", 816_658_036, timestep=999)
+    quoted = 'with "quotes"\nand lines'
+    run.record(quoted, "clip score", Estimate(-1 / 3, float("nan"), 2e-9, 1), baseline=DENSE)
+    run.record("machine", "zeros", 0.0, of="memory")
     assert run.save() == run.folder
     with open(run.folder / "metrics.csv", newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     assert reader.fieldnames == COLUMNS and len(rows) == 4
     assert all(r["run_id"] == run.id and r["study"] == STUDY and r["model"] == "data/tiny" for r in rows)
-    assert [r["method"] for r in rows] == ["dense", "l1, per layer", 'with "quotes"\nand lines', "dense"]
-    assert [json.loads(r["parameters"]) for r in rows] == [{}, {"amount": 0.05, "scope": "layer"}, {}, {}]
+    assert [r["method"] for r in rows] == ["fp32", "unstructured", quoted, "machine"]
+    assert [json.loads(r["parameters"]) for r in rows] == [
+        {},
+        {"pruning": "unstructured", "amount": 0.05, "scope": "global", "timestep": 999},
+        {},
+        {"of": "memory"},
+    ]
     # Counts are whole; other numbers have six digits.
     assert [r["value"] for r in rows] == ["0.75", "816658036", "-0.333333", "0"]
     assert [r["ci_low"] for r in rows] == ["0.7", "", "nan", ""]
     assert [r["n"] for r in rows] == ["32", "", "1", ""]
-    assert (rows[0]["unit"], rows[2]["baseline"]) == ("%", "dense")
+    assert (rows[0]["unit"], rows[2]["baseline"]) == ("%", "fp32")
 
     frame = pd.read_csv(run.folder / "metrics.csv")
     assert list(frame.columns) == COLUMNS
@@ -98,41 +105,50 @@ def test_metrics_are_tidy_rows_that_survive_the_file(run):
 
 
 def test_results_can_be_looked_up_and_shown(run):
-    run.record("l1", "psnr", Estimate(31.25, 30, 32.5, 8), unit="dB", baseline="dense", amount=0.3)
-    run.record("l1", "zeros", 0.25, amount=0.3)
+    run.record(L1, "psnr", Estimate(31.25, 30, 32.5, 8), unit="dB", baseline=DENSE)
+    run.record(L1, "zeros", 0.25)
     (row,) = run.results("psnr")
-    assert (row["value"], row["ci_low"], row["n"]) == (31.25, 30, 8) and row["parameters"] == {"amount": 0.3}
+    assert (row["value"], row["ci_low"], row["n"]) == (31.25, 30, 8)
+    assert (row["variant"], row["about"], row["label"]) == (L1, {}, "unstructured 30 %")
     assert run.results("nothing") == []
+    assert [row["metric"] for row in run.results()] == ["psnr", "zeros"] == run.metrics
     table = run.table()
-    assert table.columns.tolist() == ["psnr (dB)", "zeros"] and table.index.tolist() == [("l1", "amount 0.3")]
+    assert table.columns.tolist() == ["psnr (dB)", "zeros"] and table.index.tolist() == ["unstructured 30 %"]
     assert table.iloc[0].tolist() == ["31.25 [30, 32.5]", "0.25"]
     assert run.table("nothing").empty and run.table(direct=True).empty
-    assert run.table("zeros").columns.tolist() == ["zeros"] and run.metrics == ["psnr", "zeros"]
+    assert run.table("zeros").columns.tolist() == ["zeros"]
+    run.record(L1, "zeros", 0.5, layer="out")
+    assert run.table("zeros").index.tolist() == [
+        ("unstructured 30 %", ""),
+        ("unstructured 30 %", "layer out"),
+    ]
 
 
 def test_intervals_have_the_digits_of_small_values_too(run):
-    run.record("l1", "noise MSE", Estimate(0.0123456, 0.00987654, 0.0234567, 8))
+    run.record(L1, "noise MSE", Estimate(0.0123456, 0.00987654, 0.0234567, 8))
     assert run.table().iloc[0].tolist() == ["0.01235 [0.009877, 0.02346]"]
 
 
 def test_comparisons_between_variants_have_their_own_table(run):
-    run.record("dense", "accuracy", Estimate(90, 80, 95, 8), unit="%")
-    for method, value in (("max", -20), ("mse", -5)):
+    run.record(DENSE, "accuracy", Estimate(90, 80, 95, 8), unit="%")
+    for recipe, value in (("max", -20), ("mse", -5)):
         change = Estimate(value, value - 1, value + 1, 8)
-        run.record(method, "accuracy difference", change, unit="%", baseline="dense", bits=6)
-    run.record("mse", "accuracy difference", Estimate(15, 14, 16, 8), unit="%", baseline="max", bits=6)
+        run.record(quantized(recipe, 6, 6), "accuracy difference", change, unit="%", baseline=DENSE)
+    change = Estimate(15, 14, 16, 8)
+    mse, largest = quantized("mse", 6, 6), quantized("max", 6, 6)
+    run.record(mse, "accuracy difference", change, unit="%", baseline=largest)
     column = "accuracy difference (%)"
     assert run.table("accuracy difference")[column].to_dict() == {
-        ("max", "bits 6"): "-20 [-21, -19]",
-        ("mse", "bits 6"): "-5 [-6, -4]",
+        "max W6A6": "-20 [-21, -19]",
+        "mse W6A6": "-5 [-6, -4]",
     }
-    assert run.table(direct=True)[column].to_dict() == {("mse less max", "bits 6"): "15 [14, 16]"}
+    assert run.table(direct=True)[column].to_dict() == {"mse W6A6 less max W6A6": "15 [14, 16]"}
 
 
 def test_a_cell_that_is_run_again_does_not_double_its_results(run):
-    run.record("l1", "zeros", 0.25, amount=0.3)
-    run.record("l1", "zeros", 0.5, amount=0.6)
-    run.record("l1", "zeros", 0.26, amount=0.3)
+    run.record(L1, "zeros", 0.25)
+    run.record(pruned("unstructured", 0.6), "zeros", 0.5)
+    run.record(L1, "zeros", 0.26)
     assert [row["value"] for row in run.results("zeros")] == [0.26, 0.5]
 
 
@@ -164,14 +180,15 @@ def test_the_record_says_what_was_run_and_with_what(run):
     assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
 
 
-def test_a_variant_that_failed_is_in_every_table_but_in_no_other_result(run):
-    run.record("max", "accuracy", Estimate(90, 80, 95, 8), unit="%", bits=6)
-    run.record("max", "failed", 1, unit="step 2 of 20 gives NaN", bits=4)
+def test_a_variant_that_failed_is_in_every_table_but_has_no_other_result(run):
+    works, fails = quantized("max", 6, 6), quantized("max", 4, 4)
+    run.record(works, "accuracy", Estimate(90, 80, 95, 8), unit="%")
+    run.record(fails, "failed", 1, unit="step 2 of 20 gives NaN")
     table = run.table("accuracy")
     assert table.columns.tolist() == ["accuracy (%)", "failed"]
-    assert table.loc[("max", "bits 4")].tolist() == ["", "step 2 of 20 gives NaN"]
-    assert table.loc[("max", "bits 6")].tolist() == ["90 [80, 95]", ""]
-    assert [row["parameters"] for row in run.results("accuracy")] == [{"bits": 6}]
+    assert table.loc[fails.label].tolist() == ["", "step 2 of 20 gives NaN"]
+    assert table.loc[works.label].tolist() == ["90 [80, 95]", ""]
+    assert [row["variant"] for row in run.results("accuracy")] == [works]
     assert run.table(direct=True).empty
 
 

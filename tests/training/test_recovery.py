@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.channels import keep_units, prune_groups
 from sdcomp.pruning import (
     channel_map,
     count_zeros,
     disk_sizes,
+    prune_n_m,
     prune_structured,
     prune_unstructured,
     sparsity_table,
@@ -40,10 +42,17 @@ def distance(sd, unet) -> float:
     return float(torch.stack(errors).mean())
 
 
-@pytest.mark.parametrize("kind", ["unstructured", "mask", "remove"])
+@pytest.mark.parametrize("kind", ["unstructured", "pattern", "mask", "remove", "blocks"])
 def test_recovery_brings_predictions_closer_and_keeps_what_was_pruned(small, kind):
     if kind == "unstructured":
         pruned = prune_unstructured(small.unet, 0.5)
+    elif kind == "pattern":
+        pruned = prune_n_m(small.unet, 2, 4)
+    elif kind == "blocks":
+        pruned = copy.deepcopy(small.unet)
+        for group in prune_groups(pruned):
+            if group.name in ("middle_block.0", "middle_block.1"):
+                keep_units(pruned, group, [])
     else:
         pruned = prune_structured(small.unet, 0.5, mode=kind)
     before, dense = copy.deepcopy(pruned.state_dict()), copy.deepcopy(small.unet.state_dict())
@@ -87,6 +96,14 @@ def test_recovery_learns_conditional_and_unconditional_predictions_at_every_step
     with torch.no_grad():
         target = small.unet(*(parts[0] for parts in zip(*seen, strict=True)))
     assert recovered.losses[0] == pytest.approx(float(target.square().mean()), rel=1e-4)
+
+
+def test_recovery_decodes_no_images(small, monkeypatch):
+    def fail(*_):
+        raise AssertionError("images were decoded")
+
+    monkeypatch.setattr(type(small.decoder), "forward", fail)
+    assert len(recover(prune_unstructured(small.unet, 0.5), small, PROMPTS, 1, **SETTINGS).losses) == 1
 
 
 def test_a_killed_recovery_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch):

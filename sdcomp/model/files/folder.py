@@ -24,7 +24,7 @@ _DECODER = ("decoder.", "post_quant_conv.")
 # The files of a quantized UNet (`sdcomp.saving`).
 _QUANTIZED = (
     "compression.json",
-    *(f"{name}.{kind}" for name in ("int8", "quantization") for kind in ("json", "safetensors")),
+    *(f"{name}.{kind}" for name in ("int8", "packed", "quantization") for kind in ("json", "safetensors")),
 )
 
 

@@ -1,4 +1,4 @@
-"""Which values the parameters of each notebook may have: one module for each study."""
+"""The values that each notebook's parameters may have: one module for each study."""
 
 from sdcomp.study.rules import base_model, claims, combined, profiling, pruning, quantization
 from sdcomp.study.rules.common import Rule, Study
@@ -11,6 +11,6 @@ STUDIES: dict[str, Study] = {
     "04_combined": combined.STUDY,
     "05_claims": claims.STUDY,
 }
-"""The rules by the name of the study, which is that of its notebook."""
+"""The rules of each study, by the name of its notebook."""
 
 __all__ = ["STUDIES", "Rule", "Study"]

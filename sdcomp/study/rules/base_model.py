@@ -24,7 +24,7 @@ STUDY = Study(
         "clip_steps": TRAINING_STEPS,
         "unet_steps": TRAINING_STEPS,
         "reader_steps": TRAINING_STEPS,
-        "n_images": between(1, 512),
+        "n_images": between(1, 256),
         "guidance_sweep": between(0, 100),
     }
 )

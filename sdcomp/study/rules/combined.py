@@ -36,13 +36,13 @@ def _checks(p: Mapping[str, Any]) -> str | None:
 
 def _check_int8(p: Mapping[str, Any]) -> str | None:
     if "int8" in p["backends"] and not PRESETS[p["method"]].activations:
-        return f"int8 quantizes activations, and method={p['method']!r} does not: take int8 out of backends"
+        return f"int8 quantizes activations, and method={p['method']!r} does not: remove int8 from backends"
     return None
 
 
 def _check_k(p: Mapping[str, Any]) -> str | None:
-    further = p["remove_amounts"] or p["recovered_amounts"]  # these are timestep-aware
-    return check_k(p, p["k"]) if further or PRESETS[p["method"]].timestep_aware else None
+    removed = p["remove_amounts"] or p["recovered_amounts"]  # timestep-aware
+    return check_k(p, p["k"]) if removed or PRESETS[p["method"]].timestep_aware else None
 
 
 STUDY = Study(

@@ -1,4 +1,4 @@
-"""What a rule is, and the rules that several studies share."""
+"""Rules for parameters, and those that several studies share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sdcomp.quantization import PRESETS
 
 @dataclass(frozen=True)
 class Rule:
-    """What values of a parameter are good: `accepts(value)`, and the same in words.
+    """The allowed values of a parameter: `accepts(value)`, and the same in words.
 
-    `accepts` is asked about values of the declared type only: finite numbers, text that a path can hold. A
-    list is good if each of its items is. It may be empty where the rule says so, or where the notebook's
-    own default is; where the rule is `unique`, it names nothing twice.
+    `accepts` only sees values of the declared type: finite numbers, text that a path can hold. A list is
+    allowed if each of its items is. It may be empty if the rule says so, or if the notebook's default is
+    empty. If the rule is `unique`, no value may occur twice.
     """
 
     accepts: Callable[[Any], bool]
@@ -30,7 +30,7 @@ class Rule:
     unique: bool = False
 
     def takes(self, value: Any) -> bool:
-        """`accepts(value)`; False for a path too long for the file system, or closed to this user."""
+        """`accepts(value)`; False for a path that is too long, or that this user may not read."""
         try:
             return self.accepts(value)
         except (OSError, ValueError):
@@ -39,10 +39,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Study:
-    """The rules of one study: one for each parameter of its notebook, and those on several together.
+    """The rules of one study: one for each parameter of its notebook, and `checks` on several together.
 
-    `checks` takes the parameters by name, each of which has kept its own rule, and returns a sentence that
-    says what does not go together, or None.
+    `checks` takes the parameters by name, after each has passed its own rule. It returns one sentence about
+    parameters that contradict each other, or None.
     """
 
     rules: Mapping[str, Rule]
@@ -50,18 +50,18 @@ class Study:
 
 
 def one_of(*options: str) -> Rule:
-    """One of some texts; the empty one is a choice that a notebook's help explains."""
+    """One of some texts. The help in the notebook explains the empty one."""
     words = ", ".join(option or "empty" for option in options)
     return Rule(lambda value: value in options, f"one of {words}")
 
 
 def between(low: float, high: float) -> Rule:
-    """A number from `low` to `high`, both included."""
+    """A number from `low` to `high`, including both."""
     return Rule(lambda value: low <= value <= high, f"between {low:,} and {high:,}")
 
 
 def there(path: str) -> Path | None:
-    """What a path names, from here or from the repository's root; None where there is nothing."""
+    """The file or folder at a path, from here or from the repository's root; None if there is none."""
     found = resolve_input(path)
     return found if found.exists() else None
 
@@ -78,13 +78,13 @@ def _device_there(name: str) -> bool:
         return True
     try:
         torch.ones(1, device=name).item()
-    except Exception:  # each of PyTorch's backends raises its own kinds
+    except Exception:  # every backend of PyTorch raises other exceptions
         return False
     return True
 
 
 def _can_be_made(path: str) -> bool:
-    """Whether a folder is there, or could be made where it is not."""
+    """Whether a folder exists or can be made."""
     if not path:
         return True
     folder = resolve_output(path).absolute()
@@ -97,7 +97,7 @@ def _can_be_made(path: str) -> bool:
 def _is_prompt_set(name: str) -> bool:
     if name.endswith((".txt", ".jsonl")):
         return (found := there(name)) is not None and found.is_file()
-    return name in ("test", "unseen", "calibration")
+    return name in ("test", "final", "unseen", "calibration")
 
 
 def _has_images(path: str) -> bool:
@@ -122,7 +122,7 @@ def _is_guidance(value: float | str) -> bool:
 
 
 FREE = Rule(lambda value: True, "anything")
-"""Whatever has the declared type is good."""
+"""Every value of the declared type."""
 
 AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %")
 AMOUNTS = replace(AMOUNT, may_be_empty=True)
@@ -130,10 +130,10 @@ BITS = between(2, 8)
 COUNT = between(1, 100_000)
 INTERVALS = between(1, 1000)
 PRESET = one_of(*PRESETS)
-FOLDER = Rule(_can_be_made, "a folder that is there or can be made, or empty")
+FOLDER = Rule(_can_be_made, "a folder that exists or can be made, or empty")
 IMAGES = Rule(_has_images, "an image, or a folder with PNG, JPEG or WebP images, or empty")
-PROMPT_SET = Rule(_is_prompt_set, "test, unseen, calibration, or an existing .txt or .jsonl file")
-CLIP = Rule(_is_clip, "a folder with a CLIP, the hub's name of one, or empty")
+PROMPT_SET = Rule(_is_prompt_set, "test, final, unseen, calibration, or an existing .txt or .jsonl file")
+CLIP = Rule(_is_clip, "a folder with a CLIP model, the hub name of one, or empty")
 TRAINING_STEPS = between(1, 10_000_000)
 
 COMMON = {
@@ -141,9 +141,9 @@ COMMON = {
         _is_model,
         "an existing model folder or file, such as data/tiny (looked for from here and from the repository)",
     ),
-    "out": FREE,  # `Run` writes there before anything else, and says where it cannot
+    "out": FREE,  # `Run` tries to write there first, and reports an error
 }
-"""The rules of what every notebook has."""
+"""The rules for parameters of all notebooks."""
 
 GENERATION = {
     "seed": between(0, 2**31 - 1),
@@ -157,10 +157,10 @@ GENERATION = {
         _device_there, "a device that this machine and this PyTorch have, such as cpu or cuda, or auto"
     ),
 }
-"""The rules of what every notebook has that generates images."""
+"""The rules for parameters of notebooks that generate images."""
 
 JUDGING = {"reference": IMAGES, "clip_model": CLIP, "noise_images": between(0, 100_000)}
-"""The rules of what every notebook has that compares images."""
+"""The rules for parameters of notebooks that compare images."""
 
 PRUNING = {
     "amount": AMOUNT,
@@ -172,28 +172,28 @@ PRUNING = {
     "recovered_steps": TRAINING_STEPS,
     "timing_repeats": between(1, 10_000),
 }
-"""The rules of what both notebooks have that prune by a plan."""
+"""The rules for parameters of the notebooks that prune."""
 
 CALIBRATION = {
     "n_calibration": COUNT,
     "calibration_steps": between(1, 1000),
     "calibration_sampler": one_of(*SAMPLERS),
 }
-"""The rules of how a quantized model is calibrated."""
+"""The rules for parameters of calibration."""
 
 
 # Rules on several parameters
 
 
 def first(*sentences: str | None) -> str | None:
-    """The first sentence that there is."""
+    """The first sentence that is not None."""
     return next((sentence for sentence in sentences if sentence), None)
 
 
 def check_pruning(p: Mapping[str, Any]) -> str | None:
-    """Removal is of channels, and recovery needs float32."""
+    """Removal needs structured pruning, and recovery needs float32."""
     if p["mode"] == "remove" and not p["structured"]:
-        return "mode='remove' takes channels out: set structured to true as well"
+        return "mode='remove' removes channels: set structured to true as well"
     if p["dtype"] != "float32" and (p["recover_steps"] or p["recovered_amounts"]):
         return (
             f"recovery trains in float32, not {p['dtype']}: set dtype to float32, or recover_steps to 0 and"
@@ -203,16 +203,16 @@ def check_pruning(p: Mapping[str, Any]) -> str | None:
 
 
 def check_pairs(p: Mapping[str, Any]) -> str | None:
-    """Lists of bits go along, pair by pair."""
+    """Two lists of bits must have one length."""
     w, a = (len(p[name]) if isinstance(p[name], list) else 1 for name in ("weight_bits", "act_bits"))
     if 1 in (w, a) or w == a:
         return None
-    return f"weight_bits and act_bits go along pair by pair: give lists of one length, not of {w} and {a}"
+    return f"weight_bits and act_bits are paired: give lists of one length, not of {w} and {a}"
 
 
 def check_k(p: Mapping[str, Any], *intervals: int, name: str = "k") -> str | None:
-    """No more timestep intervals than calibration steps; `check_calibration` asks the model for the rest."""
+    """At most as many timestep intervals as calibration steps. `check_calibration` asks the model too."""
     most = max(intervals, default=0)
     if most > p["calibration_steps"]:
-        return f"{name} must be at most calibration_steps, {p['calibration_steps']}, and not {most}"
+        return f"{name} must be at most calibration_steps, {p['calibration_steps']}, not {most}"
     return None

@@ -24,13 +24,13 @@ def _checks(p: Mapping[str, Any]) -> str | None:
 
 def _check_scope(p: Mapping[str, Any]) -> str | None:
     if p["scope"] == "global" and p["structured"]:
-        return "scope='global' is for single weights: set structured to false, or scope to layer"
+        return "scope='global' needs single weights: set structured to false, or scope to layer"
     return None
 
 
 def _check_sensitivity(p: Mapping[str, Any]) -> str | None:
     if p["sensitivity_amounts"] and not p["noise_images"]:
-        return "sensitivity_amounts are measured by noise predictions: set noise_images above 0"
+        return "sensitivity_amounts need noise predictions: set noise_images above 0"
     return None
 
 

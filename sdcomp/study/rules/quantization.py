@@ -41,12 +41,12 @@ def _check_sweep(p: Mapping[str, Any]) -> str | None:
     given, missing = (
         ("sweep_methods", "sweep_bits") if p["sweep_methods"] else ("sweep_bits", "sweep_methods")
     )
-    return f"{given} is swept together with {missing}: give both, or neither"
+    return f"{given} needs {missing}: give both or neither"
 
 
 def _check_activations(p: Mapping[str, Any]) -> str | None:
     if p["quantize_activations"] and not p["calibrate"]:
-        return "without calibration activations have no ranges: set quantize_activations to false too"
+        return "activations have no ranges without calibration: set quantize_activations to false too"
     return None
 
 
@@ -70,8 +70,8 @@ STUDY = Study(
         "sweep_k": INTERVALS,
         "act_scale_policy": one_of("max", "mse", ""),
         "act_update_policy": one_of("maximum", "momentum", ""),
-        "weight_scale_policy": one_of("max", "mse"),
-        # Whether a name is a layer's is asked of the model (`check_calibration`).
+        "weight_scale_policy": one_of("max", "mse", ""),
+        # `check_calibration` asks the model whether such a layer exists.
         "quant_filters": Rule(
             lambda value: value.strip() != "", "names of layers, such as 'out' or '*.to_v'"
         ),

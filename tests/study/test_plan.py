@@ -1,18 +1,37 @@
-"""What is asked of a loaded model before a calibration, and how UNets are pruned for studies."""
+"""What a study is going to run, and what is asked of the loaded model before hours of work."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
 from sdcomp.quantization import PRESETS, Calibrator, TimeStepCalibratedQuantModel
-from sdcomp.study import bit_pairs, check_calibration, needs_intervals, pruned
+from sdcomp.study import FP32, bit_pairs, check_calibration, needs_intervals, pruned, pruned_variants
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variants"),
+    [
+        ((0.3, False, "mask"), [pruned("unstructured", 0.3)]),
+        (([0.1, 0.0], True, "mask"), [pruned("masked channels", 0.1), FP32]),
+        ((0.2, True, "remove", 50), [pruned("removed", 0.2, recover_steps=50)]),
+        (([], True, "remove"), []),
+    ],
+)
+def test_parameters_name_the_pruned_variants(arguments, variants):
+    assert pruned_variants(*arguments) == variants
+
+
+def test_norm_and_scope_are_part_of_the_variants_that_depend_on_them():
+    # Every norm orders single weights in the same way, and l2 is the default for channels.
+    (layers,) = pruned_variants(0.3, False, "mask", criterion="l1")
+    (everywhere,) = pruned_variants(0.3, False, "mask", scope="global")
+    assert (layers, everywhere.scope) == (pruned("unstructured", 0.3), "global")
+    for mode in ("mask", "remove"):
+        found = [pruned_variants(0.3, True, mode, criterion=norm)[0].importance for norm in ("", "l2", "l1")]
+        assert found == ["", "", "l1"]
 
 
 @pytest.mark.parametrize(
@@ -62,31 +81,3 @@ def test_a_filter_that_matches_no_layer_is_refused(small):
 def test_presets_with_equal_intervals():
     equal = {name for name in PRESETS if needs_intervals(name)}
     assert equal == {"timestep_mse", "timestep_mse_filtered"}
-
-
-def test_a_study_prunes_as_the_package_does(small, tmp_path):
-    run = SimpleNamespace(folder=tmp_path, progress=False, parameters={"n_images": 1, "seed": 0})
-    wanted = {
-        ("unstructured", "layer", "l2"): prune_unstructured(small.unet, 0.3),
-        ("unstructured", "global", "l2"): prune_unstructured(small.unet, 0.3, scope="global"),
-        ("masked channels", "layer", "l1"): prune_structured(small.unet, 0.3, n=1),
-        ("removed", "layer", "l1"): prune_structured(small.unet, 0.3, mode="remove", criterion="l1"),
-    }
-    for (kind, scope, norm), unet in wanted.items():
-        state = pruned(run, small, kind, 0.3, scope=scope, norm=norm).state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in unet.state_dict().items())
-    with pytest.raises(KeyError):
-        pruned(run, small, "nothing", 0.3)
-
-
-def test_a_recovery_is_kept_in_the_runs_folder_and_changes_no_zero(tmp_path):
-    sd = sdcomp.load("data/tiny")
-    run = SimpleNamespace(
-        folder=tmp_path, progress=False, parameters={"n_images": 1, "seed": 0},
-        generation=lambda sd: {"guidance_scale": 1.0},
-    )  # fmt: skip
-    plain = pruned(run, sd, "removed", 0.9)
-    made = pruned(run, sd, "removed", 0.9, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["removed_0.9_2.ckpt"]
-    assert count_zeros(made).total == count_zeros(plain).total < count_zeros(sd.unet).total / 2
-    assert not torch.equal(next(made.parameters()), next(plain.parameters()))

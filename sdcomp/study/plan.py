@@ -1,9 +1,9 @@
-"""What studies of quantization ask before hours of work."""
+"""What a study is going to run, and whether it can: asked before hours of work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,9 +11,37 @@ from sdcomp.errors import UserError
 from sdcomp.model.samplers import make_sampler
 from sdcomp.quantization import PRESETS, QuantModel
 from sdcomp.quantization.intervals import uniform_starts
+from sdcomp.study.variants import Variant, pruned
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
+
+
+def as_list(values: Any) -> list[Any]:
+    """A parameter that may be one value or a list of them, as a list."""
+    return values if isinstance(values, list) else [values]
+
+
+def pruned_variants(
+    amounts: float | list[float],
+    structured: bool,
+    mode: str,
+    recover_steps: int = 0,
+    *,
+    scope: str = "layer",
+    criterion: str = "",
+) -> list[Variant]:
+    """One variant for each amount, from the parameters of the notebooks that prune.
+
+    The norm `criterion` chooses channels; single weights are ordered the same by every norm.
+    """
+    if not structured:
+        options = {"scope": scope, "recover_steps": recover_steps}
+        return [pruned("unstructured", amount, **options) for amount in as_list(amounts)]
+    kind = {"mask": "masked channels", "remove": "removed"}[mode]
+    importance = "" if criterion == "l2" else criterion  # l2 is the default
+    options = {"importance": importance, "recover_steps": recover_steps}
+    return [pruned(kind, amount, **options) for amount in as_list(amounts)]
 
 
 def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[tuple[int, int]]:
@@ -23,7 +51,7 @@ def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[t
 
 
 def needs_intervals(preset: str) -> bool:
-    """Whether a preset has equal timestep intervals, each of which has to be met in calibration."""
+    """Whether a preset has equal timestep intervals; a calibration must then reach each of them."""
     chosen = PRESETS[preset]
     return chosen.timestep_aware and chosen.model.get("boundaries") != "optimal"
 
@@ -31,10 +59,10 @@ def needs_intervals(preset: str) -> bool:
 def check_calibration(
     sd: StableDiffusion, steps: int, sampler: str, intervals: Sequence[int] = (), filters: Sequence[str] = ()
 ) -> None:
-    """Raise UserError for what a calibration of this model would fail on, or a name that is no layer's.
+    """Raise UserError for a calibration of this model that would fail later.
 
-    `intervals` are numbers of equal timestep intervals; one into which no sampling step falls could not be
-    calibrated. `filters` leave out layers; each has to match one.
+    `intervals` are numbers of equal timestep intervals; a sampling step must fall into each interval.
+    `filters` are names of layers; each must match a layer.
     """
     if filters:
         QuantModel(sd.unet, quant_filters=list(filters))

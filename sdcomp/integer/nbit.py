@@ -1,0 +1,224 @@
+"""Convolutions and linear layers that hold n-bit weights and unpack them when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from sdcomp.integer.packing import Columns, block, dequantize, pack, unpack
+from sdcomp.model.layers import is_recorded, linear
+from sdcomp.model.rebuild import normal_tensors
+from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.quantizer import Grid, UniformQuantizer
+from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
+
+TENSORS = ("packed_weight", "weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "bias")
+"""What an n-bit layer is made of."""
+
+
+class Workspace:
+    """Memory for one dense weight, which the layers of a model write in turn.
+
+    On a CPU it is kept from layer to layer: the system hands out fresh memory page by page, which takes
+    several times longer than unpacking does.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Tensor | None = None
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialized matrix, valid until the next one is asked for."""
+        if device.type != "cpu" or is_recorded():
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        size = rows * columns * dtype.itemsize
+        if self._bytes is None or len(self._bytes) < size:
+            with normal_tensors():
+                self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(rows, columns)
+
+    def clear(self) -> None:
+        """Free the memory."""
+        self._bytes = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Workspace:
+        return Workspace()
+
+
+class NBitLayer(nn.Module):
+    """What `NBitConv2d` and `NBitLinear` have in common.
+
+    Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
+    `sdcomp.integer.packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
+    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales may be float16 where that
+    holds them exactly. What the spec does not ask for is None. `shape`: the shape of the dense weight. With
+    `to` the bias changes its type and nothing else does.
+    """
+
+    packed_weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+
+    def _fill(
+        self,
+        name: str,
+        spec: LayerSpec,
+        tensors: dict[str, Tensor | None],
+        state: QuantState,
+        workspace: Workspace,
+    ) -> None:
+        """Take over the tensors, in place of those that the constructor of the layer made."""
+        self.name, self.spec, self.state, self._workspace = name, spec, state, workspace
+        self.shape = tuple(self.weight.shape)
+        del self.weight
+        for kind in TENSORS[:-1]:
+            self.register_buffer(kind, tensors.get(kind))
+        if self.bias is not None:
+            self.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+        self._input_grids = input_grids(self.act_scale, self.act_zero_point, spec.act_quantizer)
+
+    @property
+    def split(self) -> int | None:
+        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
+        return self.spec.split
+
+    @property
+    def weight_quantizer(self) -> UniformQuantizer:
+        """The quantizer of the weight."""
+        return self.spec.weight_quantizer
+
+    @property
+    def act_quantizer(self) -> UniformQuantizer | None:
+        """The quantizer of the input."""
+        return self.spec.act_quantizer
+
+    def input_grids(self) -> list[InputGrid]:
+        """The grids of the input in the current interval, one, or two with a split."""
+        return calibrated(self._input_grids, self.state.interval, self.name)
+
+    def integer_weight(self) -> Tensor:
+        """Return the weight as multiples of its scale, as `QuantLayer.integer_weight` does."""
+        integers = unpack(self.packed_weight, self.weight_quantizer.n_bits, self.shape[0]).short()
+        for grid in self._grids():
+            grid.subtract_zero(integers)
+        return integers.to(self.weight_quantizer.integer_dtype).view(self.shape)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Unpack the weight; it is valid until another layer of the model unpacks its own."""
+        packed, n_bits = self.packed_weight, self.weight_quantizer.n_bits
+        rows, columns = block(n_bits)[0] * packed.shape[1], packed.shape[2]
+        out = self._workspace.matrix(rows, columns, dtype, packed.device)
+        return dequantize(packed, n_bits, self._grids(), out).view(self.shape)
+
+    def _grids(self) -> list[Columns]:
+        """The grids of the weight as a matrix `(out, columns)`, whose last group may be narrower."""
+        width, size = prod(self.shape[1:]), self.weight_quantizer.group_size
+        border, groups = width, 1
+        if self.split is not None:
+            border = self.split * prod(self.shape[2:])
+        elif self.weight_quantizer.granularity == "group":
+            border, groups = width // size * size, width // size
+        scale, zero = self._by_group(self.weight_scale), self.weight_quantizer.qmax
+        zeros = None if self.weight_zero_point is None else self._by_group(self.weight_zero_point)
+        parts = ((slice(0, border), slice(0, groups)), (slice(border, width), slice(groups, None)))
+        return [
+            Columns(columns, scale[:, some], zero if zeros is None else zeros[:, some])
+            for columns, some in parts
+            if columns.start < columns.stop
+        ]
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """Scales or zero points as `(out, groups)`."""
+        values = values if self.split is None else values.T
+        return values.reshape(len(values), -1).expand(self.shape[0], -1)
+
+    def _round(self, x: Tensor) -> Tensor:
+        """The input, rounded as the spec says."""
+        if self.act_quantizer is None:
+            return x
+        if self.spec.calibrated:
+            return self.state.quantize(x, self.input_grids(), self.split)
+        return self._round_tokens(x)
+
+    def _round_tokens(self, x: Tensor) -> Tensor:
+        return self.act_quantizer(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NBitLayer:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and quantizers."""
+        inputs = "" if self.act_quantizer is None else f", {self.act_quantizer.n_bits}-bit inputs"
+        split = "" if self.split is None else f", split={self.split}"
+        weights = self.weight_quantizer
+        return f"{self.shape}, {weights.n_bits}-bit weights per {weights.granularity}{inputs}{split}"
+
+
+class NBitConv2d(NBitLayer, nn.Conv2d):
+    """`nn.Conv2d` with an n-bit weight; see `NBitLayer`."""
+
+    def __init__(self, layer: nn.Conv2d, *args: object) -> None:
+        super().__init__(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, device="meta",
+        )  # fmt: skip
+        self._fill(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._round(x)
+        return self._conv_forward(x, self.dense_weight(x.dtype), self.bias)
+
+    def _round_tokens(self, x: Tensor) -> Tensor:
+        # A kernel covers several pixels, so an image is the smallest part with one scale.
+        return self.act_quantizer(x.flatten(1)).view_as(x)
+
+
+class NBitLinear(NBitLayer, nn.Linear):
+    """`nn.Linear` with an n-bit weight; see `NBitLayer`."""
+
+    def __init__(self, layer: nn.Linear, *args: object) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self._fill(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._round(x)
+        return linear(x, self.dense_weight(x.dtype), self.bias)
+
+
+def nbit_layer(layer: nn.Module, *args: object) -> NBitLayer:
+    """Make the n-bit twin of a convolution or linear layer; the arguments are those of `NBitLayer._fill`."""
+    return (NBitConv2d if isinstance(layer, nn.Conv2d) else NBitLinear)(layer, *args)
+
+
+def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
+    """Return the tensors of a quantized layer as an n-bit layer takes them, on the same device."""
+    quantizer = layer.weight_quantizer
+
+    def codes(integers: Tensor, grid: Grid) -> Tensor:
+        lowest = quantizer.spread(integers, grid)[1]
+        return (integers.short() - lowest).to(torch.uint8)
+
+    matrix = layer.per_part(codes, layer.integer_weight()).flatten(1)
+    zero = layer.weight_zero_point
+    return {
+        "packed_weight": pack(matrix, quantizer.n_bits),
+        "weight_scale": narrow(layer.weight_scale),
+        "weight_zero_point": None if zero is None else zero.to(torch.uint8),
+        "act_scale": layer.act_scale,
+        "act_zero_point": layer.act_zero_point,
+        "bias": None if layer.bias is None else layer.bias.detach(),
+    }
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """Return a tensor in float16 where that holds it exactly, as it does what comes from float16 files."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor

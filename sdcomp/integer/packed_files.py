@@ -1,0 +1,244 @@
+"""Models with n-bit weights as files: bytes and scales in safetensors, everything else in JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sdcomp.errors import UserError
+from sdcomp.files import replacing, resolve_input
+from sdcomp.integer.execution import DTYPES
+from sdcomp.integer.model import float_tensors
+from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
+from sdcomp.integer.nbit import NBitLayer, narrow
+from sdcomp.integer.packed import PackedModel, Timesteps
+from sdcomp.integer.packing import packed_shape
+from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.model.config import UNetConfig, from_dict
+from sdcomp.model.device import check_device
+from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.unet import UNet
+from sdcomp.quantization.layers import QuantLayer, is_quantizable
+from sdcomp.quantization.specs import parameters_of, quantizer_of
+from sdcomp.quantization.state import LayerSpec
+from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
+from sdcomp.settings import (
+    ANYTHING,
+    AnyOf,
+    ListOf,
+    OneOf,
+    Rule,
+    TableOf,
+    Whole,
+    check_settings,
+    shown,
+    within,
+)
+
+CONFIG, TENSORS = "packed.json", "packed.safetensors"
+_QUANTIZER = AnyOf(OneOf(None), TableOf(ANYTHING))
+_MOST = 10_000
+"""Layers at most, and ways to quantize them."""
+_SETTINGS: dict[str, Rule] = {
+    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
+    "train_timesteps": TRAIN_TIMESTEPS,
+    "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
+    "quantizers": ListOf(ListOf(_QUANTIZER, 2, 2), 1, _MOST),
+    "layers": TableOf(Whole(0, _MOST)),
+    "splits": TableOf(Whole(1, 2**31)),
+}
+"""What a file's settings must be. `quantizers`: pairs for weights and inputs; `layers`: the pair of each."""
+
+
+def save_packed(model: PackedModel, folder: str | Path) -> Path:
+    """Write `packed.json` and `packed.safetensors` into a folder; returns it.
+
+    The weights take n bits each. All other tensors are stored in float16 where that holds them exactly, as it
+    does what comes from float16 files, and else as they are. `load_packed` reads the files.
+
+    Raises UserError where the folder cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    layers = {layer.name: layer for layer in model.quantized_layers()}
+    pairs = {name: (layer.weight_quantizer, layer.act_quantizer) for name, layer in layers.items()}
+    numbers = {pair: i for i, pair in enumerate(dict.fromkeys(pairs.values()))}
+    settings = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "starts": model.starts,
+        "train_timesteps": model.train_timesteps,
+        "timestep_arg": model.timestep_arg,
+        "quantizers": [[parameters_of(quantizer) for quantizer in pair] for pair in numbers],
+        "layers": {name: numbers[pair] for name, pair in pairs.items()},
+        "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
+    }
+    if isinstance(model.module, UNet):
+        settings["unet"] = dataclasses.asdict(model.module.config)
+        settings["channels"] = channel_map(model.module)
+    state = {
+        name: (narrow(tensor) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.module.state_dict().items()
+    }
+    with replacing(folder / TENSORS) as partial:
+        save_file(state, partial)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_packed(
+    folder: str | Path,
+    module: nn.Module | UNetConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PackedModel:
+    """Load the model that `save_packed` wrote; its outputs are the saved one's bit for bit.
+
+    The weights are mapped from the file, and read when they are used. `module`: one of the same architecture,
+    whose weights do not matter, or the configuration of our UNet. Our UNet's files name theirs, pruned
+    channels included, so it may be left out. `dtype` is what the model computes in, by default as saved.
+
+    Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module.
+    """
+    device, folder = check_device(device), resolve_input(folder)
+    for file in (CONFIG, TENSORS):
+        if not os.path.lexists(folder / file):
+            raise QuantizationFileError(f"{folder} is no saved packed model: it has no {file}")
+
+    def build(settings: dict[str, object]) -> tuple[dict, nn.Module | None, dict[str, LayerSpec]]:
+        found = _module(settings, module)
+        return settings, found, _specs(settings)
+
+    settings, module, specs = read_json(folder / CONFIG, build, "is damaged", QuantizationFileError)
+    if module is None:
+        raise QuantizationFileError(
+            f"{folder / CONFIG} does not say what the module is: give one to load_packed"
+        )
+    state = read_safetensors(folder / TENSORS, QuantizationFileError)
+    tensors = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in LAYER_TENSORS} for name in specs}
+    _check(folder / TENSORS, module, specs, tensors, state)
+    dtype = getattr(torch, settings["dtype"]) if dtype is None else dtype
+    layers = {name: (spec, tensors[name]) for name, spec in specs.items()}
+    timesteps = Timesteps(settings["starts"], settings["train_timesteps"], settings["timestep_arg"])
+    return PackedModel(module, layers, state, timesteps, dtype).to(device)
+
+
+def _module(settings: dict[str, object], module: nn.Module | UNetConfig | None) -> nn.Module | None:
+    """The module that a file is of, on the meta device if the settings say how to build it."""
+    config, channels = settings.pop("unet", None), settings.pop("channels", {})
+    if module is None and config is not None:
+        with within("unet"):
+            module = from_dict(UNetConfig, config)
+    if isinstance(module, UNetConfig):
+        with torch.device("meta"):
+            return apply_channel_map(UNet(module), channels)
+    return module
+
+
+def _specs(settings: Mapping[str, object]) -> dict[str, LayerSpec]:
+    """How each layer is quantized. Raises UserError for settings that are wrong or missing."""
+    rules = _SETTINGS | {"starts": ANYTHING}
+    check_settings(settings, rules)
+    check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
+    pairs = []
+    for weights, inputs in settings["quantizers"]:
+        if weights is None:
+            raise UserError("quantizers: that of a weight is missing")
+        pairs.append((quantizer_of(weights, weights=True), quantizer_of(inputs, weights=False)))
+    layers, splits = settings["layers"], settings["splits"]
+    if max(layers.values(), default=_MOST) >= len(pairs):
+        raise UserError(f"layers: none, or one that has none of the {len(pairs)} quantizers")
+    for name in splits:
+        if name not in layers or pairs[layers[name]][0].granularity == "group":
+            raise UserError(f"splits: {shown(name)} is no layer, or one with groups of columns")
+    intervals = len(settings["starts"])
+    return {name: LayerSpec(*pairs[i], intervals, splits.get(name)) for name, i in layers.items()}
+
+
+def _check(
+    file: Path,
+    module: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    tensors: Mapping[str, Mapping[str, Tensor | None]],
+    floats: Mapping[str, Tensor],
+) -> None:
+    """Raise QuantizationFileError unless the tensors are of the module, quantized as the specs say."""
+    layers, wanted = dict(module.named_modules()), dict(float_tensors(module, specs))
+    wrong = list(wanted.keys() ^ floats.keys())
+    for name in wanted.keys() & floats.keys():
+        dtypes = DTYPES if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        if floats[name].shape != wanted[name].shape or floats[name].dtype not in dtypes:
+            wrong.append(name)
+    for name, spec in specs.items():
+        layer = layers.get(name)
+        known = is_quantizable(layer) or isinstance(layer, QuantLayer | NBitLayer)
+        if not known or not _fits(layer, spec, tensors[name]):
+            wrong.append(name)
+    if wrong:
+        raise QuantizationFileError(f"{file} is of another module: {listed(sorted(wrong))} differ")
+    damaged = [name for name, tensor in floats.items() if tensor.is_floating_point() and not finite(tensor)]
+    damaged += [name for name in specs if not _sound(tensors[name], specs[name])]
+    if damaged:
+        raise QuantizationFileError(
+            f"{file} is damaged: {listed(sorted(damaged))} hold values that are not finite or out of range; "
+            "copy it again"
+        )
+
+
+def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether tensors are those of a layer in shape and type."""
+    weight = layer.shape if isinstance(layer, NBitLayer) else tuple(layer.weight.shape)
+    if spec.split is not None and not (len(weight) == 4 and spec.split < weight[1]):
+        return False
+    wanted = dict(_wanted(weight, spec))
+    if layer.bias is not None:
+        wanted["bias"] = (weight[:1], DTYPES)
+    return all(
+        (tensor is None) == (kind not in wanted)
+        and (tensor is None or (tuple(tensor.shape) == wanted[kind][0] and tensor.dtype in wanted[kind][1]))
+        for kind, tensor in tensors.items()
+    )
+
+
+def _wanted(weight: tuple[int, ...], spec: LayerSpec) -> Iterator[tuple[str, tuple]]:
+    """Shape and allowed types of each tensor of a layer with a weight of this shape, except the bias."""
+    quantizer, halves = spec.weight_quantizer, () if spec.split is None else (2,)
+    columns = prod(weight[1:])
+    grid = {
+        "tensor": (*halves, 1),
+        "channel": (*halves, weight[0]),
+        "group": (weight[0], -(-columns // quantizer.group_size)),
+    }[quantizer.granularity]
+    yield "packed_weight", (packed_shape(weight, quantizer.n_bits), (torch.uint8,))
+    yield "weight_scale", (grid, DTYPES)
+    if not quantizer.symmetric:
+        yield "weight_zero_point", (grid, (torch.uint8,))
+    if spec.calibrated:
+        yield "act_scale", ((spec.intervals, *halves), DTYPES)
+        if not spec.act_quantizer.symmetric:
+            yield "act_zero_point", ((spec.intervals, *halves), DTYPES)
+
+
+def _sound(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
+    """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
+    _, scale, zeros, act_scale, act_zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
+    floats = (t for t in (scale, act_scale, act_zeros, bias) if t is not None)
+    return (
+        all(finite(t) for t in floats)
+        and bool((scale > 0).all())
+        and (zeros is None or bool((zeros <= spec.weight_quantizer.qmax).all()))
+        and (act_scale is None or bool((act_scale >= 0).all()))
+        and (act_zeros is None or _codes(act_zeros, spec.act_quantizer.qmax))
+    )
+
+
+def _codes(zeros: Tensor, qmax: int) -> bool:
+    return bool(((zeros >= 0) & (zeros <= qmax) & (zeros == zeros.round())).all())

@@ -1,0 +1,43 @@
+"""Bytes of a compressed UNet, as a file has them or as a packed file would have them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sdcomp.evaluation import weight_bytes
+from sdcomp.integer import Int8Model
+from sdcomp.pruning import disk_sizes
+from sdcomp.quantization import QuantLayer, QuantModel
+
+
+def packed_bytes(unet: nn.Module) -> int:
+    """Bytes that a UNet's tensors would take if packed. Nothing writes such a file.
+
+    A weight that simulates n bits counts n bits, any other number counts its own type. Scales count too.
+    Where it saves bytes, zeros are left out: a tensor then counts one bit an entry for where they are.
+    """
+    integers, width = {}, 0
+    if isinstance(unet, QuantModel) and unet.weight_quantizer is not None:
+        width = unet.weight_quantizer.n_bits
+        layers = ((n, layer) for n, layer in unet.named_modules() if isinstance(layer, QuantLayer))
+        integers = {f"{name}.weight": layer for name, layer in layers}
+    total = 0
+    for name, tensor in unet.state_dict().items():
+        bits = width if name in integers else 8 * tensor.element_size()
+        values = integers[name].integer_weight() if name in integers else tensor
+        n, nonzero = values.numel(), int(values.count_nonzero())
+        total += -(-min(n * bits, n + nonzero * bits) // 8)
+    return total
+
+
+def stored_bytes(unet: nn.Module) -> tuple[int, bool]:
+    """Bytes of a UNet on disk, and whether `sdcomp.save` writes a file of that size.
+
+    Where it does not (simulated low bits, zeros left out) the bytes are `packed_bytes`.
+    """
+    if isinstance(unet, Int8Model):
+        return disk_sizes(unet.module)["dense"], True
+    packed = packed_bytes(unet)
+    if packed < weight_bytes(unet):
+        return packed, False
+    return disk_sizes(unet)["dense"], True

@@ -1,0 +1,102 @@
+"""Packed integers against a slow packer of whole numbers, and dequantized weights against numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sdcomp.integer import to_packed
+from sdcomp.integer.packing import block, pack, packed_shape, unpack
+from sdcomp.quantization import QuantModel
+
+BITS = range(2, 9)
+
+
+def slow_pack(codes: np.ndarray, n_bits: int) -> np.ndarray:
+    """One block after the other, as a whole number of any length."""
+    count = next(c for c in range(1, 9) if c * n_bits % 8 == 0)
+    rows, columns = codes.shape
+    height = (rows + count - 1) // count
+    packed = np.zeros((count * n_bits // 8, height, columns), dtype=np.uint8)
+    for row in range(height):
+        for column in range(columns):
+            number = 0
+            for i in range(count):
+                if i * height + row < rows:
+                    number += int(codes[i * height + row, column]) * 2 ** (n_bits * i)
+            packed[:, row, column] = list(number.to_bytes(len(packed), "little"))
+    return packed
+
+
+def slow_unpack(packed: np.ndarray, n_bits: int, rows: int) -> np.ndarray:
+    count, height = 8 * len(packed) // n_bits, packed.shape[1]
+    codes = np.zeros((rows, packed.shape[2]), dtype=np.int64)
+    for row in range(rows):
+        i, place = divmod(row, height)
+        assert i < count
+        for column in range(packed.shape[2]):
+            number = int.from_bytes(packed[:, place, column].tobytes(), "little")
+            codes[row, column] = number // 2 ** (n_bits * i) % 2**n_bits
+    return codes
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_bytes_are_those_of_a_slow_packer(n_bits, rows, columns, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**n_bits, (rows, columns), dtype=np.uint8)
+    packed = pack(torch.from_numpy(codes), n_bits)
+    assert packed.shape == packed_shape((rows, columns), n_bits)
+    assert np.array_equal(packed.numpy(), slow_pack(codes, n_bits))
+    assert np.array_equal(unpack(packed, n_bits, rows).numpy(), codes)
+
+
+@pytest.mark.parametrize("n_bits", BITS)
+def test_no_bit_is_wasted(n_bits):
+    codes, size = block(n_bits)
+    assert codes * n_bits == 8 * size
+    assert pack(torch.zeros(40, 7, dtype=torch.uint8), n_bits).numel() * 8 == 40 * 7 * n_bits
+
+
+GRIDS = st.one_of(
+    st.fixed_dictionaries({"granularity": st.sampled_from(["tensor", "channel"])}),
+    st.fixed_dictionaries({"granularity": st.just("group"), "group_size": st.integers(1, 80)}),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n_bits=st.integers(2, 8), symmetric=st.booleans(), grid=GRIDS, rows=st.integers(1, 20),
+    columns=st.integers(1, 70), kernel=st.sampled_from([None, 1, 3]), chunk=st.sampled_from([1, 100, 2**19]),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_dense_weights_are_those_of_the_simulation_and_of_numpy(
+    n_bits, symmetric, grid, rows, columns, kernel, chunk, seed
+):
+    layer = nn.Linear(columns, rows) if kernel is None else nn.Conv2d(columns, rows, kernel)
+    with torch.no_grad():
+        layer.weight.copy_(
+            torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) + 0.3
+        )
+        layer.weight[0] = 0  # as pruning leaves it
+    params = {"n_bits": n_bits, "symmetric": symmetric, **grid}
+    q = QuantModel(layer, weight_quant_params=params, act_quant_params=None)
+    simulated, packed = q.quantized_layers()[0], to_packed(q).module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdcomp.integer.packing._CHUNK", chunk)
+        assert torch.equal(packed.dense_weight(torch.float32), simulated.fake_weight())
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(packed.dense_weight(dtype), simulated.fake_weight().to(dtype))
+    assert packed.integer_weight().dtype == simulated.integer_weight().dtype
+    assert torch.equal(packed.integer_weight(), simulated.integer_weight())
+
+    codes = slow_unpack(packed.packed_weight.numpy(), n_bits, rows)
+    width = {"tensor": codes.size, "channel": codes.shape[1]}.get(grid["granularity"], grid.get("group_size"))
+    group = np.arange(codes.shape[1]) // width
+    scale = packed.weight_scale.float().numpy().reshape(-1, group[-1] + 1)[:, group]
+    zero = 2 ** (n_bits - 1) - 1
+    if not symmetric:
+        zero = packed.weight_zero_point.numpy().astype(np.int64).reshape(-1, group[-1] + 1)[:, group]
+    wanted = (codes - zero).astype(np.float32) * scale
+    assert np.array_equal(packed.dense_weight(torch.float32).numpy().reshape(rows, -1), wanted)

@@ -1,0 +1,220 @@
+"""Rows of results: written, read back, and found again in the reports of other runs."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_variants import variants
+
+from sdcomp.errors import UserError
+from sdcomp.study import FP32, pruned, quantized, results
+from sdcomp.study.results import COLUMNS, columns, matching_results, read_reports, read_rows, select, typed
+
+ABOUT = st.dictionaries(st.sampled_from(["timestep", "component", "budget"]), st.integers(0, 9))
+
+
+@given(variants(), ABOUT)
+def test_a_variant_is_read_back_from_its_row(variant, about):
+    row = columns(variant, about)
+    found = typed({"method": row["method"], "parameters": json.loads(row["parameters"])})
+    assert (found["variant"], found["about"], found["label"]) == (variant, about, variant.label)
+
+
+@given(st.sampled_from(["machine", "reader", "training: UNet", "unstructured", "removed, recovered"]), ABOUT)
+def test_a_row_about_something_else_has_no_variant(name, about):
+    row = columns(name, about)
+    found = typed({"method": row["method"], "parameters": json.loads(row["parameters"])})
+    assert (found["variant"], found["about"], found["label"]) == (None, about, name)
+
+
+def test_a_field_of_the_variant_is_not_said_twice():
+    with pytest.raises(ValueError, match="^amount, k: give this to the Variant"):
+        columns(FP32, {"amount": 0.3, "k": 2, "timestep": 1})
+
+
+def write(path: Path, *rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_numbers_are_numbers_and_empty_cells_are_nan(tmp_path):
+    write(
+        tmp_path / "metrics.csv", {**columns(FP32, {"timestep": 9}), "metric": "a", "value": "0.5", "n": "8"}
+    )
+    (row,) = read_rows(tmp_path / "metrics.csv")
+    assert (row["variant"], row["about"], row["value"], row["n"]) == (FP32, {"timestep": 9}, 0.5, 8.0)
+    assert math.isnan(row["ci_low"]) and row["baseline"] == ""
+
+
+BROKEN = {
+    "empty": "",
+    "cut short": ",".join(COLUMNS) + "\nr,s,data/tiny,m",
+    "too long": ",".join(COLUMNS) + "\n" + "," * 20,
+    "no numbers": ",".join(COLUMNS) + "\nr,s,data/tiny,m,{},metric,high,,,,,\n",
+    "no parameters": ",".join(COLUMNS) + "\nr,s,data/tiny,m,amount,metric,1,,,,,\n",
+    "parameters of another kind": ",".join(COLUMNS) + "\nr,s,data/tiny,m,3,metric,1,,,,,\n",
+    "other columns": "a,b\n1,2\n",
+    "not text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_file_that_is_not_a_report_is_named(tmp_path, content):
+    path = tmp_path / "02_pruning" / "metrics.csv"
+    path.parent.mkdir()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        UserError, match=r"metrics.csv .*: run the studies|metrics.csv is not a complete table.*again$"
+    ):
+        read_reports(tmp_path, "data/tiny")
+
+
+def test_a_folder_without_reports_is_named(tmp_path):
+    with pytest.raises(UserError, match="is about 'data/tiny': run the studies first"):
+        read_reports(tmp_path, "data/tiny")
+
+
+def test_reports_are_read_with_their_folder_and_for_one_model(tmp_path):
+    for folder, model in (("02_pruning", "data/tiny"), ("02_again", "data/tiny"), ("03_other", "another")):
+        row = {**columns(FP32, {}), "study": "02_pruning", "model": model, "value": "1"}
+        write(tmp_path / folder / "metrics.csv", row)
+    found = read_reports(tmp_path, "data/tiny")
+    assert [row["report"] for row in found] == ["02_again", "02_pruning"]
+
+
+def test_rows_are_selected_by_variant_columns_and_what_they_are_about():
+    some = [
+        typed({**columns(variant, about), "parameters": variant.parameters | about, "metric": metric})
+        for variant in (FP32, pruned("removed", 0.5))
+        for about in ({}, {"component": "UNet", "steps": 5})
+        for metric in ("time", "bytes")
+    ]
+    assert len(select(some, metric="time")) == 4 and len(select(some, variant=FP32)) == 4
+    assert len(select(some, {"component": "UNet"}, variant=FP32, metric="time")) == 1
+    assert select(some, {"component": "decoder"}) == []
+
+
+# Reports of the same images
+
+SETTINGS = {"seed": 0, "n_images": 4, "steps": 20, "sampler": "ddim", "guidance_scale": 4.0}
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch) -> Path:
+    """An empty folder of a report, in a repository of its own."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    folder = tmp_path / "reports" / "02_pruning"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("record", "rows"),
+    [
+        ({}, 1),
+        ({"weights": {"unet": "other"}}, 0),
+        ({"parameters": {**SETTINGS, "n_images": 8}}, 0),
+        ({"parameters": {**SETTINGS, "model": "elsewhere/the/same"}}, 1),
+        ({"parameters": {**SETTINGS, "guidance_scale": 2.0}}, 0),
+        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 4.0}, 1),
+        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 7.5}, 0),
+        ({"parameters": {**SETTINGS, "dtype": "float32"}}, 1),
+        ({"parameters": {**SETTINGS, "dtype": "float16"}}, 0),
+        ({"weights": {}}, 0),
+        ({"weights": None}, 0),
+    ],
+    ids=str,
+)
+def test_only_reports_of_the_same_weights_and_settings_are_read(report, record, rows):
+    parameters = {**SETTINGS, "model": "data/tiny", "dtype": "float32", "guidance_scale": ""}
+    run = SimpleNamespace(parameters=parameters, facts={"guidance_scale": 4.0}, weights=lambda: {"unet": "a"})
+    assert matching_results(run, "02_pruning") == []
+    variant = pruned("unstructured", 0.3)
+    write(report / "metrics.csv", {**columns(variant, {}), "metric": "a", "value": "90.1"})
+    content = {"parameters": {**SETTINGS, "model": "data/tiny"}, "weights": {"unet": "a"}} | record
+    (report / "run.json").write_text(json.dumps(content))
+    found = matching_results(run, "02_pruning")
+    assert [(row["variant"], row["value"]) for row in found] == [(variant, 90.1)] * rows
+
+
+def test_a_model_with_unknown_weights_matches_no_report(report):
+    write(report / "metrics.csv", {**columns(FP32, {}), "value": "1"})
+    (report / "run.json").write_text(json.dumps({"parameters": SETTINGS, "weights": {}}))
+    run = SimpleNamespace(parameters=SETTINGS, facts={}, weights=dict)
+    assert matching_results(run, "02_pruning") == []
+
+
+# Rows of old reports
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "variant"),
+    [
+        ("full precision", {}, FP32),
+        ("unpruned", {}, FP32),
+        ("fp32", {"amount": 0.0}, FP32),
+        ("masked", {"amount": 0.4}, pruned("unstructured", 0.4)),
+        ("masked channels", {"amount": 0.05}, pruned("masked channels", 0.05)),
+        (
+            "removed, recovered",
+            {"amount": 0.45, "recover_steps": 9},
+            pruned("removed", 0.45, recover_steps=9),
+        ),
+        ("one block", {"amount": 0.3, "block": "out.1"}, pruned("unstructured", 0.3, block="out.1")),
+        ("weights_only", {"weight_bits": 4, "act_bits": 32}, quantized("weights_only", 4)),
+        (
+            "timestep_mse",
+            {"weight_bits": 6, "act_bits": 6, "k": 5},
+            quantized("timestep_mse", 6, 6, 5),
+        ),
+        (
+            "removed, recovered + int8",
+            {"amount": 0.25, "recover_steps": 400, "weight_bits": 8, "act_bits": 8, "k": 10},
+            quantized(
+                "timestep_mse", 8, 8, 10, of=pruned("removed", 0.25, recover_steps=400), execution="int8"
+            ),
+        ),
+        ("simulated", {"amount": 0.0}, quantized("timestep_mse", 8, 8, 5)),
+        ("machine", {"of": "int8"}, None),
+        ("removed", {}, None),  # a knee
+        ("10 % removed, int8", {"budget": 0.25, "form": "file"}, None),
+    ],
+)
+def test_a_row_of_an_old_report_is_read_as_one_of_today(tmp_path, method, parameters, variant):
+    old = {"method": method, "parameters": json.dumps(parameters | {"timestep": 9}), "value": "1"}
+    write(tmp_path / "metrics.csv", old)
+    (row,) = read_rows(tmp_path / "metrics.csv")
+    assert row["variant"] == variant and row["label"] == (variant.label if variant else method)
+    assert row["about"]["timestep"] == 9
+
+
+def test_the_baseline_of_an_old_comparison_is_the_variant_at_the_same_numbers(tmp_path):
+    bits = {"weight_bits": 6, "act_bits": 6, "k": 10}
+    rows = [
+        ("timestep_mse", "mse", bits),
+        ("removed, recovered", "removed", {"amount": 0.5, "recover_steps": 9}),
+    ]
+    write(
+        tmp_path / "metrics.csv",
+        *({"method": m, "baseline": b, "parameters": json.dumps(p), "value": "1"} for m, b, p in rows),
+    )
+    found = [row["baseline"] for row in read_rows(tmp_path / "metrics.csv")]
+    assert found == [quantized("mse", 6, 6).label, pruned("removed", 0.5).label]
+
+
+def test_every_row_of_the_committed_reports_is_about_what_its_columns_say():
+    """No old name is left: what is not a variant is an instrument, a training, a knee or a recommendation."""
+    others = set()
+    for path in sorted(results.ROOT.glob("reports/[0-9][0-9]_*/metrics.csv")):
+        others |= {
+            row["metric"] for row in read_rows(path) if row["variant"] is None and "00_" not in str(path)
+        }
+    assert others <= {"peak", "knee", "recommended"}

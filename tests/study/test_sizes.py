@@ -1,0 +1,48 @@
+"""Bytes of compressed UNets, by hand and against files that are really written."""
+
+import torch
+from torch import nn
+
+from sdcomp.integer import save_int8, to_int8
+from sdcomp.pruning import disk_sizes, prune_structured, prune_unstructured
+from sdcomp.quantization import Calibrator, QuantModel
+from sdcomp.study.sizes import packed_bytes, stored_bytes
+
+
+def layer(*weights):
+    module = nn.Linear(len(weights), 1, bias=False)
+    module.weight.data[:] = torch.tensor(weights)
+    return module
+
+
+def test_packed_bytes_by_hand():
+    assert packed_bytes(layer(*[1.0] * 16)) == 64
+    # 12 of 16 zero: 16 bits that say where, and 4 float32.
+    assert packed_bytes(layer(*[0.0] * 12, *[1.0] * 4)) == 2 + 16
+    # 4 bits each; beside them a scale (4 bytes), a flag, and the interval's start, whose zero takes a bit.
+    model = QuantModel(layer(*[1.0] * 16), weight_quant_params={"n_bits": 4}, act_quant_params=None)
+    assert packed_bytes(model) == 8 + 4 + 1 + 1
+    sparse = layer(*[0.0] * 12, *[1.0] * 4)
+    model = QuantModel(sparse, weight_quant_params={"n_bits": 4}, act_quant_params=None)
+    assert packed_bytes(model) == 2 + 2 + 4 + 1 + 1
+
+
+def test_only_what_is_written_counts_as_a_file(small):
+    dense = disk_sizes(small.unet)["dense"]
+    assert stored_bytes(small.unet) == (dense, True)
+    size, real = stored_bytes(prune_structured(small.unet, 0.5, mode="remove"))
+    assert real and size < 0.8 * dense
+    size, real = stored_bytes(prune_unstructured(small.unet, 0.5))
+    assert not real and 0.5 * dense < size < 0.8 * dense
+    simulated = QuantModel(small.unet)
+    Calibrator(small, simulated).calibrate(["a star"], steps=2, batch_size=1)
+    size, real = stored_bytes(simulated)
+    assert not real and size < 0.5 * dense
+
+
+def test_an_int8_model_takes_its_file(small, tmp_path):
+    simulated = QuantModel(prune_unstructured(small.unet, 0.5))
+    Calibrator(small, simulated).calibrate(["a star"], steps=2, batch_size=1)
+    int8 = to_int8(simulated)
+    size, real = stored_bytes(int8)
+    assert real and size == (save_int8(int8, tmp_path) / "int8.safetensors").stat().st_size

@@ -1,0 +1,128 @@
+"""Tables of reports/benchmarks, from the files that the scripts in tests/benchmarks write."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+REPORTS = Path(__file__).resolve().parents[1] / "reports"
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of `reports/<name>.csv`, as text."""
+    with open(REPORTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _benchmark(name: str, columns: dict[str, tuple[str, str]], of: str = "") -> str:
+    """A table of a benchmark's file; `columns` maps a heading to a column (or "low..high") and a format.
+
+    Only rows with a value in the column `of` are shown, if that is given.
+    """
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in read(f"benchmarks/{name}"):
+        if not of or row[of]:
+            cells = [_cell(row, column, form) for column, form in columns.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict, column: str, form: str) -> str:
+    values = [row[name] for name in column.split("..")]
+    if not any(values):
+        return ""
+    return " to ".join(format(float(value), form) if value and form else value for value in values)
+
+
+def loading_table() -> str:
+    """Time and memory of loading Stable Diffusion 1.5, here and in diffusers."""
+    columns = {
+        "file": ("case", ""), "as": ("dtype", ""), "with": ("loader", ""), "loaded in (s)": ("load_s", ".2f"),
+        "range (s)": ("load_low..load_high", ".2f"), "and read through (s)": ("read_s", ".2f"),
+        "peak anonymous memory (GB)": ("peak_GB", ".2f"), "loads": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("loading", columns, of="load_s")
+
+
+def steps_table() -> str:
+    """A guided step of Stable Diffusion 1.5's UNet here and in diffusers."""
+    columns = {
+        "type": ("dtype", ""), "with": ("loader", ""), "step (s)": ("step_s", ".2f"),
+        "range": ("step_low..step_high", ".2f"), "largest difference": ("max_difference", ".1e"),
+        "steps": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("steps", columns)
+
+
+def quantization_table(model: str) -> str:
+    """Cost of simulated quantization."""
+    columns = {
+        "": ("kind", ""), "method": ("method", ""), "quantizes": ("quantizes", ""),
+        "seconds": ("seconds", ".2f"), "relative": ("ratio", ".2f"),
+        "range": ("ratio_low..ratio_high", ".2f"), "n": ("repeats", ""),
+    }  # fmt: skip
+    return _benchmark(f"quantization_{model}", columns)
+
+
+def pruning_table() -> str:
+    """Cost of pruning."""
+    columns = {
+        "what is pruned": ("kind", ""), "with": ("method", ""), "seconds": ("seconds", ".1f"),
+        "peak memory beyond the UNet (MiB)": ("extra_peak_MiB", ".0f"), "not zero": ("nonzero", ",.0f"),
+        "note": ("failed", ""),
+    }  # fmt: skip
+    return _benchmark("pruning_sd15", columns)
+
+
+def removal_table() -> str:
+    """Gain of removal in time."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "parameters": ("parameters", ",.0f"),
+        "MACs saved": ("macs_saved", ".1%"), "time saved": ("time_saved", ".1%"),
+        "steps (s)": ("step_whole_s..step_smaller_s", ".2f"),
+        "share of time / share of MACs": ("time_saved_per_macs_saved", ".2f"), "n": ("repeats", ".0f"),
+    }  # fmt: skip
+    return _benchmark("removal_sd15", columns)
+
+
+def removal_quality_table() -> str:
+    """Images after removal."""
+    columns = {
+        "method": ("method", ""), "amount": ("amount", ""), "MACs left": ("macs", ".0%"),
+        "parameters": ("parameters", ",.0f"), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to the whole": ("difference", ".1f"),
+        "95 % interval": ("difference_low..difference_high", ".1f"),
+        "minus Torch-Pruning at": ("beside", ""), "advantage": ("advantage", ".1f"),
+        "its 95 % interval": ("advantage_low..advantage_high", ".1f"),
+    }  # fmt: skip
+    return _benchmark("removal_base", columns)
+
+
+def int8_table(model: str) -> str:
+    """One UNet step in integers, here and elsewhere."""
+    columns = {
+        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
+        "interval": ("speedup_low..speedup_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
+        "n": ("n", ".0f"), "note": ("note", ""),
+    }  # fmt: skip
+    return _benchmark(f"int8_{model}", columns)
+
+
+def int8_where_table() -> str:
+    """The time of a step in integers, by kind of operation."""
+    columns = {"kind of operation": ("kind", ""), "seconds": ("seconds", ".2f"), "share": ("share", ".0%")}
+    return _benchmark("int8_sd15_where", columns)
+
+
+TABLES = {
+    "loading": loading_table,
+    "steps": steps_table,
+    "quantization, SD 1.5": lambda: quantization_table("sd15"),
+    "quantization, tiny": lambda: quantization_table("base"),
+    "pruning": pruning_table,
+    "removal": removal_table,
+    "images after removal": removal_quality_table,
+    "int8, SD 1.5": lambda: int8_table("sd15"),
+    "int8, where": int8_where_table,
+    "int8, tiny": lambda: int8_table("base"),
+}
