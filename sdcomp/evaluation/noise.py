@@ -1,4 +1,4 @@
-"""How far a compressed UNet's noise predictions are from the full one's."""
+"""The error of a compressed UNet's noise predictions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def noise_mse(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Mean squared error of guided noise predictions at each step and image, `(S, N)`.
+    """Mean squared error of guided noise predictions for each step and image, `(S, N)`.
 
-    `trace` is of `sd.generate(prompts, ...)`: `unet` is asked for its prediction at the very latents that
-    the full UNet met on its way, so that what is measured is one step's error, not where it led.
-    `batch_size` is by default the model's own. Raises ValueError for another number of prompts than the
-    trace has images.
+    `trace` is that of `sd.generate(prompts, ...)` with the full UNet. `unet` predicts the noise of the same
+    latents, so errors do not add up over the steps. The default `batch_size` is the model's own. Raises
+    ValueError unless there is one prompt for each image of the trace.
     """
     steps, n = trace.latents.shape[:2]
     if len(prompts) != n:
