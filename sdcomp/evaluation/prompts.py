@@ -38,11 +38,11 @@ class Prompts:
 
 
 def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
-    """Load the first `n` prompts of a set: "test", "unseen" (tiny model only), "calibration", or a file.
+    """Load the first `n` prompts of a set ("test", "calibration", "final", "unseen") or of a file.
 
-    The sets are disjoint files in `data/prompts`. Your own file is a `.txt` with one prompt a line, or a
-    `.jsonl` with lines like `{"prompt": "..."}`. Raises UserError for a set with fewer prompts, and for a
-    file that is missing or has another form.
+    The sets are disjoint files in `data/prompts`; only the tiny model has "final" and "unseen". Your own
+    file is a `.txt` with one prompt a line, or a `.jsonl` with lines like `{"prompt": "..."}`. Raises
+    UserError for a set with fewer prompts, and for a file that is missing or has another form.
     """
     kind = "scenes" if sd.reader is not None else "sd15"
     path = resolve_input(name if name.endswith((".txt", ".jsonl")) else FOLDER / f"{kind}_{name}.jsonl")

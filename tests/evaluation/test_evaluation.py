@@ -400,7 +400,7 @@ SCENES, PHOTOS = SimpleNamespace(reader=SceneReader(width=8)), SimpleNamespace(r
 
 def test_prompts_are_the_first_of_their_set_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, size in (("test", 512), ("unseen", 256), ("calibration", 512)):
+    for name, size in (("test", 256), ("final", 256), ("unseen", 256), ("calibration", 512)):
         prompts = load_prompts(SCENES, name, size)
         assert len(prompts) == len(prompts.texts) == len(prompts.scenes) == size
         assert all(isinstance(scene, Scene) for scene in prompts.scenes)
@@ -429,8 +429,8 @@ def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
     ("sd", "name", "n", "message"),
     [
         (SCENES, "test", 257, "n_images must be 1 to 256, the size of scenes_test.jsonl, not 257"),
-        (SCENES, "test", 0, "n_images must be 1 to 512"),
-        (SCENES, "test", -3, "n_images must be 1 to 512"),
+        (SCENES, "test", 0, "n_images must be 1 to 256"),
+        (SCENES, "test", -3, "n_images must be 1 to 256"),
         (SCENES, "validation", 1, "scenes_validation.jsonl is missing"),
         (PHOTOS, "unseen", 1, "sd15_unseen.jsonl is missing: there is no 'unseen' prompt set for this model"),
     ],
