@@ -23,6 +23,7 @@ from sdcomp.files import resolve_input, write_text
 from sdcomp.integer import (
     Int8Model,
     PackedModel,
+    int8_files,
     load_int8,
     load_packed,
     packed_files,
@@ -30,9 +31,8 @@ from sdcomp.integer import (
     save_packed,
     to_packed,
 )
-from sdcomp.integer import files as int8_files
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
 from sdcomp.quantization.layers import is_quantizable
 

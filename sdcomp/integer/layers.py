@@ -141,8 +141,8 @@ class Int8Linear(Int8Layer):
 
     _channels = -1
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedLinear:
-        return kernels.PackedLinear(weight, scale)
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PrepackedLinear:
+        return kernels.PrepackedLinear(weight, scale)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
@@ -187,12 +187,12 @@ class Int8Conv2d(Int8Layer):
         self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
         self._padding = layer.padding if self._inside else (0, 0)
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Packed:
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Prepacked:
         plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
         if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return kernels.PackedConvAsMatmul(weight, scale, self._padding)
+            return kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
         geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
-        return kernels.PackedConv2d(weight, scale, *geometry)
+        return kernels.PrepackedConv2d(weight, scale, *geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._inside:

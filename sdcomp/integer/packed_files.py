@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES
-from sdcomp.integer.model import float_tensors
+from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
 from sdcomp.integer.nbit import NBitLayer, narrow
 from sdcomp.integer.packed import PackedModel, Timesteps
 from sdcomp.integer.packing import packed_shape
-from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
-from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
 from sdcomp.quantization.specs import parameters_of, quantizer_of

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.observation import weight_matrix
-from sdcomp.second_order import inverse_factor
+from sdcomp.column_sweep import inverse_factor
+from sdcomp.moments import weight_matrix
 
 STEPS = 64
 """The most steps in which `removal_levels` removes the units of a group."""

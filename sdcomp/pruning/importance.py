@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.observation import input_columns, second_moments, weight_matrix
+from sdcomp.moments import input_columns, second_moments, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
 
 RIDGE = 0.05

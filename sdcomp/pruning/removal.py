@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from sdcomp.budgets import Curve, allocate, lower_hull
-from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
+from sdcomp.model.prune_groups import PruneGroup, keep_units, prune_groups
 from sdcomp.pruning.elimination import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.channels import PruneGroup, keep_units
+from sdcomp.model.prune_groups import PruneGroup, keep_units
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 from sdcomp.pruning.removal import group_levels, groups_below, remove_units

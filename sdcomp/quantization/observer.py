@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.observation import LastInput
+from sdcomp.moments import LastInput
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import UniformQuantizer

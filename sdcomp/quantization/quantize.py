@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.observation import MomentObserver, can_observe, weight_matrix
+from sdcomp.moments import MomentObserver, can_observe, weight_matrix
 from sdcomp.quantization.calibration import Calibrator
-from sdcomp.quantization.checkpoint import RoundingCheckpoint
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.recipes import Recipe, build, recipe_of
+from sdcomp.quantization.resume import RoundingCheckpoint
 
 MEMORY = 8 * 2**30
 """Bytes of second moments that are gathered in one pass by default."""

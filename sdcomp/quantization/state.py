@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.observation import LastInput
+from sdcomp.moments import LastInput
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
-from sdcomp.model.files.checkpoint import listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.quantizer import GRANULARITIES, SCALE_METHODS

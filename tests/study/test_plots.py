@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sdcomp.study import FP32, error_band, heat_map, label_ends, plot_front, pruned, scatter
-from sdcomp.study.front import group
+from sdcomp.study.pareto import group
 from sdcomp.study.variants import PUBLISHED
 
 

@@ -2,7 +2,7 @@
 
 Rounding to nearest changes each weight by itself. What a layer's output loses is tr(D H D^T), with D the
 change of the weight matrix and H the second moments of the inputs. The columns are rounded in order, and the
-columns after each take up as much of its error as they can: see `sdcomp.second_order`.
+columns after each take up as much of its error as they can: see `sdcomp.column_sweep`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdcomp.observation import weight_matrix
+from sdcomp.column_sweep import descend, inverse_factor, sweep
+from sdcomp.moments import weight_matrix
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
-from sdcomp.second_order import descend, inverse_factor, sweep
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SecondOrderRounding:
 
 
 class _Rounding:
-    """The `sdcomp.second_order.Rule` that rounds columns to a layer's grids."""
+    """The `sdcomp.column_sweep.Rule` that rounds columns to a layer's grids."""
 
     def __init__(self, layer: QuantLayer) -> None:
         self.quantizer: UniformQuantizer = layer.weight_quantizer

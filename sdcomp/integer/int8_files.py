@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES, choose_execution
+from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
-from sdcomp.integer.model import Int8Model, float_tensors
-from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
-from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
 from sdcomp.model.layers import Linear
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantConv2d, QuantLinear
 from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
