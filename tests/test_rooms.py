@@ -26,6 +26,8 @@ LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 LATE_IMPORTS = {
     ("sdcomp.model.text", "tokenizers.pre_tokenizers"): "only training needs it",
     ("sdcomp.model.files.loading", "huggingface_hub"): "only models by a hub name need it",
+    ("sdcomp.study.peers", "optimum"): "an optional package",
+    ("sdcomp.study.peers", "torchao.quantization"): "an optional package",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",
 }
