@@ -1,4 +1,4 @@
-"""Where files are found, and how they are written so that nothing is lost."""
+"""Find files to read, and write files so that a failed write loses nothing."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from sdcomp.errors import UserError
 
 _SOURCE = Path(__file__).resolve().parents[1]
 ROOT = _SOURCE if (_SOURCE / "pyproject.toml").exists() else Path.cwd()
-"""The repository; the working directory where the package is installed without one."""
+"""The repository's folder; the working directory if the package is installed without the repository."""
 
 _HERE = f"@{platform.node()}.partial"
 
 
 def resolve_input(path: str | Path) -> Path:
-    """A path to read: as given, or, if relative and not there, the same from the repository's root."""
+    """Return a path to read: `path` itself, or, if only that exists, `path` below the repository's root."""
     path = Path(os.path.expanduser(path))
-    # os.path.exists is False, and raises nothing, for a name that is too long or holds a null character.
+    # For names that are too long or hold a null character, os.path.exists returns False and raises nothing.
     return ROOT / path if not os.path.exists(path) and os.path.exists(ROOT / path) else path
 
 
 def regular(file: Path, error: type[UserError] = UserError, most: int | None = None) -> Path:
-    """The file, if opening it cannot block: neither a folder nor a pipe, a socket or a device.
+    """Return `file` if it is a regular file: opening anything else could block.
 
-    Raises `error` for those, for a file that is missing or cannot be reached, and for one of more than
-    `most` bytes.
+    Raises `error` for a folder, a pipe, a socket or a device, for a file that is missing or cannot be
+    reached, and for a file of more than `most` bytes.
     """
     try:
         status = file.stat()
@@ -48,16 +48,17 @@ def regular(file: Path, error: type[UserError] = UserError, most: int | None = N
         raise error(f"{file} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
-        raise error(f"{file} is {kind}, not a file; copy the file that belongs there")
+        raise error(f"{file} is {kind}, not a file; put the right file in its place")
     if most is not None and status.st_size > most:
         raise error(f"{file} has {status.st_size} bytes, but at most {most} are read; copy the right file")
     return file
 
 
 def resolve_output(path: str | Path) -> Path:
-    """A path to write: relative ones are the caller's, but inside the repository they start at its root.
+    """Return a path to write: inside the repository, relative paths start at the repository's root.
 
-    A notebook run from its own folder therefore writes where the same parameters write from the root.
+    So a notebook writes to the same place whether it runs in its own folder or in the root. Outside the
+    repository, relative paths start at the working directory, as usual.
     """
     path = Path(os.path.expanduser(path))
     return ROOT / path if Path.cwd().is_relative_to(ROOT) else path
@@ -65,16 +66,16 @@ def resolve_output(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, in a folder of its own beside `path`, which takes its place when all went well.
+    """Yield a temporary path to write to; if the block succeeds, the new file replaces `path` in one step.
 
-    A killed or failed write leaves the file that was there before, and processes that write the same file
-    at the same time do not meet. Raises UserError when the file cannot be written, on a full disk for
-    example.
+    The temporary path is in a folder of its own beside `path`. A killed or failed write leaves the old file
+    as it was, and several processes can write the same file at the same time. Raises UserError if the file
+    cannot be written, for example on a full disk.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
-        # A folder, since safetensors writes to a temporary file beside the one that it is given.
+        # A folder, because safetensors writes a temporary file beside the file that it is given.
         name = {"prefix": f"{path.name}.", "suffix": f".{os.getpid()}{_HERE}"}
         with TemporaryDirectory(**name, dir=path.parent) as folder:
             partial = Path(folder, path.name)
@@ -91,18 +92,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder; of those on other machines nothing is known."""
+    """Remove the temporary folders of killed processes; only this machine's processes can be checked."""
     for partial in folder.glob(f"*{glob.escape(_HERE)}"):
         try:
-            os.kill(int(partial.name.removesuffix(_HERE).rpartition(".")[2]), 0)  # asks, and sends nothing
+            # Signal 0 only asks whether the process exists.
+            os.kill(int(partial.name.removesuffix(_HERE).rpartition(".")[2]), 0)
         except ProcessLookupError:
             shutil.rmtree(partial, ignore_errors=True)
-        except PermissionError:  # somebody else's, and alive
+        except PermissionError:  # another user's process, still alive
             pass
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as `replacing` does."""
+    """Write a text file in one step, as `replacing` does. Raises UserError if it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

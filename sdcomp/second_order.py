@@ -4,7 +4,8 @@ Let H = mean of x x^T over the rows x that a weight matrix W multiplies. Then th
 output is tr(D H D^T) for a change D of W. Optimal Brain Surgeon (Hassibi & Stork 1993, equation 5) changes
 one weight and moves all others to where this error is least. GPTQ (Frantar et al. 2023, algorithm 1) and
 SparseGPT (Frantar & Alistarh 2023, algorithm 1) do this for all rows of W at once, column by column: what a
-column's change costs in the output is taken up by the columns after it.
+column's change costs in the output is taken up by the columns after it. Afterwards each column can be chosen
+once more, given all the others: coordinate descent (QuantEase, Behdin et al. 2023, algorithm 1).
 """
 
 from __future__ import annotations
@@ -78,3 +79,48 @@ def sweep(weight: Tensor, factor: Tensor, rule: Rule, *, block: int = 128) -> Te
         weight[:, start:end] = part.T
         weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
     return weight
+
+
+@torch.no_grad()
+def descend(
+    weight: Tensor,
+    changed: Tensor,
+    moments: Tensor,
+    rule: Rule,
+    *,
+    passes: int,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Tensor:
+    """Lower the error of a matrix that `sweep` made: choose each column anew, given all the others.
+
+    With D = changed - weight, the error tr(D H D^T) is least where column j of D is -(sum over i != j of
+    D_i H_ij) / H_jj; `rule.column` takes that value to an allowed one nearby. Never raises the error if the
+    rule takes the nearest allowed value. `rule.begin` is not called. Returns a new matrix; stops early when a
+    pass changes nothing.
+    """
+    weight, changed = weight.float(), changed.float().clone()
+    diagonal = moments.diagonal() + damping * moments.diagonal().mean()
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+    for _ in range(passes):
+        moved = False
+        for start in range(0, weight.shape[1], block):
+            columns = slice(start, min(start + block, weight.shape[1]))
+            # The gradient of the block's columns; one column is one row of memory.
+            difference = changed - weight
+            slope = (difference @ moments[:, columns]).T.contiguous()
+            slope += damping * moments.diagonal().mean() * difference[:, columns].T
+            part = changed[:, columns].T.contiguous()
+            within = moments[columns, columns].clone()
+            within.diagonal().copy_(diagonal[columns])
+            for i in range(len(part)):
+                new = rule.column(part[i] - slope[i] / within[i, i], start + i)
+                step = new - part[i]
+                if step.any():
+                    moved = True
+                    slope.addr_(within[i], step)
+                    part[i] = new
+            changed[:, columns] = part.T
+        if not moved:
+            break
+    return changed

@@ -1,7 +1,7 @@
-"""Rules for settings: type first, then range. What breaks one is said in one sentence.
+"""Rules for settings: first the type, then the range. A broken rule raises an error of one sentence.
 
-Settings come from files that anyone may have written, so a rule takes any value and never converts one:
-True is no number, 8.0 and "8" are no whole numbers.
+Anyone may have written a file of settings. So a rule can be asked about any value, and it never converts
+one: True is not a number, and 8.0 and "8" are not whole numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class Rule(Protocol):
-    """Tells whether a value is allowed; its text says what is."""
+    """Tells whether a value is allowed; `str(rule)` says which values are."""
 
     def __call__(self, value: object) -> bool: ...
 
@@ -41,7 +41,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`, both included; NaN is in no range."""
+    """A number from `low` to `high`, both included; NaN is refused."""
 
     low: float
     high: float
@@ -55,9 +55,10 @@ class Number:
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of `least` to `most` items that one rule allows.
+    """A list or tuple of `least` to `most` items, each of which the rule `item` allows.
 
-    `ascending`: each is above the one before. `first`: the first must be this, if it is not None.
+    If `ascending`, each item must be larger than the one before. If `first` is not None, it must be the
+    first item.
     """
 
     item: Rule
@@ -81,7 +82,7 @@ class ListOf:
 
 @dataclass(frozen=True)
 class TableOf:
-    """A table of texts to values that one rule allows."""
+    """A dictionary with texts as keys, and with values that the rule `item` allows."""
 
     item: Rule
 
@@ -106,7 +107,7 @@ class Text:
 
 
 class OneOf:
-    """One of some values, of the same type."""
+    """One of the given values. The type must be the same too: 1 is not True."""
 
     def __init__(self, *values: object) -> None:
         self.values = values
@@ -119,7 +120,7 @@ class OneOf:
 
 
 class AnyOf:
-    """What one of some rules allows."""
+    """A value that at least one of the given rules allows."""
 
     def __init__(self, *rules: Rule) -> None:
         self.rules = rules
@@ -132,7 +133,7 @@ class AnyOf:
 
 
 class Anything:
-    """What nothing is computed with."""
+    """Any value; for settings that nothing is computed from."""
 
     def __call__(self, value: object) -> bool:
         return True
@@ -145,13 +146,13 @@ FLAG, ANYTHING = OneOf(True, False), Anything()
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a sentence: short, on one line."""
+    """A value as text for a sentence: short, on one line."""
     return _SHORT.repr(value)
 
 
 @contextmanager
 def within(name: str) -> Iterator[None]:
-    """What is found wrong in here is wrong in the table `name`, and the sentence says so."""
+    """Put `name` before the message of a UserError that the block raises."""
     try:
         yield
     except UserError as error:
@@ -159,10 +160,9 @@ def within(name: str) -> Iterator[None]:
 
 
 def check_settings(settings: object, rules: Mapping[str, Rule], optional: Collection[str] = ()) -> None:
-    """Check that the table `settings` has what `rules` name and no more, each as its rule says.
+    """Check that `settings` has the names of `rules` and no others, and that each value keeps its rule.
 
-    `optional` settings may be missing. Raises UserError, which names the setting, its value, and what it
-    must be.
+    Names in `optional` may be missing. Raises UserError with the setting's name, its value, and its rule.
     """
     check_names(settings, rules)
     for name, rule in rules.items():
@@ -174,7 +174,7 @@ def check_settings(settings: object, rules: Mapping[str, Rule], optional: Collec
 
 
 def check_names(settings: object, known: Collection[str]) -> None:
-    """Raise UserError unless `settings` is a table without unknown names."""
+    """Raise UserError unless `settings` is a dictionary in which all names are `known`."""
     if not isinstance(settings, dict):
         raise UserError(f"it is {shown(settings)}, but must be a table of settings")
     for name in settings:

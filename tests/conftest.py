@@ -1,4 +1,4 @@
-"""Small models with random weights, and diffusers where it is installed."""
+"""Fixtures: small models with random weights, and diffusers if it is installed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ SMALL = dataclasses.replace(
     vae=VAEConfig(base_channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, norm_groups=4, latent_scale=0.7),
     text={**TINY.text, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
 )  # fmt: skip
-"""TINY's shapes outside, much narrower inside; and a latent scale whose absence would be noticed."""
+"""TINY's shapes outside, much narrower inside; with a latent scale, so that leaving it out is noticed."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, visibly, what needs a GPU on machines without one."""
+    """Skip tests that need a GPU on machines without one; pytest lists them."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
@@ -36,15 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 BITS = dataclasses.replace(
-    TINY, vae=SMALL.vae, text=SMALL.text, unet=dataclasses.replace(TINY.unet, context_dim=32)
+    TINY,
+    vae=SMALL.vae,
+    text={**SMALL.text, "max_position_embeddings": 77},
+    unet=dataclasses.replace(TINY.unet, context_dim=32),
 )
-"""The tiny model's UNet, the part that compression changes, between narrow other parts."""
+"""The tiny model's UNet between narrow other parts; prompts have the odd number of tokens of SD 1.x."""
 
 
 def _randomize(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
-    """Random weights and biases everywhere, norms included, that keep activations near `gain` in size.
+    """Set all weights and biases, also of norms, to random values that keep activations near `gain`.
 
-    Activations much below 1 make the constants that norms add to a variance matter.
+    With activations far below 1, the constant that a norm adds to the variance matters too.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,7 +61,7 @@ def _randomize(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
 
 
 def random_model(config: ModelConfig) -> StableDiffusion:
-    """A model with random weights whose encoder, like a trained one, has a narrow posterior."""
+    """A model with random weights; its encoder has a narrow posterior, like a trained one."""
     encoder = _randomize(VAEEncoder(config.vae), 1)
     with torch.no_grad():
         z = config.vae.z_channels
@@ -77,7 +80,7 @@ def random_model(config: ModelConfig) -> StableDiffusion:
 
 
 def without_zeros(module: nn.Module) -> nn.Module:
-    """The module with its zeros set to 0.001: biases as PyTorch starts them, one in 16 million draws."""
+    """Set a module's zeros to 0.001 in place: initial biases, and one random draw in 16 million."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter[parameter == 0] = 1e-3
@@ -92,7 +95,7 @@ def randomize() -> Callable[..., nn.Module]:
 
 @pytest.fixture(params=[1, 2])
 def threads(request) -> Iterator[int]:
-    """The test runs with one thread and with two."""
+    """Run the test with one thread and with two."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -107,7 +110,7 @@ def small() -> StableDiffusion:
 
 @pytest.fixture(scope="session")
 def tiny() -> StableDiffusion:
-    """A model of the base model's size, its weights laid out in memory as `sdcomp.load` does."""
+    """A model of the tiny model's size, with channels-last weights."""
     sd = random_model(TINY)
     for part in (sd.unet, sd.encoder, sd.decoder, sd.text_encoder):
         part.to(memory_format=torch.channels_last)
@@ -116,5 +119,5 @@ def tiny() -> StableDiffusion:
 
 @pytest.fixture(scope="session")
 def diffusers():
-    """The independent implementation that ours is compared with."""
+    """diffusers, the independent implementation that ours is compared with."""
     return pytest.importorskip("diffusers")

@@ -1,4 +1,4 @@
-"""UNets that other tools compressed generate as `sd.replace(unet=...)`. Needs the `peers` extra."""
+"""UNets that other tools compressed work as `sd.replace(unet=...)`. Needs the `peers` extra."""
 
 import copy
 
@@ -34,6 +34,15 @@ def test_optimum_quanto(sd, weights, least):
     quanto.quantize(unet, weights=getattr(quanto, weights))
     quanto.freeze(unet)
     assert least < decibels(images(sd, unet), images(sd, sd.unet)) < 90
+
+
+def test_accelerate(sd):
+    accelerate = pytest.importorskip("accelerate")
+    wanted = images(sd, sd.unet)
+    # Its hooks bring the weights to the device only while a layer runs.
+    unet = accelerate.cpu_offload(copy.deepcopy(sd.unet), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in unet.parameters())
+    assert torch.equal(images(sd, unet), wanted)
 
 
 def test_torchao(sd):

@@ -1,4 +1,4 @@
-"""The package's rooms: imports go one way, without circles, those inside functions included."""
+"""The rooms of the package: imports go one way and make no circle; imports in functions count too."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -21,17 +21,15 @@ LEVELS = (
     {"evaluation"},
     {"study"},
 )
-"""From the ground up. A room may use those below its own level, and itself."""
+"""From the bottom up. A room may import from itself and from lower levels."""
 LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 LATE_IMPORTS = {
     ("sdcomp.model.text", "tokenizers.pre_tokenizers"): "only training needs it",
     ("sdcomp.model.files.loading", "huggingface_hub"): "only models by a hub name need it",
-    ("sdcomp.study.peers", "optimum"): "an optional package",
-    ("sdcomp.study.peers", "torchao.quantization"): "an optional package",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",
 }
-"""Imports inside functions, each with its reason."""
+"""Imports inside functions, with their reasons."""
 
 
 def name(path: Path) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sdcomp.errors import UserError
-from sdcomp.second_order import inverse_factor, sweep
+from sdcomp.second_order import descend, inverse_factor, sweep
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -49,6 +49,28 @@ def test_columns_take_up_errors_as_optimal_brain_surgeon_says(block):
     nearest = (4 * weight).round() / 4
     lost = [((w - weight) @ moments @ (w - weight).T).trace() for w in (made, nearest)]
     assert lost[0] < 0.6 * lost[1]
+
+
+@pytest.mark.parametrize("block", [4, 100])
+def test_coordinate_descent_ends_where_no_single_change_helps(block):
+    x, weight = correlated(200, 24), torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
+    moments = x.T @ x / len(x)
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(24)
+
+    def error(made: torch.Tensor) -> torch.Tensor:
+        difference = (made - weight).double()
+        return (difference @ damped.double() * difference).sum(1)
+
+    first = sweep(weight, inverse_factor(moments), Rounding())
+    made = descend(weight, first, moments, Rounding(), passes=50, block=block)
+    assert torch.equal(made, (4 * made).round() / 4)
+    assert (error(made) <= error(first) + 1e-9).all() and error(made).sum() < 0.97 * error(first).sum()
+    for column in range(24):
+        for step in (-0.25, 0.25):
+            other = made.clone()
+            other[:, column] += step
+            assert (error(other) >= error(made) - 1e-6).all()
+    assert torch.equal(descend(weight, first, moments, Rounding(), passes=0), first)
 
 
 def test_the_cost_of_a_weight_is_what_the_output_loses_without_it():

@@ -1,4 +1,4 @@
-"""Metrics of generated images, and their statistics."""
+"""Metrics of generated images with confidence intervals; times, arithmetic and memory of models."""
 
 from sdcomp.evaluation.cache import cached_images, cached_trace
 from sdcomp.evaluation.clip import Clip

@@ -1,4 +1,4 @@
-"""Generated images, kept on disk: a killed study goes on where it stopped, and baselines are shared."""
+"""Keep generated images on disk: a killed study continues where it stopped, and studies share baselines."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def cached_images(
     progress: bool = False,
     **settings: object,
 ) -> Tensor:
-    """`sd.generate(prompts, **settings)`, from `folder` where the very same images were made before.
+    """Return `sd.generate(prompts, **settings)`, read from `folder` if it was generated before.
 
-    The same are: weights, configuration, prompts, settings, device, thread count, PyTorch and the source
-    of what makes images. A file that is damaged is made anew. Raises UserError when the folder cannot be
-    written to: before anything is generated, unless the disk fills up only then.
+    A file is used again only for the same weights, configuration, prompts, settings, device, number of
+    threads, rounding, PyTorch version and source code of everything that makes images. A damaged file is
+    made again. Raises UserError if the folder cannot be written to, before anything is generated; if the
+    disk is full only later, after that.
     """
     path = folder / f"{_key(sd, prompts, settings)}.safetensors"
     return _cached(path, lambda: {"images": sd.generate(prompts, progress=progress, **settings)})["images"]
@@ -46,7 +47,7 @@ def cached_trace(
     progress: bool = False,
     **settings: object,
 ) -> Trace:
-    """As `cached_images`, but the `Trace` of what happened on the way to the images."""
+    """Return the `Trace` of `sd.generate(prompts, **settings)`, cached as in `cached_images`."""
 
     def make() -> dict[str, Tensor]:
         return vars(sd.generate(prompts, progress=progress, trace=True, **settings)[1])
@@ -80,9 +81,9 @@ def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -
 
 @cache
 def _source() -> str:
-    """A digest of the code that can have a part in an image: all but what judges and reports.
+    """A hash of the code that may influence an image: all rooms but `evaluation` and `study`.
 
-    Taken once: files that change later are not what this process has imported.
+    Computed once: this process has not imported later changes of the files.
     """
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
@@ -94,7 +95,7 @@ def _source() -> str:
 
 
 def _exact(value: object) -> str:
-    """A value as text; a tensor's own text leaves most of it out."""
+    """A value as text; for a tensor a hash, because its text leaves out most values."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"

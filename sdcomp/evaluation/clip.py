@@ -1,4 +1,4 @@
-"""CLIP as a judge: embeddings of images and of texts, from the model's own CLIP or another."""
+"""CLIP as a judge: embeddings of images and texts, by the model's own CLIP or another one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from sdcomp.files import resolve_input
 from sdcomp.model import StableDiffusion
 from sdcomp.model.text import clip_pixels, tokenize
 
-# What OpenAI's CLIP was trained with (Radford et al. 2021, published code).
+# Mean and deviation of the pixels of OpenAI's CLIP (Radford et al. 2021, published code).
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP with its preprocessing: `pixels` takes images in [0, 1], `ids` takes texts."""
+    """A CLIP with its preprocessing.
+
+    `pixels` makes images `(N, 3, H, W)` in [0, 1] the image encoder's input, `ids` makes texts token ids.
+    """
 
     model: CLIPModel
     pixels: Callable[[Tensor], Tensor]
@@ -29,14 +32,14 @@ class Clip:
 
     @classmethod
     def of(cls, sd: StableDiffusion) -> Clip:
-        """The one that comes with a model. Raises ValueError for a model without an image encoder."""
+        """The CLIP of a model. Raises ValueError for a model without an image encoder."""
         if sd.clip is None:
             raise ValueError("this model has no CLIP image encoder, so it has no CLIP score")
         return cls(sd.clip, clip_pixels, lambda texts: tokenize(sd.tokenizer, texts))
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> Clip:
-        """Another one, from a folder or a hub name that transformers knows. Raises UserError."""
+        """Load another CLIP from a folder or by a hub name. Raises UserError if that fails."""
         place = resolve_input(path)
         source = str(place) if place.exists() else path
         try:
@@ -57,13 +60,13 @@ class Clip:
     def embed_images(self, images: Tensor, batch_size: int = 128) -> Tensor:
         """Images `(N, 3, H, W)` in [0, 1] -> embeddings `(N, d)` float32 on the CPU.
 
-        Raises ValueError for images that are not floating point: of bytes, [0, 1] would be black.
+        Raises ValueError for images that are not floating point, since bytes have another range.
         """
         if not images.is_floating_point():
             raise ValueError("images must be floating point in [0, 1]")
         found = []
         for batch in images.split(batch_size):
-            # Images become small here one by one: 128 of 512x512 take more memory than the network.
+            # Resize the images one by one: 128 images of 512x512 take more memory than the network.
             pixels = torch.cat([self.pixels(image.float()) for image in batch.split(1)])
             pixels = pixels.to(self.model.device, self.model.dtype)
             found.append(self.model.get_image_features(pixels).pooler_output.float().cpu())

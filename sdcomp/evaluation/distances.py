@@ -10,24 +10,22 @@ from sdcomp.evaluation.statistics import require_finite
 
 
 def kid_values(features: Tensor, reference: Tensor, paired: bool = False) -> Tensor:
-    """What each image contributes to the Kernel Inception Distance, `(N,)`; their mean is the KID.
+    """The contribution of each image to the Kernel Inception Distance, `(N,)`; their mean is the KID.
 
     KID is the unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al.
-    2018), here between `features` `(N, d)` and `reference` `(M, d)`, on all images instead of random
-    subsets. The contributions are jackknife pseudo-values (Efron & Stein 1981) with the reference held
-    fixed, so they take intervals and paired differences like any other score. With `paired`, row i of
-    both comes from the same prompt and noise, and such pairs, which are not independent, are left out.
+    2018) between `features` `(N, d)` and `reference` `(M, d)`, here over all images instead of random
+    subsets. The contributions are jackknife pseudo-values (Efron & Stein 1981) for a fixed reference, so
+    that they have intervals and paired differences like any other score. With `paired`, row i of both sets
+    has the same prompt and noise; such pairs are not independent and are left out.
 
-    Raises ValueError for fewer than three images, for features of different sizes, and for `paired` sets
-    of different sizes.
+    Raises ValueError for fewer than three images, for features of different sizes, and for `paired` sets of
+    different sizes; NonFiniteError for features that are not finite.
     """
     n, m = len(features), len(reference)
     if n < 3 or m < 3:
         raise ValueError(f"KID needs at least 3 images on each side, not {n} and {m}")
     if features.shape[1] != reference.shape[1] or (paired and n != m):
-        raise ValueError(
-            f"features {tuple(features.shape)} do not go with reference {tuple(reference.shape)}"
-        )
+        raise ValueError(f"features {tuple(features.shape)} do not fit reference {tuple(reference.shape)}")
     require_finite("features of images", features, reference)
     x, y = features.double(), reference.double()
     within = poly_kernel(x, x).fill_diagonal_(0).sum(1)
@@ -43,8 +41,9 @@ def kid_values(features: Tensor, reference: Tensor, paired: bool = False) -> Ten
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """The Frechet distance of two Gaussians fitted to features `(N, d)` and `(M, d)` (Heusel et al. 2017).
 
-    It is biased upwards by about d / n, so read it beside n and d, and only between sets of one size.
-    Raises ValueError where either set has no more than d images: its covariance would be singular.
+    Its bias is about +d / n: report n and d with it, and compare only sets of one size. Raises ValueError
+    if a set has d images or fewer, since its covariance would be singular; NonFiniteError for features that
+    are not finite.
     """
     n, d = min(len(features), len(reference)), features.shape[1]
     if n <= d:

@@ -1,4 +1,4 @@
-"""Images from files, and the crop that judges see."""
+"""Read images from files, and crop them for the judges."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.files import resolve_input
+from sdcomp.files import regular, resolve_input
 
 
 def center_crop(images: Tensor, side: int) -> Tensor:
-    """The middle of images `(N, 3, H, W)` in [0, 1] whose shorter side is resized: `(N, 3, side, side)`."""
+    """Resize images `(N, 3, H, W)` in [0, 1] to a shorter side of `side`, and cut out the middle square.
+
+    Returns `(N, 3, side, side)` in [0, 1].
+    """
     scale = side / min(images.shape[2:])
     size = [max(side, round(length * scale)) for length in images.shape[2:]]
     images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -24,10 +27,10 @@ def center_crop(images: Tensor, side: int) -> Tensor:
 
 
 def load_images(path: str | Path, side: int) -> Tensor:
-    """An image file, or the PNG, JPEG and WebP images of a folder by name: `(N, 3, side, side)` in [0, 1].
+    """Read an image file, or a folder's PNG, JPEG and WebP files by name: `(N, 3, side, side)` in [0, 1].
 
-    The shorter side is resized to `side`, the middle kept. Raises UserError for a folder without images
-    and for a file that is not one.
+    Images are resized and cropped by `center_crop`. Raises UserError for a folder without images and for a
+    file that is not an image.
     """
     place = resolve_input(path)
     files = [place]
@@ -40,9 +43,9 @@ def load_images(path: str | Path, side: int) -> Tensor:
 
 def _load_image(file: Path, side: int) -> Tensor:
     try:
-        with Image.open(file) as opened:
+        with Image.open(regular(file)) as opened:
             pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1) / 255
-    # Pillow raises a SyntaxError for some damaged PNG files.
+    # Pillow raises SyntaxError for some damaged PNG files.
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise UserError(f"{file} cannot be read as an image ({error}); remove or replace it") from None
     return center_crop(pixels[None], side)

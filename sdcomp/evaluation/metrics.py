@@ -1,4 +1,4 @@
-"""Per-image metrics of generated images."""
+"""Scores of single images."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from sdcomp.scenes import prompt_accuracy
 def clip_scores(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
     """CLIP score of each image with its prompt, `(N,)`: 100 x cosine, at least 0 (Hessel et al. 2021).
 
-    The scale is torchmetrics'. `images` `(N, 3, H, W)` in [0, 1]. Raises ValueError for images that are
-    not floating point and for another number of prompts, and NonFiniteError for pixels that are not finite.
+    The scale is that of torchmetrics. `images`: `(N, 3, H, W)` in [0, 1]. Raises ValueError for images that
+    are not floating point and for another number of prompts, and NonFiniteError for pixels that are not
+    finite.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one for each")
@@ -31,24 +32,26 @@ def clip_scores(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Peak signal-to-noise ratio in dB of images `(N, 3, H, W)` in [0, 1] to their baselines.
+    """Peak signal-to-noise ratio in dB between images `(N, 3, H, W)` in [0, 1] and their baselines.
 
-    The squared error is averaged over images before it becomes decibels. Raises ValueError for images
-    that are not floating point or not of the baseline's shape, and NonFiniteError.
+    The mean of the squared error over all images is converted to decibels, not each image's error. Raises
+    ValueError for images that are not floating point or have another shape than the baseline, and
+    NonFiniteError for pixels that are not finite.
     """
     _check_pairs(images, baseline)
-    errors = torch.stack([(a.double() - b).square().mean() for a, b in zip(images, baseline, strict=True)])
-    return bootstrap(errors, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
+    # Numbers, not tensors: a small tensor for each image would keep the allocator from reusing memory.
+    errors = [(a.double() - b).square().mean().item() for a, b in zip(images, baseline, strict=True)]
+    values = torch.tensor(errors, dtype=torch.float64)
+    return bootstrap(values, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
 
 
 def ssim(images: Tensor, baseline: Tensor) -> Tensor:
-    """Structural similarity of each image `(N, 3, H, W)` in [0, 1] to its baseline, `(N,)`.
+    """Structural similarity of each image `(N, 3, H, W)` in [0, 1] with its baseline, `(N,)`.
 
-    Wang et al. 2004, by torchmetrics. Raises ValueError for images that are not floating point or not of the
-    baseline's shape, and NonFiniteError.
+    Wang et al. 2004, computed by torchmetrics. Raises the errors of `psnr`.
     """
     _check_pairs(images, baseline)
-    # One at a time: torchmetrics keeps five filtered copies of all that it is given.
+    # One image at a time: torchmetrics keeps five filtered copies of its input.
     pairs = zip(images.split(1), baseline.split(1), strict=True)
     return torch.cat(
         [structural_similarity_index_measure(a, b, data_range=1.0, reduction="none") for a, b in pairs]
@@ -66,10 +69,10 @@ def _check_pairs(images: Tensor, baseline: Tensor) -> None:
 def scores(
     sd: StableDiffusion, images: Tensor, prompts: Prompts, clip: Clip | None = None
 ) -> dict[str, Tensor]:
-    """Every per-image score that there is a judge for, `(N,)` each.
+    """All scores of single images for which the model has a judge, `(N,)` each.
 
-    "prompt accuracy" (bool) where a reader comes with the model, "CLIP score" where an image encoder does
-    or a `clip` is given. Raises NonFiniteError for images that are not finite.
+    "prompt accuracy" (bool) needs the model's reader, "CLIP score" needs its image encoder or a `clip`.
+    Raises NonFiniteError for images that are not finite.
     """
     require_finite("pixels", images)
     found: dict[str, Tensor] = {}
@@ -83,4 +86,4 @@ def scores(
 
 
 UNITS = {"prompt accuracy": "%", "CLIP score": "100 x cosine"}
-"""Units of the scores, as `estimate` gives them."""
+"""The units of the scores that `estimate` returns."""

@@ -1,4 +1,4 @@
-"""How far a compressed UNet's noise predictions are from the full one's."""
+"""The error of a compressed UNet's noise predictions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def predictions(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Yield `unet`'s guided noise predictions along a trace: step, rows, found and wanted `(rows, C, h, w)`.
+    """Yield a UNet's guided noise predictions along a trace: step, rows, found and wanted `(rows, C, h, w)`.
 
-    `trace` is of `sd.generate(prompts, ...)`: `unet` is asked for its prediction at the very latents that
-    the full UNet met on its way. `wanted` is what the full UNet predicted there. `batch_size` is by default
-    the model's own. Raises ValueError for another number of prompts than the trace has images.
+    `trace` is that of `sd.generate(prompts, ...)` with the full UNet, which predicted `wanted`. `unet`
+    predicts the noise of the same latents, so errors do not add up over the steps. The default `batch_size`
+    is the model's own. Raises ValueError unless there is one prompt for each image of the trace.
     """
     steps, n = trace.latents.shape[:2]
     if len(prompts) != n:
@@ -54,10 +54,9 @@ def predictions(
 def noise_mse(
     sd: StableDiffusion, unet: nn.Module, prompts: list[str], trace: Trace, **settings: object
 ) -> Tensor:
-    """Mean squared error of guided noise predictions at each step and image, `(S, N)`.
+    """Mean squared error of guided noise predictions for each step and image, `(S, N)`.
 
-    What is measured is one step's error, not where it leads. The arguments and errors are those of
-    `predictions`.
+    The arguments and errors are those of `predictions`.
     """
     errors = torch.empty(trace.latents.shape[:2])
     for step, rows, found, wanted in predictions(sd, unet, prompts, trace, **settings):

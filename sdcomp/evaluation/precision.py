@@ -1,4 +1,4 @@
-"""What decides the last bits of a computation: the machine, its libraries, and how they round."""
+"""Everything that changes the last bits of a result: the machine, its libraries, and their rounding."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 
 def fix_precision() -> None:
-    """Compute float32 products and convolutions in float32, on GPUs and CPUs, for this whole process.
+    """Make this process compute float32 products and convolutions in float32, on GPUs and CPUs.
 
-    On a GPU PyTorch's default rounds the inputs of convolutions to TF32, 10 bits of mantissa, and those of
-    matrix products not, so two variants would differ by more than their compression. On a CPU
-    `torch.set_float32_matmul_precision("medium")` rounds them to bfloat16.
+    On a GPU, PyTorch rounds the inputs of convolutions to TF32 (10 bits of mantissa) by default, but not
+    those of matrix products; two variants would then differ by more than their compression. On a CPU,
+    `torch.set_float32_matmul_precision("medium")` would round inputs to bfloat16.
     """
-    # While one of the newer switches is set, the older ones raise errors or have no effect: reset them.
+    # First reset the newer switches: if one is set, the older ones raise errors or have no effect.
     for backend in (torch.backends, torch.backends.cudnn, torch.backends.mkldnn.conv):
         backend.fp32_precision = "none"
-    # The older switches: other packages read them, and that fails once the newer ones are set.
+    # Then set the older switches: other packages read them, which fails if a newer one is set.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def precision_facts(device: torch.device | str = "cpu") -> dict[str, object]:
-    """What the bits of a result depend on besides weights and settings, ready for JSON."""
+    """Everything besides weights and settings that a result's bits depend on, ready for JSON."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -53,7 +53,7 @@ _VARIABLES = (
 
 
 def _rounds(operator: Any) -> bool:
-    """Whether an operator of `torch.backends` rounds float32 inputs to a narrower type."""
+    """Whether this kind of operator of `torch.backends` rounds float32 inputs to a narrower type."""
     return operator.fp32_precision in ("tf32", "bf16")
 
 

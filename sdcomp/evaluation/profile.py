@@ -1,4 +1,4 @@
-"""Where the time and the arithmetic of a network go."""
+"""Measure the time and the arithmetic of a network, layer by layer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def macs(module: nn.Module, *args: object) -> int:
     """Multiply-accumulates of convolutions, linear layers and attention's products in one call.
 
-    As PyTorch counts them, whose formula for attention also serves for the kernel on CPUs, which it leaves
-    out. For a module in floating point.
+    PyTorch counts them; its formula for attention is used for the CPU's kernel too, which PyTorch leaves
+    out. `module` must be in floating point.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         counter.flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
@@ -31,9 +31,9 @@ def macs(module: nn.Module, *args: object) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers as the state dict has them, shared ones once.
+    """Bytes of all parameters and buffers in the state dict; shared ones count once.
 
-    Of integer layers these are the plain integers; the kernels' own layout of them is of about that size.
+    The state dict of an integer layer holds plain integers; the kernels' own layout has about that size.
     """
     tensors = {t.data_ptr(): t for t in module.state_dict().values()}
     return sum(t.nbytes for t in tensors.values())
@@ -42,10 +42,10 @@ def weight_bytes(module: nn.Module) -> int:
 def component_times(
     variants: Mapping[str, StableDiffusion], prompts: list[str], repeats: int = 5, **settings: Any
 ) -> pd.DataFrame:
-    """Seconds of `generate(prompts, **settings)` in text encoder, UNet and decoder, and in all.
+    """Seconds that `generate(prompts, **settings)` spends in text encoder, UNet and decoder, and in total.
 
-    A row for each variant and repeat; columns `variant`, `text encoder`, `UNet`, `decoder`, `total`. Every
-    round runs all variants, so that drift meets all alike; the first round is thrown away.
+    One row for each variant and repeat; columns `variant`, `text encoder`, `UNet`, `decoder`, `total`. Every
+    round runs all variants, so that a slow phase of the machine affects all; the first round is dropped.
     """
     rows = []
     for turn in range(repeats + 1):
@@ -60,7 +60,7 @@ def component_times(
 def _time_parts(
     parts: Mapping[str, nn.Module], device: torch.device, call: Callable[[], Any]
 ) -> tuple[dict[str, float], float]:
-    """Seconds of `call` in each of the modules that it calls, and in all."""
+    """Seconds that `call` spends in each of these modules, and in total."""
     with _clocks(parts, device) as clocks:
         begin = clock(device)
         call()
@@ -70,7 +70,7 @@ def _time_parts(
 
 @contextmanager
 def _clocks(parts: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, _Clock]]:
-    """A clock at each module; none of them stays there, also after an error."""
+    """Attach a clock to each module for the block; remove all clocks at its end, also after an error."""
     clocks = {name: _Clock(module, device) for name, module in parts.items()}
     try:
         yield clocks
@@ -80,10 +80,10 @@ def _clocks(parts: Mapping[str, nn.Module], device: torch.device) -> Iterator[di
 
 
 class _Clock:
-    """Marks when a module's calls begin and end.
+    """Records when a module's calls begin and end.
 
-    On CUDA the marks are events, which are recorded beside the work and read when it is done: waiting around
-    every layer would make the device idle in between.
+    On CUDA the marks are events: the device records them between its kernels, and they are read after all
+    work is done. Waiting at every layer would leave the device idle.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -116,13 +116,13 @@ class _Clock:
 
 
 def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.DataFrame:
-    """The layers of one call: a row each for every convolution, linear layer, norm and attention.
+    """Profile one call: one row for every convolution, linear layer, norm and attention.
 
     Columns: `name`, `kind`, `block` (the first two parts of the name), `seconds` (median over repeats),
-    `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). An
-    attention's row is its products of queries, keys and values: its time less that of its linear layers.
-    The row `rest` is what no layer accounts for: activations, additions, concatenations. The clock waits for
-    the device of the first tensor among `args`. Raises ValueError for fewer than one repeat.
+    `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). The row
+    of an attention covers only its products of queries, keys and values: its time minus the time of its
+    linear layers. The row `rest` covers everything else: activations, additions, concatenations. The clock
+    waits for the device of the first tensor in `args`. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
@@ -157,7 +157,7 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
 
 
 def _costs(module: nn.Module, layers: Mapping[str, nn.Module], args: tuple) -> dict[str, tuple[int, int]]:
-    """What one call of the module makes each layer compute and move, as `_cost` counts it."""
+    """Floating-point operations and bytes of each layer in one call of the module, counted by `_cost`."""
     costs: dict[str, tuple[int, int]] = {}
 
     def count(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
@@ -199,11 +199,11 @@ def _cost(layer: nn.Module, inputs: tuple, out: Tensor) -> tuple[int, int]:
 def machine_peaks(
     repeats: int = 5, n: int | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """What a device reaches: products in GFLOP/s (GOP/s for int8), memory in GB/s.
+    """Measure the peak rates of a device: products in GFLOP/s (GOP/s for int8), memory in GB/s.
 
     "fp32", "bf16", and on a GPU "fp16": square matrix products of size `n` (2048 on a CPU, 4096 on a GPU).
-    "int8", on a CPU only: the same through oneDNN, where PyTorch has it. "memory": a copy of 64 n^2 bytes,
-    reads and writes added. On a GPU "fp32" may round to TF32: call `fix_precision` first.
+    "int8", only on a CPU: the same product by oneDNN, if PyTorch has it. "memory": a copy of 64 n^2 bytes;
+    reads and writes count. On a GPU "fp32" may round to TF32: call `fix_precision` first.
     """
     device = torch.device(device)
     n = n or (2048 if device.type == "cpu" else 4096)
@@ -227,8 +227,8 @@ def _product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
 
 
 def _int8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
-    """The product of two matrices, rounded to integers, by oneDNN."""
-    # Unsigned: signed inputs fall to a kernel that is a thousand times slower.
+    """The product of two matrices by oneDNN, after rounding both to int8."""
+    # Unsigned: for signed inputs oneDNN takes a kernel that is a thousand times slower.
     integers = (10 * a + 128).clamp(0, 255).to(torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack((10 * b).clamp(-127, 127).to(torch.int8), None)
     ones, zeros = torch.ones(len(b)), torch.zeros(len(b), dtype=torch.int32)

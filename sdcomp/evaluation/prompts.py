@@ -1,4 +1,4 @@
-"""The prompts that studies generate from, and where there are any, the scenes that they describe."""
+"""The prompts of the studies, and the scenes that they describe, if known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdcomp.errors import UserError
-from sdcomp.files import resolve_input
+from sdcomp.files import regular, resolve_input
 from sdcomp.model import StableDiffusion
+from sdcomp.model.requests import as_texts
 from sdcomp.scenes import Scene
 
 FOLDER = Path("data/prompts")
@@ -17,18 +18,18 @@ FOLDER = Path("data/prompts")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts, and for the base model the scene of each, else None."""
+    """Prompts: their texts, and for the tiny model their scenes, else None."""
 
     texts: list[str]
     scenes: list[Scene] | None = None
 
     @property
     def groups(self) -> list[str]:
-        """What each prompt is about: its scene, else its text. Images of one group are not independent."""
+        """The group of each prompt: its scene, else its text. Images of one group are not independent."""
         return self.texts if self.scenes is None else [repr(scene) for scene in self.scenes]
 
     def subset(self, rows: Sequence[int]) -> Prompts:
-        """Some of the prompts, in the order given."""
+        """The prompts with these indices, in this order."""
         scenes = None if self.scenes is None else [self.scenes[i] for i in rows]
         return Prompts([self.texts[i] for i in rows], scenes)
 
@@ -37,22 +38,23 @@ class Prompts:
 
 
 def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
-    """The first `n` prompts of a set: "test", "unseen" (the base model only), "calibration", or a file.
+    """Load the first `n` prompts of a set ("test", "calibration", "final", "unseen") or of a file.
 
-    The sets are disjoint files in `data/prompts`. A file of one's own is `.txt`, a prompt a line, or
-    `.jsonl` with lines like `{"prompt": "..."}`. Raises UserError where there are not `n`, and for a file
-    that is missing or of another form.
+    The sets are disjoint files in `data/prompts`; only the tiny model has "final" and "unseen". Your own
+    file is a `.txt` with one prompt a line, or a `.jsonl` with lines like `{"prompt": "..."}`. Raises
+    UserError for a set with fewer prompts, and for a file that is missing or has another form.
     """
     kind = "scenes" if sd.reader is not None else "sd15"
     path = resolve_input(name if name.endswith((".txt", ".jsonl")) else FOLDER / f"{kind}_{name}.jsonl")
     if not path.exists():
         raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    regular(path)  # opening a pipe would block
     try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
-        texts = [row["prompt"] for row in rows]
+        texts = as_texts("prompt", [row["prompt"] for row in rows])
         scenes = [Scene.from_dict(row["scene"]) if "scene" in row else None for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{path} is no prompt file: each line must be like {{"prompt": "..."}} ({error})'
         ) from None

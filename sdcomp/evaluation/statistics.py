@@ -1,4 +1,4 @@
-"""Numbers with their interval: bootstrap over images."""
+"""Statistics over images with 95 % intervals, by bootstrap."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def bootstrap(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of `values` `(n,)`, put through `transform` if given, with its percentile interval.
+    """The mean of `values` `(n,)`, after `transform` if given, with its percentile interval.
 
-    Images are resampled with replacement (Efron 1979); where `groups` names what each image shows, whole
-    groups are, since images of one scene are not independent. For a paired comparison give the differences.
-    One group alone has no interval (NaN). Raises ValueError for no values and for another number of groups,
-    and NonFiniteError for values that are not finite: a broken variant has failed, and is not judged by what
-    is left of it (see `applicable`).
+    Images are resampled with replacement (Efron 1979). `groups` names the scene of each image; then whole
+    groups are resampled, since images of one scene are not independent. For a paired comparison, pass the
+    differences. A single group has no interval (NaN). Raises ValueError for no values and for another number
+    of groups, and NonFiniteError for values that are not finite: a variant with such values has failed, and
+    its other values do not count (for values that do not apply, see `applicable`).
     """
     require_finite("scores", values)
     if groups and len(groups) != len(values):
@@ -51,7 +51,7 @@ def bootstrap(
     members = np.unique(labels, return_inverse=True)[1]
     sums, counts = np.bincount(members, data), np.bincount(members)
     rng = np.random.default_rng(seed)
-    # A hundred resamples at a time: the memory is theirs, and not that of all.
+    # A hundred resamples at a time, to save memory.
     draws = (rng.integers(0, counts.size, (100, counts.size)) for _ in range(RESAMPLES // 100))
     means = np.concatenate([sums[d].sum(1) / counts[d].sum(1) for d in draws])
     f = transform or (lambda x: x)
@@ -60,9 +60,9 @@ def bootstrap(
 
 
 def require_finite(what: str, *values: Tensor) -> None:
-    """Raise NonFiniteError, which says `what` they are, for values that are infinite or NaN."""
+    """Raise NonFiniteError if values are infinite or NaN; `what` names the values in the message."""
     for tensor in values:
-        # `isfinite` copies all values. The extremes need no copy, and they are NaN where any value is.
+        # `isfinite` makes a copy. Minimum and maximum need none, and they are NaN if any value is.
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if not all(extreme.isfinite() for extreme in tensor.detach().aminmax()):
@@ -73,18 +73,19 @@ def require_finite(what: str, *values: Tensor) -> None:
 
 
 def applicable(values: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, list[Hashable]]:
-    """The values `(n,)` that apply, and their groups; NaN marks those that do not.
+    """The values `(n,)` that apply, and their groups; NaN marks the others.
 
-    The relation of a scene with one object does not apply, for example.
+    For example, a scene with one object has no relation that could be right.
     """
     kept = ~values.isnan()
     return values[kept], [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
 
 
 def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The mean of a score `(n,)` with its interval; of a yes or no (bool), the share in percent.
+    """The mean of a score `(n,)` with its interval; for a bool score the share of True, in percent.
 
-    Where all images (or groups) agree a bootstrap sees no spread: a share then has Wilson's (1927) interval.
+    If all images (or groups) agree, a bootstrap has no spread; a share then gets Wilson's (1927) interval.
+    Raises the errors of `bootstrap`.
     """
     if values.dtype != torch.bool:
         return bootstrap(values, groups=groups)
@@ -98,11 +99,11 @@ def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estima
 
 
 def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The mean of `values` less `baseline`, image by image; of shares (bool) in percentage points.
+    """The mean of `values - baseline`, image by image; for bool scores in percentage points.
 
-    Where no answer differs a bootstrap sees no spread: the interval then reaches as far as the rate of an
-    event that was not seen in n groups can, with 97.5 % confidence on each side. Raises ValueError for
-    another number of values than the baseline has, and NonFiniteError.
+    If no answer differs, a bootstrap has no spread. Each end of the interval is then the largest rate of an
+    event that stays unseen in n groups with a probability of 2.5 %. Raises ValueError unless both have the
+    same shape, and the errors of `bootstrap`.
     """
     if values.shape != baseline.shape:
         raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")

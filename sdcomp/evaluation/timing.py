@@ -1,4 +1,4 @@
-"""Times of variants, measured in turn, so that a machine that slows down slows all of them."""
+"""Time variants in alternation, so that a slow phase of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def interleaved_times(
 ) -> dict[Key, np.ndarray]:
     """Seconds of each of `repeats` calls, `(repeats,)` for each variant.
 
-    A round calls every variant once; rounds alternate in direction. The first `warmup` rounds are thrown
-    away. The clock waits for `device`, on which the calls compute. Raises ValueError for fewer than one
-    repeat.
+    A round calls every variant once; every second round goes backwards. The first `warmup` rounds are
+    dropped. The clock waits for `device`, the one that the calls compute on. Raises ValueError for fewer
+    than one repeat.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, not {repeats} and {warmup}")
@@ -43,23 +43,23 @@ def interleaved_times(
 
 
 def median(values: np.ndarray, baseline: np.ndarray | None = None) -> Estimate:
-    """The median of repeated measurements with its 95 % interval, between two of them.
+    """The median of repeated measurements with its 95 % interval.
 
-    The narrowest symmetric pair of order statistics that covers the median with at least 95 % probability
-    (Conover 1999, section 3.2). Fewer than 6 measurements have no such pair: then it is their range, which
-    covers it with 75 % at 3 and 94 % at 5. With `baseline`, of the same rounds, the median of the ratios
-    `values / baseline`, round by round.
+    The interval is the narrowest symmetric pair of order statistics that covers the median with at least
+    95 % probability (Conover 1999, section 3.2). Fewer than 6 measurements have no such pair; their interval
+    is their range, which covers the median with 75 % (3 measurements) to 94 % (5). With a `baseline` of the
+    same rounds, the result is the median of the ratios `values / baseline`, round by round.
     """
     data = np.sort(values if baseline is None else values / baseline)
     n, left = data.size, 0
-    # Outside the pair without the i smallest and largest: 2 P(binomial(n, 1/2) <= i).
+    # The pair that leaves out i values at each end misses the median with 2 P(binomial(n, 1/2) <= i).
     while 2 * sum(math.comb(n, i) for i in range(left + 2)) <= 0.05 * 2**n:
         left += 1
     return Estimate(float(np.median(data)), float(data[left]), float(data[n - 1 - left]), n)
 
 
 def clock(device: torch.device | str = "cpu") -> float:
-    """Seconds of a steady clock, once `device` has done what it was given."""
+    """Seconds of a monotonic clock, read after `device` has finished its work."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -69,10 +69,11 @@ def clock(device: torch.device | str = "cpu") -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
-    """Bytes that memory grows by at most during `call`: the device's, or on a CPU the process's resident set.
+    """The peak of the memory that `call` takes in addition, in bytes, on `device`.
 
-    None where the system does not tell: a CPU needs Linux, and of other devices only CUDA tells. On a CPU
-    memory that the process holds already, and reuses, does not count, so measure in a fresh process.
+    On CUDA this is the memory of its allocator, on a CPU the resident set of the process. The result is None
+    on a system that cannot tell: a CPU needs Linux, and other devices than CUDA do not tell. On a CPU, memory
+    that the process already holds and reuses does not count, so measure in a fresh process.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -91,7 +92,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
 
 
 def _reset_peak() -> bool:
-    """Set this process's peak to what it holds now; False where the system has no such thing."""
+    """Reset the peak of this process's memory; return False if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -100,6 +101,6 @@ def _reset_peak() -> bool:
 
 
 def _status(name: str) -> int:
-    """A figure of this process, in bytes."""
+    """A memory size of this process from /proc, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))

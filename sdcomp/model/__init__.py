@@ -1,4 +1,4 @@
-"""The latent diffusion model: Stable Diffusion 1.x's architecture, loaded, sampled and saved."""
+"""The latent diffusion model, Stable Diffusion 1.x's architecture: load, generate and save."""
 
 from sdcomp.model.bridge import as_diffusers_unet, from_diffusers_unet
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig

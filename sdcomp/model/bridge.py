@@ -1,4 +1,4 @@
-"""Our UNets inside diffusers' pipelines, and diffusers' UNets as ours."""
+"""Use our UNets in diffusers' pipelines, and diffusers' UNets as ours."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sdcomp.model.unet import UNet
 
 
 class DiffusersUNet(nn.Module):
-    """A module called as `unet(latents, timesteps, context)`, in the form of `UNet2DConditionModel`.
+    """Gives a module that is called as `unet(latents, timesteps, context)` diffusers' interface.
 
-    `forward(sample, timestep, encoder_hidden_states)` returns an object with the prediction as `.sample`,
-    or a tuple if `return_dict` is False. Inputs that SD 1.x does not have must be left None.
+    The interface is that of `UNet2DConditionModel`: `forward(sample, timestep, encoder_hidden_states)`
+    returns an object with the prediction as `.sample`, or a tuple if `return_dict` is False. Raises
+    ValueError for inputs that SD 1.x does not have, unless they are None.
     """
 
     def __init__(self, unet: nn.Module, config: ModelConfig) -> None:
@@ -31,12 +32,12 @@ class DiffusersUNet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the first of its weights is."""
+        """The device of the first weight."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first of its floating-point weights."""
+        """The type of the first floating-point weight."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def forward(
@@ -55,24 +56,24 @@ class DiffusersUNet(nn.Module):
 
 
 def as_diffusers_unet(unet: nn.Module, config: ModelConfig = SD15) -> DiffusersUNet:
-    """Our UNet, quantized or pruned maybe, as diffusers' pipelines take it: for `pipe.unet`.
+    """Wrap our UNet for a pipeline of diffusers, to be assigned to `pipe.unet`.
 
-    `unet` is any module called as `unet(latents, timesteps, context)`; weights are shared. `config` tells
-    the pipeline the number of channels and the size of images.
+    `unet` is any module that is called as `unet(latents, timesteps, context)`, so it may be quantized or
+    pruned. The weights are shared. `config` tells the pipeline the number of channels and the image size.
     """
     return DiffusersUNet(unet, config)
 
 
 def from_diffusers_unet(model: nn.Module) -> UNet:
-    """Our UNet with the weights of a `UNet2DConditionModel`, shared, not copied.
+    """Make our UNet from a `UNet2DConditionModel`; the weights are shared, not copied.
 
-    Raises ModelError for one that is not of SD 1.x's architecture.
+    Raises ModelError if the model does not have SD 1.x's architecture.
     """
     try:
         config = unet_config(dict(model.config))
     except (KeyError, ValueError) as error:
         raise ModelError(
-            f"this UNet is not of Stable Diffusion 1.x's architecture: {one_line(error)}"
+            f"this UNet does not have Stable Diffusion 1.x's architecture: {one_line(error)}"
         ) from None
     with torch.device("meta"):
         unet = UNet(config)

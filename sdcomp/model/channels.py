@@ -1,8 +1,7 @@
-"""Networks with fewer channels or blocks: which tensors shrink together, and a record of what was kept.
+"""Networks with fewer channels or blocks: which tensors shrink together, and which units were kept.
 
-A module that can shrink says how in a method `prune_groups()`. Each group is a residual branch, or a part
-of one. Any of its units can go, or all; the module's input, output and residual connections keep their
-shapes.
+A module that can shrink has a method `prune_groups()`. Each group is a residual branch, or a part of one. Any
+or all of its units can be removed; the module's input, output and residual connections keep their shapes.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PruneGroup:
-    """Tensors that shrink together, in `units` units of equal size: heads, gated pairs, or groups of a norm.
+    """Tensors that shrink together, in `units` units of equal size: heads, gated pairs, or norm groups.
 
     The group of a whole block is one unit.
 
     A unit owns a slice of the outputs (weights and biases) of each layer in `rows`, and the matching
-    slice of the inputs of the layer `columns`. The outputs of the rows hold all units `repeats` times
-    in a row: twice where a layer computes values and then their gates. `counters` are attributes, such
-    as an attention's number of heads, that are proportional to the number of units. These names are
-    dotted and start at the submodule `name`, which holds the whole group.
+    slice of the inputs of the layer `columns`. The outputs of `rows` hold all units `repeats` times, one
+    after the other: twice if a layer computes all values and then all gates. `counters` are attributes
+    that are proportional to the number of units, such as an attention's number of heads. All these names
+    are relative to the submodule `name`, which holds the whole group.
 
-    A block that adds its input to what the group computes has a `shortcut`: the name of the submodule that
-    the input passes, or "" where it stays as it is.
+    A block that adds its input to the group's output has a `shortcut`: the name of the submodule that the
+    input passes, or "" if there is none.
     """
 
     name: str
@@ -41,7 +40,7 @@ class PruneGroup:
     shortcut: str | None = None
 
     def slices(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]]:
-        """All that a unit owns a part of, as (layer, parameter name, dimension, repeats)."""
+        """The tensors that the units share, each as (layer, parameter name, dimension, repeats)."""
         block = module.get_submodule(self.name)
         for name in self.rows:
             layer = block.get_submodule(name)
@@ -52,23 +51,23 @@ class PruneGroup:
 
 
 def prune_groups(module: nn.Module) -> list[PruneGroup]:
-    """The groups of `module`: its own, or those of the blocks that diffusers' UNets are made of.
+    """Return the groups of `module`: those of its own method, or those of the UNet blocks of diffusers.
 
-    Raises ValueError for a module that has none.
+    Raises ValueError for a module without groups.
     """
     if hasattr(module, "prune_groups"):
         return module.prune_groups()
     groups = [group for name, block in module.named_modules() if (group := _diffusers_group(name, block))]
     if not groups:
         raise ValueError(
-            f"nothing can be removed from {type(module).__name__}: it says in no prune_groups() which of its "
-            "tensors shrink together, and is no UNet of diffusers"
+            f"nothing can be removed from {type(module).__name__}: it has no method prune_groups(), which "
+            "says which tensors shrink together, and it is no UNet of diffusers"
         )
     return groups
 
 
 def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
-    # By class name, so that diffusers need not be there; only the variants that SD 1.x is made of.
+    # Compare class names, so that diffusers need not be installed. Other variants than SD 1.x's stay whole.
     kind = type(block).__name__
     if kind == "ResnetBlock2D" and block.time_embedding_norm == "default" and block.time_emb_proj is not None:
         rows = ("conv1", "time_emb_proj", "norm2")
@@ -113,9 +112,9 @@ _SIZES = {0: ("out_channels", "out_features", "num_channels"), 1: ("in_channels"
 
 @torch.no_grad()
 def keep_units(module: nn.Module, group: PruneGroup, kept: list[int]) -> None:
-    """Shrink `module` in place to the units `kept` (increasing indices) of one of its groups.
+    """Shrink one group of `module` in place to the units `kept` (increasing indices).
 
-    Without any units a block becomes its `Bypass`.
+    Without any unit a block becomes its `Bypass`.
     """
     if len(kept) == group.units:
         return
@@ -160,18 +159,19 @@ def _select(tensor: Tensor, dim: int, repeats: int, units: int, kept: list[int])
 
 
 def channel_map(module: nn.Module) -> dict[str, list[int]]:
-    """What was kept: for each group that lost units, their original indices. Empty for a whole module.
+    """Return the original indices of the units that were kept, for each group that lost some.
 
-    A block that is gone has an empty list. Plain containers, ready for JSON.
+    The map is empty for a whole module; a removed block has an empty list. It consists of plain containers,
+    ready for JSON.
     """
     return {name: list(kept) for name, kept in module.__dict__.get("_kept_units", {}).items()}
 
 
 def apply_channel_map(module: nn.Module, channels: dict[str, list[int]]) -> nn.Module:
-    """Shrink a whole `module` in place to the shapes of the one that `channels` is of; returns it.
+    """Shrink a whole `module` in place to the units that `channels` lists, and return it.
 
-    That one's state dict then loads strictly. On the meta device this costs nothing. Raises ValueError,
-    before anything is changed, for a map that is not of this architecture.
+    Then the state dict of the module that `channels` came from loads strictly. On the meta device this
+    takes no memory. Raises ValueError, before any change, if the map does not fit this architecture.
     """
     if channel_map(module):
         raise ValueError("a channel map applies to a whole module, and this one has lost channels already")

@@ -1,9 +1,9 @@
 """Configurations of the latent diffusion model's parts, as dataclasses.
 
-`SD15` and `TINY` are two instances of the same classes: nothing is special-cased for the small one. All
-values are checked when an instance is made, before anything is built with them; what is wrong raises a
-UserError. The limits are far above any real model's, and low enough that a wrong file takes neither long
-nor much memory.
+`SD15` and `TINY` are two instances of the same classes; the tiny model has no special cases. An instance
+checks its values when it is made, before any module is built, and raises UserError for a wrong one. The
+limits are far above the values of any real model, and low enough that a wrong file costs little time and
+memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MULTIPLIERS = ListOf(Whole(1, 64), 1, 8)
 _BLOCKS = 500
 """Transformer blocks of a UNet: SD 1.x has 16, SDXL 70. Building this many takes a second."""
 _LEAST_SIGNAL = 1e-8
-"""Of the variance, at the last timestep. SD 1.x keeps 0.0047; samplers divide by its square root."""
+"""The least share of signal variance at the last timestep (SD 1.x: 0.0047). Samplers divide by its root."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class UNetConfig:
                 f"attention_levels is {shown(self.attention_levels)}, but channel_mult has levels 0 to {last}"
             )
         _divides("norm_groups", self.norm_groups, widths)
-        # The middle block, too, has attention.
+        # The middle block has attention too.
         _divides("num_heads", self.num_heads, [widths[i] for i in {*self.attention_levels, last}])
         blocks = self.transformer_depth * (
             1 + len(set(self.attention_levels)) * (2 * self.num_res_blocks + 1)
@@ -144,7 +144,7 @@ class ScheduleConfig:
             )
 
     def _signal(self) -> float:
-        """The share of signal variance that is left at the last timestep (Ho et al. 2020, equation 4)."""
+        """The share of signal variance at the last timestep (Ho et al. 2020, equation 4)."""
         first, last = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
         step = (last - first) / (self.train_timesteps - 1)
         return math.exp(sum(math.log1p(-((first + i * step) ** 2)) for i in range(self.train_timesteps)))
@@ -177,7 +177,7 @@ _VISION: dict[str, Rule] = {"image_size": Whole(1, 4096), "patch_size": Whole(1,
 
 
 def check_text(settings: dict[str, Any]) -> None:
-    """Raise UserError unless these are settings of a text encoder."""
+    """Raise UserError unless `settings` describe a text encoder that can be built."""
     check_settings(settings, _TEXT)
     _divides("num_attention_heads", settings["num_attention_heads"], [settings["hidden_size"]])
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -202,10 +202,11 @@ def _divides(name: str, value: int, widths: list[int]) -> None:
 class ModelConfig:
     """A whole latent diffusion model.
 
-    `text` holds the keyword arguments of transformers' `CLIPTextConfig`; `vision` those of
-    `CLIPVisionConfig` where the model brings its image encoder (SD 1.x does not), else None;
-    `projection_dim` is the size of CLIP's shared space. `image_size` is the side of the square
-    images it was trained on, in pixels; `reader` says that a scene reader comes with it.
+    `text` holds the keyword arguments of transformers' `CLIPTextConfig`, `vision` those of
+    `CLIPVisionConfig`; `vision` is None for a model without an image encoder, such as SD 1.x.
+    `projection_dim` is the dimension of CLIP's shared space. `image_size` is the side of the square
+    training images, in pixels. `guidance_scale` is the default of `generate`. `reader` says whether the
+    model has a scene reader.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -245,7 +246,7 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`, also after a round trip through JSON.
 
-        Raises UserError for a name that no configuration has, and for a value that cannot be.
+        Raises UserError for an unknown name and for a value that breaks a rule.
         """
         values = dict(values)
         for name, part in _PARTS.items():
@@ -265,9 +266,9 @@ _MODEL: dict[str, Rule] = {
 
 
 def from_dict(cls: type, values: object) -> Any:
-    """A configuration of the class from plain containers, as JSON gives them.
+    """Make an instance of a configuration class from plain containers, as JSON gives them.
 
-    Raises UserError for a name that the class does not have, and for what the class itself refuses.
+    Raises UserError for an unknown name and for a value that the class refuses.
     """
     check_names(values, {f.name for f in dataclasses.fields(cls)})
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

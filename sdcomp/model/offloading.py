@@ -1,4 +1,4 @@
-"""Weights on a small device only while they are used."""
+"""Keep weights on a small device only while they are used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 @contextmanager
 def weights_on(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The module with copies of its weights on `device`; after it, the ones that it had are back.
+    """Give a module copies of its weights on `device` for the block; then put its own weights back.
 
-    So nothing is copied back, and weights that are mapped from a file stay mapped. At the end the
-    `clear_cache()` of each submodule that has one is called: what was made of the copies must not stay on
-    the device. A module that is there already stays as it is.
+    So nothing is copied back, and weights that are mapped from a file stay mapped. At the end, submodules
+    with a method `clear_cache()` drop what they computed from the copies, so that nothing stays on the
+    device. A module whose weights are on `device` already is left as it is.
     """
     target = torch.empty(0, device=device).device  # "cuda" with its index
     if all(tensor.device == target for tensor in (*module.parameters(), *module.buffers())):

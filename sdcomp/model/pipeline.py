@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trace:
-    """What happened along the sampling path: S steps, N images.
+    """The sampling path of N images over S steps, float32 on the CPU.
 
-    `timesteps`: `(S,)` int64; `latents`: `(S, N, C, h, w)`, the UNet's inputs; `noise_predictions`: of the
-    same shape, after guidance.
+    `timesteps`: `(S,)` int64; `latents`: `(S, N, C, h, w)`, the inputs of the UNet; `noise_predictions`:
+    `(S, N, C, h, w)`, after guidance.
     """
 
     timesteps: Tensor
@@ -46,8 +46,8 @@ class StableDiffusion:
     """A latent diffusion model, ready to generate.
 
     `unet` may be any module that is called as `unet(latents, timesteps, context)`. `clip` (text and image
-    encoder together) and `reader` are there for models that bring them, else None. `offloaded_to` is the
-    device that `offload` names.
+    encoder together) and `reader` (the judge of scenes) are None for models that do not have them.
+    `offloaded_to` is the device given to `offload`, else None.
     """
 
     config: ModelConfig
@@ -65,7 +65,7 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes: where its weights are, or where `offload` lends them."""
+        """The device that computes: the one given to `offload`, else the one that holds the weights."""
         return self.offloaded_to or next(self.decoder.parameters()).device
 
     @property
@@ -75,51 +75,51 @@ class StableDiffusion:
 
     @property
     def batch_size(self) -> int:
-        """Images of the model's own size that `generate` takes at a time by default."""
+        """The default `batch_size` of `generate` for images of the model's own size."""
         return rows_at_once(16, image_pixels(self.config, None))
 
     @property
     def _wide(self) -> torch.dtype:
-        """The type of latents: at least float32, since errors of half precision add up along the steps."""
+        """The type of latents: at least float32, since rounding errors add up over the steps."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def to(self, *args: torch.device | torch.dtype | str) -> StableDiffusion:
-        """Move every part, as `nn.Module.to`, and end offloading; returns the model itself."""
+        """Move or convert every part, as `nn.Module.to` does, and end offloading; return the model itself."""
         self.offloaded_to = None
         for part in (self.unet, self.encoder, self.decoder, self.text_encoder, self.clip, self.reader):
             if part is not None:
                 part.to(*args)
         if self.reader is not None:
-            self.reader.float()  # it judges; its answers must not depend on the type of what is judged
+            self.reader.float()  # it judges images: its answers must not depend on the model's type
         return self
 
     def offload(self, device: torch.device | str) -> StableDiffusion:
-        """Compute on `device`, for those on which the whole model does not fit; returns the model itself.
+        """Compute on a `device` that is too small for the whole model; return the model itself.
 
-        The weights stay where they are, and each part's are copied to `device` only while it is used.
+        The weights stay where they are. Each part's weights are copied to `device` only while it runs.
         """
         self.offloaded_to = torch.device(device)
         return self
 
     def _ready(self, part: nn.Module) -> AbstractContextManager[object]:
-        """A context in which `part` computes on `self.device`, as fast as it can.
+        """Return a context in which `part` computes on `self.device`, in the fastest memory format.
 
-        Convolutions run faster if their weights have the channels last. `load` leaves them as they are in
-        the file, mapped, which takes no time and no memory; here they are laid out once. On a CPU the UNet
-        gains nothing by it, since its attention wants the pixels last, and keeps its mapped weights.
+        Convolutions are faster with channels-last weights. `load` only maps the weights from their file,
+        which takes no time and no memory; the first use converts them, once. On a CPU the UNet keeps its
+        mapped weights: channels-last is no faster there, since attention needs the pixels last.
         """
         as_in_the_file = part is self.unet and self.device.type == "cpu"
         layout = torch.contiguous_format if as_in_the_file else torch.channels_last
         four = (p for p in part.parameters() if p.dim() == 4)
         if not all(p.is_contiguous(memory_format=layout) for p in four):
-            with torch.inference_mode(False):  # weights stay normal tensors, which can be trained
+            with torch.inference_mode(False):  # the weights must stay normal tensors, to be trainable
                 part.to(memory_format=layout)
         return nullcontext() if self.offloaded_to is None else weights_on(part, self.offloaded_to)
 
     def replace(self, **parts: object) -> StableDiffusion:
-        """The same model with other parts, e.g. `sd.replace(unet=pruned)`; the rest is shared.
+        """Return the same model with other parts, e.g. `sd.replace(unet=pruned)`; the rest is shared.
 
-        Raises TypeError for a part that it does not have.
+        Raises TypeError for an unknown part.
         """
         unknown = sorted(set(parts) - set(self.__dataclass_fields__))
         if unknown:
@@ -130,9 +130,9 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompts -> the text encoder's states `(B, L, context_dim)`, in the model's type on its device.
+        """Prompts -> states of the text encoder `(B, L, context_dim)`, in the model's type on its device.
 
-        Each text is encoded by itself, so its states do not depend on the others.
+        Each text is encoded alone, so its states do not depend on the other texts.
         """
         states: dict[str, Tensor] = {}
         with self._ready(self.text_encoder):
@@ -144,7 +144,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [0, 1] -> scaled latents `(B, 4, h, w)`; their mean without generators."""
+        """Images `(B, 3, H, W)` in [0, 1] -> scaled latents `(B, 4, h, w)`.
+
+        With `generators`, one for each image, latents are drawn from the encoder's posterior; without,
+        they are its mean.
+        """
         pixels = 2 * images.to(self.device, self.dtype) - 1
         with self._ready(self.encoder):
             parts = [self.encoder(some) for some in pixels.split(rows_at_once(len(pixels), pixels.shape[2:]))]
@@ -159,7 +163,7 @@ class StableDiffusion:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)` float32 in [0, 1].
 
-        Raises NonFiniteError where the decoder gives infinite values or NaN.
+        Raises NonFiniteError if the decoder gives infinite values or NaN.
         """
         latents = (latents.to(self.device, self._wide) / self.config.vae.latent_scale).to(self.dtype)
         f = self.config.vae.downsampling
@@ -192,18 +196,18 @@ class StableDiffusion:
     ) -> Tensor | tuple[Tensor, Trace]:
         """Generate one image for each prompt: `(N, 3, H, W)` float32 in [0, 1], on the CPU.
 
-        `guidance_scale` (Ho & Salimans 2021) is the model's own by default; 1 switches guidance off.
-        `image` `(N or 1, 3, H, W)` in [0, 1] makes it image-to-image (Meng et al. 2022): the last
-        `strength` (0 to 1) of the steps run, from the noised image. `size` is (height, width) in pixels.
-        `trace=True` also returns a `Trace`.
+        `guidance_scale` (Ho & Salimans 2021) is the model's own by default; 1 switches guidance off. With
+        `image` `(N or 1, 3, H, W)` in [0, 1] it is image-to-image (Meng et al. 2022): only the last steps
+        run, a share of `strength` of all steps, and they start from the noised image. `size` is (height,
+        width) in pixels. `trace=True` also returns a `Trace`.
 
-        Each image has its own generator. With one `seed` for all, it is seeded by the seed, the prompt
-        and how often that prompt came before; with a sequence, by the number given. All batches run at
-        `batch_size` rows, the last one padded, so an image does not depend on what stands beside it. By
-        default these are 16 up to 128x128 pixels and fewer for larger images, down to 1 at 512x512.
+        Each image has its own random generator. A single `seed` is combined with each prompt and the
+        number of its earlier occurrences; a sequence gives one seed for each prompt. Every batch has
+        `batch_size` rows, the last one is padded, so an image does not depend on the other prompts. The
+        default is 16 up to 128x128 pixels, and less for larger images, down to 1 at 512x512.
 
         Raises ValueError for values out of range, TypeError for values of another type, and NonFiniteError
-        when a step gives infinite values or NaN. Warns of prompts that the text encoder cuts.
+        if a step gives infinite values or NaN. Warns of prompts that are cut or hold unknown words.
         """
         asked = check_request(
             self.config, prompts, negative_prompt=negative_prompt, steps=steps, sampler=sampler,
@@ -212,13 +216,13 @@ class StableDiffusion:
         )  # fmt: skip
         solver = make_sampler(sampler, self.schedule, steps)
         check_prompts(self.tokenizer, asked.prompts + asked.negatives, VOCABULARY if self.reader else None)
-        path = torch.empty(steps - asked.first, 0, *asked.shape)
-        images, paths = [torch.empty(0, 3, *asked.pixels)], [(path, path)]  # for no prompts
+        empty = torch.empty(steps - asked.first, 0, *asked.shape)
+        images, paths = [torch.empty(0, 3, *asked.pixels)], [(empty, empty)]  # without prompts, no images
         batches = asked.batches()
         total = len(batches) * (steps - asked.first)
         with tqdm(total=total, desc="generate", disable=not progress) as bar:
             for rows in batches:
-                kept = rows[-1] - rows[0] + 1
+                kept = rows[-1] - rows[0] + 1  # the rows after these are padding
                 path = [] if trace else None
                 images.append(self._generate_rows(asked, rows, solver, bar, path)[:kept].cpu())
                 if trace:
@@ -231,7 +235,7 @@ class StableDiffusion:
     def _generate_rows(
         self, asked: Request, rows: list[int], solver: Sampler, bar: tqdm, path: list | None
     ) -> Tensor:
-        """One batch of images; `path` takes the latents and the noise prediction of each step."""
+        """Generate one batch; append each step's latents and noise prediction to `path`, if given."""
         generators = [torch.Generator().manual_seed(asked.seeds[r]) for r in rows]
         texts = [asked.prompts[r] for r in rows]
         if asked.scale != 1:
@@ -248,7 +252,7 @@ class StableDiffusion:
                 latents = solver.step(i, latents, predicted, noise)
                 finite.append(latents.isfinite().all())
                 bar.update()
-        # Once for all steps: each look at a value waits for the device.
+        # Checked once, after all steps: reading a value waits for the device.
         if not torch.stack(finite).all():
             step = asked.first + torch.stack(finite).tolist().index(False)
             raise NonFiniteError(
@@ -260,7 +264,7 @@ class StableDiffusion:
     def _first_latents(
         self, asked: Request, rows: list[int], generators: list[torch.Generator], timestep: int
     ) -> Tensor:
-        """Pure noise, or an image noised to the timestep."""
+        """Pure noise, or the given image with the noise of the timestep."""
         if asked.image is None:
             return row_noise(generators, asked.shape).to(self.device, self._wide)
         source = self.encode_images(asked.image[[r % len(asked.image) for r in rows]], generators)
@@ -269,11 +273,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def predict_noise(self, latents: Tensor, timestep: int, context: Tensor, scale: float) -> Tensor:
-        """The guided noise prediction for latents `(B, 4, h, w)`: both halves in one call of the UNet.
+        """The guided noise prediction for latents `(B, 4, h, w)`, by one call of the UNet.
 
-        `context` `(2 B, L, context_dim)` holds the negative prompts' states, then the prompts'; for a
-        guidance `scale` of 1 only the latter, `(B, L, context_dim)`. The UNet is given the model's type; the
-        prediction has the latents'.
+        `context` `(2 B, L, context_dim)` holds the states of the negative prompts, then those of the
+        prompts; for a guidance `scale` of 1 only the prompts' `(B, L, context_dim)`. The UNet computes in
+        the model's type; the prediction has the type of the latents.
         """
         both = latents if scale == 1 else torch.cat([latents, latents])
         with self._ready(self.unet):

@@ -1,4 +1,4 @@
-"""What `generate` is asked for: its arguments, checked before anything runs."""
+"""The arguments of `generate`, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sdcomp.model.samplers import whole
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one `generate` call in their final form.
+    """The arguments of one call of `generate` in their final form.
 
-    `negatives` has one entry, or one for each prompt; `seeds` one for each prompt; `image` is
-    `(1 or N, 3, H, W)` or None; `shape` is that of one image's latents, `(C, h, w)`; `first` the index of
-    the first step that runs.
+    `negatives` has one entry, or one for each prompt; `seeds` has one for each prompt; `image` is
+    `(1 or N, 3, H, W)` or None; `pixels` is (height, width); `shape` is `(C, h, w)`, the shape of one
+    image's latents; `first` is the index of the first step that runs.
     """
 
     prompts: list[str]
@@ -36,7 +36,7 @@ class Request:
     batch_size: int
 
     def batches(self) -> list[list[int]]:
-        """The prompts' indices, `batch_size` at a time; the last batch repeats its last row."""
+        """The indices of the prompts, `batch_size` at a time; the last batch is filled with its last row."""
         n = len(self.prompts)
         return [
             [min(start + i, n - 1) for i in range(self.batch_size)] for start in range(0, n, self.batch_size)
@@ -57,7 +57,7 @@ def check_request(
     size: tuple[int, int] | None,
     batch_size: int | None,
 ) -> Request:
-    """The request that these arguments of `StableDiffusion.generate` make; raises what that raises."""
+    """Check the arguments of `StableDiffusion.generate`, and return them; raises the errors named there."""
     prompts, negatives = as_texts("prompts", prompts), as_texts("negative_prompt", negative_prompt)
     n = len(prompts)
     if len(negatives) not in (1, n):
@@ -90,16 +90,16 @@ def check_request(
 
 
 def rows_at_once(n: int, pixels: Sequence[int]) -> int:
-    """How many of `n` images to compute at a time, so that memory stays that of one at 512x512.
+    """Return how many of `n` images to compute at a time, within the memory of one image of 512x512.
 
-    Divides `n`: every image then goes through kernels of one batch size, which determines its bits.
+    The number divides `n`, so that all batches have one size: the size determines an image's last bits.
     """
     most = max(1, 512 * 512 // (pixels[0] * pixels[1]))
     return max(rows for rows in range(1, n + 1) if n % rows == 0 and rows <= most) if n else 1
 
 
 def image_pixels(config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the images, by default the model's own."""
+    """Height and width of the images; `None` means the model's own. Raises TypeError."""
     if size is None:
         return config.image_size, config.image_size
     if not isinstance(size, Sequence) or len(size) != 2:
@@ -108,7 +108,7 @@ def image_pixels(config: ModelConfig, size: tuple[int, int] | None) -> tuple[int
 
 
 def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """One text or several as a list. Raises TypeError for anything else."""
+    """Return one text or several texts as a list. Raises TypeError for anything else."""
     texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name} must be text or a list of texts")
@@ -136,7 +136,7 @@ def _check_image(config: ModelConfig, image: Tensor, n: int, size: tuple[int, in
     image = image[None] if image.dim() == 3 else image
     if image.dim() != 4 or image.shape[1] != 3 or len(image) not in (1, n):
         raise ValueError(f"image must be (1 or {n}, 3, H, W), not {tuple(image.shape)}")
-    # Written so that NaN is refused too.
+    # This form refuses NaN too.
     if not ((image >= 0) & (image <= 1)).all():
         raise ValueError("image must have values in [0, 1]")
     if size is not None and tuple(size) != tuple(image.shape[2:]):

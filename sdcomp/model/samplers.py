@@ -1,12 +1,12 @@
 """Samplers: from a noise prediction to the latents of the next step.
 
-Each is a class with `timesteps`, the training timesteps it visits, and
-`step(i, latents, noise_prediction, noise)`, which goes from `timesteps[i]` to the next. `noise` is
-standard normal, of the latents' shape; samplers that draw none (`stochastic` is False) ignore it. The
-settings are those of SD 1.x: predictions are of the noise, nothing is clipped.
+Each is a class with `timesteps`, the training timesteps that it visits, and
+`step(i, latents, noise_prediction, noise)`, which goes from `timesteps[i]` to the next one. `noise` is
+standard normal and has the shape of the latents; a deterministic sampler (`stochastic` is False) ignores it.
+The settings are those of SD 1.x: the model predicts noise, and nothing is clipped.
 
-As in diffusers, `DDIM` goes back by train_timesteps // steps; with trailing spacing and a number of steps
-that does not divide the training timesteps, that is up to one timestep off the next one visited.
+As in diffusers, `DDIM` steps back by train_timesteps // steps. With trailing spacing and a number of steps
+that does not divide train_timesteps, it lands up to one timestep beside the next one in `timesteps`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DDIM:
         alphas = self.schedule.alphas_cumprod
         t = self.timesteps[i]
         a = alphas[t].item()
-        # SD 1.x ends at the first timestep's noise level instead of at none (set_alpha_to_one=False).
+        # SD 1.x ends at the noise level of the first timestep, not without noise (set_alpha_to_one=False).
         a_prev = alphas[max(t - self._stride, 0)].item()
         x0 = (latents - math.sqrt(1 - a) * noise_prediction) / math.sqrt(a)
         return math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev) * noise_prediction
@@ -52,7 +52,7 @@ class DDPM:
         self.timesteps = schedule.spaced(steps, schedule.config.timestep_spacing).tolist()
 
     def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor) -> Tensor:
-        """Latents at `timesteps[i]` -> a draw at `timesteps[i + 1]`, or after the last the mean."""
+        """Latents at `timesteps[i]` -> a draw at `timesteps[i + 1]`; the last step returns the mean."""
         t = self.timesteps[i]
         last = i == len(self.timesteps) - 1
         a = self.schedule.alphas_cumprod[t].item()
@@ -68,8 +68,8 @@ class DDPM:
 class DPMPP2M:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); the last step is of first order.
 
-    Keeps the data prediction of the step before: call `step` with i = 0, 1, 2, ... in turn; a first call
-    at a later step (image-to-image) starts without history.
+    It keeps the data prediction of the step before, so call `step` with i = 0, 1, 2, ... in turn. A first
+    call at a later step (image-to-image) starts without history.
     """
 
     stochastic = False
@@ -86,7 +86,7 @@ class DPMPP2M:
         return -math.log(self._sigmas[i]) if self._sigmas[i] > 0 else math.inf
 
     def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents at `timesteps[i]` -> latents at `timesteps[i + 1]`, or at no noise after the last."""
+        """Latents at `timesteps[i]` -> latents at `timesteps[i + 1]`; after the last step without noise."""
         sigma, sigma_next = self._sigmas[i], self._sigmas[i + 1]
         alpha, alpha_next = 1 / math.sqrt(1 + sigma**2), 1 / math.sqrt(1 + sigma_next**2)
         x0 = latents / alpha - sigma * noise_prediction
@@ -105,11 +105,11 @@ SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpmpp_2m": DPMPP2M}
 
 
 def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
-    """The sampler of that name.
+    """Make the sampler of that name (`SAMPLERS`).
 
-    Raises ValueError for a name or a number of steps that does not exist, TypeError for steps that are
-    no whole number. Warns where the first timestep is far from pure noise, since the stride of "leading"
-    spacing is rounded down to a whole number.
+    Raises ValueError for an unknown name and for a number of steps that the schedule cannot give, TypeError
+    for steps that are not a whole number. Warns if the first timestep is far from pure noise, which happens
+    because "leading" spacing rounds its stride down to a whole number.
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
@@ -119,18 +119,18 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
         warnings.warn(
             f"{steps} steps with {schedule.config.timestep_spacing} spacing start at timestep {first} of {n},"
             " short of pure noise: take another number of steps, or trailing spacing",
-            stacklevel=4,
+            stacklevel=4,  # the line that calls `generate`, which has a decorator
         )
     return sampler
 
 
 def whole(name: str, value: object) -> int:
-    """`value` as an int. Raises TypeError for what is no whole number, and for True and False."""
+    """Return `value` as an int. Raises TypeError if it is not a whole number; True and False are none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     return operator.index(value)
 
 
 def row_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise `(len(generators), *shape)`, each row from its own generator, on the CPU."""
+    """Standard normal noise `(len(generators), *shape)` on the CPU, each row from its own generator."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])

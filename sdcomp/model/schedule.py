@@ -1,4 +1,4 @@
-"""The noise schedule of the forward process (Ho et al. 2020, equation 4; SD 1.x's values)."""
+"""The noise schedule of the forward process (Ho et al. 2020, equation 4), with the values of SD 1.x."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdcomp.model.config import ScheduleConfig
 class NoiseSchedule:
     """Signal and noise levels by training timestep.
 
-    `alphas_cumprod`: float32 `(train_timesteps,)`, the share of signal variance left at each timestep.
+    `alphas_cumprod`: float32 `(train_timesteps,)`, the share of signal variance at each timestep.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -21,26 +21,27 @@ class NoiseSchedule:
         self.alphas_cumprod = torch.cumprod(1 - root**2, dim=0)
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio, signal variance over noise variance, at the timesteps."""
+        """Signal-to-noise ratio at the timesteps: signal variance divided by noise variance."""
         a = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return a / (1 - a)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Latents `(B, ...)` noised to the timesteps `(B,)` in one go (Ho et al. 2020, equation 4).
+        """Add the noise of timesteps `(B,)` to latents `(B, ...)` (Ho et al. 2020, equation 4).
 
-        The result has the type of `latents`; the coefficients are float32, since 1 - a is lost in half
-        precision.
+        The result has the type of `latents`. The coefficients are float32, because half precision loses
+        1 - a.
         """
         a = self.alphas_cumprod.to(latents.device)[timesteps]
         a = a.reshape(-1, *[1] * (latents.dim() - 1))
         return (a.sqrt() * latents + (1 - a).sqrt() * noise).to(latents.dtype)
 
     def spaced(self, steps: int, spacing: str, *, intervals: int | None = None) -> np.ndarray:
-        """The `steps` training timesteps that a sampler visits, last first, int64.
+        """The `steps` training timesteps that a sampler visits, in decreasing order, int64.
 
-        "leading" divides the timesteps by `intervals` (default: `steps`), takes the last `steps` of them
-        and shifts by one, as SD 1.x does; "trailing" counts down from the last timestep (Lin et al. 2024,
-        table 2). Raises ValueError for other spacings and for more steps than the schedule can give.
+        "leading" divides the schedule into `intervals` (default: `steps`), takes the starts of the last
+        `steps` of them, and adds 1, as SD 1.x does. "trailing" counts down from the last timestep (Lin et
+        al. 2024, table 2). Raises ValueError for another spacing and for a number of steps that the
+        schedule cannot give.
         """
         n = self.config.train_timesteps
         limit = n // 2 if spacing == "leading" else n

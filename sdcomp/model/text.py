@@ -1,4 +1,4 @@
-"""CLIP's text encoder and tokenizer: transformers' own, built from this repo's configuration."""
+"""CLIP's text encoder and tokenizer: transformers' classes, built from our configuration."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
 
+_CALLER = 4
+"""Warnings name the line that calls `generate`: above `check_prompts` are `generate` and its decorator."""
+
 
 def build_text_encoder(config: ModelConfig) -> CLIPTextModel:
-    """The text encoder, with random weights."""
+    """Build the text encoder with random weights."""
     return CLIPTextModel(CLIPTextConfig(**config.text))
 
 
 def build_clip(config: ModelConfig) -> CLIPModel:
-    """The whole CLIP, text and image encoder, with random weights.
+    """Build the whole CLIP, text and image encoder, with random weights.
 
-    Raises ValueError for a model that brings no image encoder.
+    Raises ValueError for a model without an image encoder.
     """
     if config.vision is None:
         raise ValueError("this model has no CLIP image encoder: its configuration has no 'vision'")
@@ -35,14 +38,14 @@ def build_clip(config: ModelConfig) -> CLIPModel:
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
-    """The tokenizer whose `vocab.json` and `merges.txt`, or `tokenizer.json`, are in `folder`.
+    """Load the tokenizer from `vocab.json` and `merges.txt`, or from `tokenizer.json`, in `folder`.
 
-    Raises FileNotFoundError where one is missing and ValueError where the two do not belong together or
-    the vocabulary is not the one that the text encoder was trained with.
+    Raises FileNotFoundError for a missing file, and ValueError if the two files do not belong together or
+    the vocabulary has not as many tokens as the text encoder.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").exists():
-        # All that transformers 5 saves.
+        # transformers 5 saves nothing else.
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
     else:
@@ -76,12 +79,12 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token ids `(B, L)` of prompts, cut or padded to the text encoder's length L as in SD 1.x."""
+    """Token ids `(B, L)` of prompts, cut or padded to the text encoder's length L, as in SD 1.x."""
     return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def check_prompts(tokenizer: CLIPTokenizer, prompts: list[str], known: Collection[str] | None = None) -> None:
-    """Warn of prompts that are longer than the text encoder reads, and of words that are not `known`.
+    """Warn of prompts that are too long for the text encoder, and of words that are not `known`.
 
     Raises ValueError for text that cannot be encoded, such as half of a surrogate pair.
     """
@@ -97,7 +100,7 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: list[str], known: Collectio
         warnings.warn(
             f"{len(long)} of {len(texts)} prompts are cut: the text encoder reads {limit - 2} tokens, and"
             f" {long[0][:60]!r}... is longer",
-            stacklevel=3,
+            stacklevel=_CALLER,
         )
     if known is not None:
         words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
@@ -105,20 +108,20 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: list[str], known: Collectio
             warnings.warn(
                 f"this model never learnt {', '.join(map(repr, strange[:5]))}: it knows only the words of its"
                 " captions, see sdcomp.scenes.VOCABULARY",
-                stacklevel=3,
+                stacklevel=_CALLER,
             )
 
 
 def encode_text(text_encoder: nn.Module, ids: Tensor) -> Tensor:
-    """Token ids `(B, L)` -> the last layer's states after the final norm, `(B, L, hidden)`, as in SD 1.x."""
+    """Token ids `(B, L)` -> states of the last layer after the final norm `(B, L, hidden)`, as in SD 1.x."""
     return text_encoder(input_ids=ids).last_hidden_state
 
 
 def word_tokenizer(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A byte-level BPE (Sennrich et al. 2016) in which each of `words` is one token.
+    """Make a byte-level BPE (Sennrich et al. 2016) in which each of `words` is one token.
 
-    Returns the vocabulary and the merges in the form of CLIP's files: 256 bytes, the same at a word's
-    end, the merges, and the start and end tokens last. Any text can be encoded.
+    Returns the vocabulary and the merges as CLIP's files have them: the 256 bytes, the 256 bytes at a
+    word's end, the merges, and last the start and end tokens. Any text can be encoded.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -149,12 +152,12 @@ def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def text_states(text_encoder: nn.Module, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Prompts -> the text encoder's states `(B, L, hidden)` on its device, without gradients."""
+    """Prompts -> states of the text encoder `(B, L, hidden)` on its device, without gradients."""
     device = next(text_encoder.parameters()).device
     with torch.no_grad():
         return encode_text(text_encoder, tokenize(tokenizer, prompts).to(device))
 
 
 def clip_pixels(images: Tensor) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1] as the base model's CLIP takes them: in [-1, 1]."""
+    """Images `(B, 3, H, W)` in [0, 1] -> the input of the tiny model's CLIP, in [-1, 1]."""
     return 2 * images - 1

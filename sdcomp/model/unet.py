@@ -1,8 +1,8 @@
 """The denoising UNet of Stable Diffusion 1.x, with its original submodule names.
 
 Source of truth: `ldm/modules/diffusionmodules/openaimodel.py` and `ldm/modules/attention.py` of the
-SD 1.x code. The names (`time_embed`, `input_blocks.N.M`, ...) are those of the published checkpoints,
-which therefore load strictly once their prefix is stripped.
+SD 1.x code. The names (`time_embed`, `input_blocks.N.M`, ...) are those of the published checkpoints, so
+these load strictly once their prefix is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of timesteps `(B,)` -> `(B, dim)` float32, cosines first (Ho et al. 2020)."""
+    """Sinusoidal embedding of timesteps `(B,)` -> `(B, dim)` float32, first cosines (Ho et al. 2020)."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * freqs[None]
@@ -28,15 +28,15 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block: `(B, in, h, w)`, time embedding `(B or 1, emb)` -> `(B, out, h, w)`."""
+    """Residual block: maps `(B, in, h, w)`, time embedding `(B or 1, emb)` -> `(B, out, h, w)`."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
             GroupNorm(groups, in_channels), SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(SiLU(), nn.Linear(emb_channels, out_channels))
-        # The checkpoints number a dropout layer (which SD 1.x sets to 0) at out_layers.2.
+        self.emb_layers = nn.Sequential(SiLU(), Linear(emb_channels, out_channels))
+        # The checkpoints count a dropout layer, which SD 1.x sets to 0, as out_layers.2.
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels),
             SiLU(),
@@ -52,7 +52,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens `(B, N, dim)` to a context `(B, L, context_dim)`, or to themselves."""
+    """Multi-head attention of tokens `(B, N, dim)` to a context `(B, L, context_dim)` or to themselves."""
 
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated linear unit with GELU (Shazeer 2020): the first half of the projection times gelu(second)."""
+    """Gated linear unit (Shazeer 2020): the projection's first half times GELU of its second half."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each with a norm before and a residual."""
+    """Self-attention, cross-attention to the text, feed-forward; each after a norm, in a residual."""
 
     def __init__(self, dim: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """One numbered block: its layers in turn, each given what it takes."""
+    """One numbered block: calls its layers in turn, each with the inputs that it takes."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         for layer in self:
@@ -176,9 +176,10 @@ class UNet(nn.Module):
     timesteps, 0 to 999), `(B, L, context_dim)` -> `(B, out_channels, h, w)`. `h` and `w` must be
     divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters.
 
-    A timestep that all rows share is embedded once, so that equal rows stay equal: a matrix product may
-    round differently from row to row. Set `recompute` to compute each stage again in the backward pass
-    instead of keeping its activations (Chen et al. 2016).
+    A timestep that all rows share is embedded once, because a matrix product may round each row in another
+    way: equal rows stay equal. With `recompute` set to True, the backward pass computes each stage again
+    instead of keeping its activations (Chen et al. 2016). Raises ValueError for a number of timesteps that
+    does not fit the rows.
     """
 
     recompute = False
@@ -195,7 +196,7 @@ class UNet(nn.Module):
                 channels, config.context_dim, config.num_heads, config.transformer_depth, groups
             )
 
-        self.time_embed = nn.Sequential(nn.Linear(c, emb), SiLU(), nn.Linear(emb, emb))
+        self.time_embed = nn.Sequential(Linear(c, emb), SiLU(), Linear(emb, emb))
 
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, c, 3, padding=1))])
         channels, skips = c, [c]
@@ -233,7 +234,7 @@ class UNet(nn.Module):
         )
 
     def shortcut_splits(self) -> dict[str, int]:
-        """The layers that a skip concatenation feeds: name -> channels of its first half, the deeper one."""
+        """The layers after a skip concatenation: name -> channels of the deeper half, which comes first."""
         splits = {}
         widths = [self.config.model_channels * m for m in reversed(self.config.channel_mult)]
         channels = widths[0]
@@ -257,11 +258,11 @@ class UNet(nn.Module):
         return self.out(h)
 
     def _embed(self, timesteps: Tensor | float, latents: Tensor) -> Tensor:
-        """The time embedding, `(1, emb)` where all rows share a timestep, else `(B, emb)`."""
+        """The time embedding: `(1, emb)` if all rows share a timestep, else `(B, emb)`."""
         timesteps = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
         if len(timesteps) not in (1, len(latents)):
             raise ValueError(f"{len(timesteps)} timesteps for {len(latents)} rows: give one, or one for each")
-        # Only on a CPU: elsewhere the comparison would wait for the device.
+        # Compared on a CPU only: on other devices the comparison would wait for the device.
         if len(timesteps) > 1 and timesteps.device.type == "cpu" and not is_recorded():
             timesteps = timesteps[:1] if bool((timesteps == timesteps[0]).all()) else timesteps
         emb = timestep_embedding(timesteps, self.config.model_channels)
@@ -273,11 +274,11 @@ class UNet(nn.Module):
         return stage(*args)
 
     def prune_groups(self) -> list[PruneGroup]:
-        """What can be taken out without changing a residual connection, in the order of the modules."""
+        """The groups that can shrink without changing a residual connection, in the order of the modules."""
         groups = []
         for name, block in self.named_modules():
             if isinstance(block, ResBlock):
-                # In whole groups of the second norm: what stays is normalized as before.
+                # Units are whole groups of the second norm, so the other groups are normalized as before.
                 units, rows = block.out_layers[0].num_groups, ("in_layers.2", "emb_layers.1", "out_layers.0")
                 counters = ("out_layers.0.num_groups",)
                 shortcut = "skip_connection"

@@ -1,6 +1,6 @@
 """The variational autoencoder of Stable Diffusion 1.x, as separate encoder and decoder.
 
-Source of truth: `ldm/modules/diffusionmodules/model.py` of the SD 1.x code. Submodules are named as in
+Source of truth: `ldm/modules/diffusionmodules/model.py` of the SD 1.x code. Submodules have the names of
 the checkpoints: `encoder.*` and `quant_conv` in `VAEEncoder`, `decoder.*` and `post_quant_conv` in
 `VAEDecoder`.
 """
@@ -37,7 +37,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels of a feature map."""
+    """Single-head self-attention over the pixels of a feature map, `(B, C, h, w)` -> `(B, C, h, w)`."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution; SD 1.x pads right and bottom only."""
+    """Halves the resolution; SD 1.x pads only right and bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Middle(nn.Module):
 
 
 class _Level(nn.Module):
-    """The residual blocks of one resolution, then an optional change of resolution."""
+    """The residual blocks of one resolution, then maybe a change of resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _Decoder(nn.Module):
                 level.upsample = Upsample(width)
             levels.append(level)
             channels = width
-        # The checkpoints number the levels by resolution, finest first; the decoder runs them backwards.
+        # The checkpoints count the levels from the finest resolution; the decoder runs them backwards.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = _norm(groups, channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sdcomp.budgets import Curve, allocate
 from sdcomp.errors import UserError
 from sdcomp.observation import weight_matrix
-from sdcomp.budgets import Curve, allocate
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
 from sdcomp.budgets import Curve, allocate, lower_hull
+from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
 from sdcomp.pruning.elimination import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers

@@ -55,7 +55,7 @@ class QuantLayer(nn.Module):
         grids = [Grid(None)]
         if spec.weight_quantizer is not None:
             try:
-                grids = [spec.weight_quantizer.grid(part) for part in made._parts(layer.weight.detach())]
+                grids = [spec.weight_quantizer.grid(part) for part in made.parts(layer.weight.detach())]
             except UserError:
                 raise UserError(
                     f"the weight of layer {name} has NaN or infinite values: check the model's file"
@@ -106,7 +106,7 @@ class QuantLayer(nn.Module):
         """
         if grids is not None:
             self.set_weight_grids(grids)
-        pairs = zip(self._parts(weight.view_as(self.weight)), self.weight_grids(), strict=True)
+        pairs = zip(self.parts(weight.view_as(self.weight)), self.weight_grids(), strict=True)
         integers = torch.cat([self.weight_quantizer.integers(part, grid) for part, grid in pairs], dim=1)
         self.register_buffer("weight_integers", integers)
         self.clear_cache()
@@ -114,7 +114,8 @@ class QuantLayer(nn.Module):
     def _read_input_grids(self) -> None:
         self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
 
-    def _parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Return a weight itself, or its two halves if there is a split."""
         if self.split is None:
             return (weight,)
         return weight.split([self.split, weight.shape[1] - self.split], dim=1)
@@ -132,7 +133,7 @@ class QuantLayer(nn.Module):
         Another tensor of its shape may be given for the weight.
         """
         weight = self.weight.detach() if weight is None else weight
-        pairs = zip(self._parts(weight), self.weight_grids(), strict=True)
+        pairs = zip(self.parts(weight), self.weight_grids(), strict=True)
         parts = [function(part, grid) for part, grid in pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -192,6 +193,8 @@ class QuantLayer(nn.Module):
         state, grids = self.state, None
         if state.only not in (None, self.name):
             return x, self.weight
+        if state.operands is not None:
+            return state.operands(self, x)
         if self.spec.calibrated:
             if state.observer is not None:
                 grids = state.observer(self, x)

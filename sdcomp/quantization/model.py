@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ class QuantModel(QuantizedWrapper):
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
     channel, and its input, per tensor. Attention's products of queries, keys and values are not quantized.
-    `module` itself stays as it is; its weights are shared, not copied. For inference only: nothing is
-    differentiated through the rounding.
+    `module` itself stays as it is; its weights are shared, not copied. For inference only: see
+    `sdcomp.quantization.training` for gradients through the rounding.
 
     Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
     (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
@@ -148,7 +148,8 @@ class QuantModel(QuantizedWrapper):
         active = state.weights or state.activations
         if not active and state.observer is None:
             return self.module(*args, **kwargs)
-        with torch.no_grad():
+        # Only training differentiates through the rounding.
+        with nullcontext() if state.operands is not None else torch.no_grad():
             try:
                 return self.module(*args, **kwargs)
             finally:

@@ -33,6 +33,7 @@ class InputGrid(NamedTuple):
 class QuantState:
     """What the quantized layers of one model share: switches, the timestep's interval, the last input.
 
+    While training, `operands(layer, input)` returns the input and the weight to multiply.
     `only` names the one layer that is quantized for the time; None stands for all of them.
     While calibrating there is an `observer(layer, input)`. It sees each layer's input and returns the grids
     to round it to, one for each part, or None to leave it as it is.
@@ -44,6 +45,7 @@ class QuantState:
     interval: int = 0
     timestep: float = 0.0
     observer: Callable[[QuantLayer, Tensor], list[InputGrid] | None] | None = None
+    operands: Callable[[QuantLayer, Tensor], tuple[Tensor, Tensor]] | None = None
     _last: LastInput = field(default_factory=LastInput, init=False, repr=False)
 
     def quantize(self, x: Tensor, grids: list[InputGrid], split: int | None) -> Tensor:

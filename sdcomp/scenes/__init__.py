@@ -1,4 +1,4 @@
-"""Captioned scenes: what the base model is trained on and what its images are read back as."""
+"""Captioned scenes: the training data of the tiny model, and the reader that judges its images."""
 
 from sdcomp.scenes.captions import VOCABULARY, caption, captions
 from sdcomp.scenes.reader import SceneReader, prompt_accuracy

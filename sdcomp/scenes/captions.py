@@ -1,4 +1,4 @@
-"""Captions of scenes: a small grammar with some variation in wording, and its vocabulary."""
+"""Captions of scenes: a small grammar with several wordings, and its vocabulary."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ VOCABULARY = tuple(
         | {word for w in BACKGROUND_WORDINGS for word in re.findall("[a-z]+", w)}
     )
 )
-"""Every word of the captions and a few more, each one token of the base model's tokenizer."""
+"""Every word of the captions and a few more; each is one token of the tiny model's tokenizer."""
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A caption of `scene`; without `rng` the plainest wording.
+    """Write a caption of `scene`, in the first wording of each part.
 
-    With `rng`, plainness is said or not, stripes are said before or after, and the relation and the
-    background are put in one of a few ways.
+    With `rng` the wording is random: the word "plain" may be left out or not, stripes come before or after
+    the noun, and the relation and the background have several wordings.
     """
 
     def choose(options: tuple[str, ...]) -> str:
@@ -60,6 +60,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def captions(scenes: list[Scene], seed: int) -> list[str]:
-    """One caption for each scene, with the variation in wording drawn from `seed`."""
+    """One caption for each scene, in random wordings drawn from `seed`."""
     rng = np.random.default_rng(seed)
     return [caption(scene, rng) for scene in scenes]

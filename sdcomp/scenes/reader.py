@@ -1,4 +1,4 @@
-"""The reader: tells from an image alone which scene it shows, or that it cannot tell."""
+"""The reader: a small network that reads the scene from an image, or says that it cannot."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HEADS: dict[str, tuple[str, ...]] = {
         for name, values in {"shape": SHAPES, "color": COLORS, "size": SIZES, "texture": TEXTURES}.items()
     },
 }
-"""What is read, and the values it can have. Each head has one class more, the last: cannot tell."""
+"""The attributes that are read, and their values. Each head has one more class, the last: cannot tell."""
 
 UNKNOWN = "?"
-"""What `SceneReader.read` answers where it cannot tell."""
+"""The answer of `SceneReader.read` for an attribute that it cannot tell."""
 
 
 class SceneReader(nn.Module):
@@ -60,9 +60,9 @@ class SceneReader(nn.Module):
     def read(self, images: Tensor, threshold: float = 0.5, batch_size: int = 256) -> list[dict[str, str]]:
         """Read images `(N, 3, 64, 64)` in [0, 1] -> one dictionary each, in the form of `Scene.attributes`.
 
-        An attribute whose most likely value has a probability below `threshold` is "?", as is one that
-        the network itself says it cannot tell. `relation` and the second object are left out where one
-        object is seen. Raises ValueError for images of another size, or not floating point.
+        An attribute is "?" if the network says that it cannot tell, or if the most likely value has a
+        probability below `threshold`. If the image shows one object, `relation` and the second object's
+        attributes are left out. Raises ValueError for images of another size or type.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
             raise ValueError(f"the reader takes images (N, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
@@ -84,7 +84,7 @@ class SceneReader(nn.Module):
 
 
 def head_targets(scenes: list[Scene | None]) -> dict[str, Tensor]:
-    """Class indices by head, each `(N,)`; None stands for an image that shows no scene."""
+    """Target classes for each head, `(N,)` int64; None stands for an image without a scene."""
     rows = [{} if scene is None else scene.attributes() for scene in scenes]
     return {
         name: torch.tensor([values.index(r[name]) if name in r else len(values) for r in rows])
@@ -94,10 +94,11 @@ def head_targets(scenes: list[Scene | None]) -> dict[str, Tensor]:
 
 @dataclass
 class PromptAccuracy:
-    """Whether images show what was asked for, `(N,)` each.
+    """Whether images show the scenes of their prompts, `(N,)` each.
 
-    `all_right`: bool, everything is. `by_attribute`: the share of an image's objects that have it right;
-    NaN where the scene has no such attribute (the relation of a single object).
+    `all_right`: bool, True if every attribute is right. `by_attribute`: for each kind of attribute, the
+    share of an image's objects in which it is right; NaN if the scene has no such attribute, as a single
+    object has no relation.
     """
 
     all_right: Tensor
@@ -105,7 +106,7 @@ class PromptAccuracy:
 
 
 def prompt_accuracy(reader: SceneReader, images: Tensor, scenes: list[Scene]) -> PromptAccuracy:
-    """Read `images` `(N, 3, 64, 64)` and compare with the scenes that were asked for."""
+    """Read `images` `(N, 3, 64, 64)` in [0, 1] and compare them with the scenes of their prompts."""
     names = sorted({name.split("_")[0] for name in HEADS})
     by_attribute = {name: torch.full((len(scenes),), float("nan")) for name in names}
     all_right = torch.zeros(len(scenes), dtype=torch.bool)

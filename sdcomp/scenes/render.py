@@ -1,4 +1,4 @@
-"""Deterministic rendering of scenes: 64x64 RGB, anti-aliased by signed distance, gently lit."""
+"""Deterministic rendering of scenes: 64x64 RGB, anti-aliased by signed distances, softly lit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BACKGROUND = {
 _STRIPE_PERIOD = 6.0
 
 _ABSENT = Thing(SHAPES[0], COLORS[0], SIZES[0], "plain")
-"""What is drawn, with no coverage, where a scene has no object and others of its batch do."""
+"""Drawn with no coverage for a scene without objects in a batch with objects."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Fold the plane into one of ten equal wedges, where the outline is a single straight edge.
+    # Fold the plane into one of ten equal wedges; there the outline is one straight edge.
     wedge = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
     angle = (torch.remainder(angle + wedge / 2, wedge) - wedge / 2).abs()
@@ -76,8 +76,8 @@ _CENTERS = {
 def render(scenes: list[Scene], seed: int | list[int]) -> Tensor:
     """Render scenes -> `(N, 3, 64, 64)` float32 in [0, 1].
 
-    Placement, tilt, tints and light are drawn from `seed` and the scene's position in the list, or from
-    each scene's own seed where a list is given.
+    Place, tilt, tints and light are drawn from `seed` and the scene's index, or, if `seed` is a list, from
+    each scene's own seed.
     """
     seeds = seed if isinstance(seed, list) else [[seed, i] for i in range(len(scenes))]
     rngs = [np.random.default_rng(s) for s in seeds]
@@ -115,7 +115,7 @@ def render(scenes: list[Scene], seed: int | list[int]) -> Tensor:
 
         color = _table(_COLOR, [COLORS.index(t.color) for t in things], COLORS) * (1 + 0.06 * tint)
         color = color * (1 - (0.16 + 0.06 * light) * (dx + dy)[:, None] / math.sqrt(2))
-        # Distance in pixels to the middle of the nearest coloured band, the bands running diagonally.
+        # Distance in pixels to the middle of the nearest coloured band; the bands are diagonal.
         band = torch.remainder((dx + dy) * radius / math.sqrt(2) + _STRIPE_PERIOD / 4, _STRIPE_PERIOD)
         white = ((band - 0.75 * _STRIPE_PERIOD).abs() * -1 + _STRIPE_PERIOD / 4 + 0.5).clamp(0, 1)
         striped = torch.tensor([t.texture == "striped" for t in things])

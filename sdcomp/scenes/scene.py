@@ -1,8 +1,8 @@
-"""Scenes: one or two coloured shapes on a background, how they are drawn at random, and their splits.
+"""Scenes: one or two coloured shapes on a background; random scenes, and their splits.
 
-A scene is what a caption says, no more; where the shapes stand, how they are lit and turned is left to
-the renderer. Splits are by content, not by wording: a scene of the test split is never seen in training
-under any caption, and some combinations of shape, colour and texture are never seen at all ("unseen").
+A scene holds exactly what a caption says. The renderer chooses the rest: exact places, light and tilt.
+Splits go by content, not by wording: training never shows a scene of the test split under any caption, and
+it never shows some combinations of shape, colour and texture at all (the split "unseen").
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Thing:
 
     @property
     def unseen(self) -> bool:
-        """Whether training never shows this combination of shape, colour and texture (6 of 72)."""
+        """Whether this combination of shape, colour and texture is never in training (6 of 72 are not)."""
         i = SHAPES.index(self.shape)
         return COLORS[(i + 2) % len(COLORS)] == self.color and TEXTURES[i % 2] == self.texture
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One object, or two of which the first is `relation` ("left" of, "above") the second."""
+    """One object, or two; then the first is left of or above the second (`relation`: "left", "above")."""
 
     background: str
     things: tuple[Thing, ...]
@@ -48,14 +48,14 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """Held-out combinations are "unseen", one scene in ten of the rest "test", all others "train"."""
+        """The split: "unseen" for held-out combinations; of the rest one in ten "test", else "train"."""
         if any(thing.unseen for thing in self.things):
             return "unseen"
         digest = hashlib.sha256(repr(sorted(self.attributes().items())).encode()).digest()
         return "test" if digest[0] % 10 == 0 else "train"
 
     def attributes(self) -> dict[str, str]:
-        """Everything that the scene says, by name: background, count, relation, shape_1, color_1, ..."""
+        """All attributes of the scene by name: background, count, relation, shape_1, color_1, ..."""
         values = {"background": self.background, "count": str(len(self.things))}
         if self.relation is not None:
             values["relation"] = self.relation
@@ -74,9 +74,10 @@ class Scene:
 
 
 def sample_scenes(n: int, seed: int, split: str = "train", objects: int | None = None) -> list[Scene]:
-    """Draw `n` scenes of a split, with repetition; `objects` 1 or 2, or None for 40 % of one.
+    """Draw `n` random scenes of a split, with repetition.
 
-    Raises ValueError for a split or a number of objects that does not exist.
+    `objects` is the number of objects, 1 or 2; None draws 40 % of the scenes with one. Raises ValueError
+    for another split or number of objects.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -98,9 +99,9 @@ def sample_scenes(n: int, seed: int, split: str = "train", objects: int | None =
 
 
 def neighbor(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene, of any split, that differs in one thing said: an attribute changed, or two swapped.
+    """Draw a scene, of any split, that differs in one point: one attribute changed, or two swapped.
 
-    Such pairs are what a contrastive model must tell apart (Yuksekgonul et al. 2023, hard negatives).
+    A contrastive model must tell such pairs apart (Yuksekgonul et al. 2023, hard negatives).
     """
     while (other := _change(scene, rng)) == scene:
         pass

@@ -96,7 +96,7 @@ class Builder:
         A recovery uses up to 128 calibration prompts, four for each image of the study. Its checkpoint is in
         the run's folder, and a killed run resumes from there.
         """
-        amount, norm = variant.amount, variant.importance or "l2"
+        amount, norm = variant.amount, variant.criterion or "l2"
         if not variant.pruning:
             return self.sd.unet
         if variant.pruning == "unstructured":

@@ -39,8 +39,8 @@ def pruned_variants(
         options = {"scope": scope, "recover_steps": recover_steps}
         return [pruned("unstructured", amount, **options) for amount in as_list(amounts)]
     kind = {"mask": "masked channels", "remove": "removed"}[mode]
-    importance = "" if criterion == "l2" else criterion  # l2 is the default
-    options = {"importance": importance, "recover_steps": recover_steps}
+    criterion = "" if criterion == "l2" else criterion  # l2 is the default
+    options = {"criterion": criterion, "recover_steps": recover_steps}
     return [pruned(kind, amount, **options) for amount in as_list(amounts)]
 
 

@@ -131,7 +131,7 @@ def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figu
     return figure
 
 
-def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], label: str, limits: tuple[float, float]) -> None:
+def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], limits: tuple[float, float]) -> None:
     """Draw results (rows of `Run.results`) by bits of weights, down, and of activations, across.
 
     The values stand in the cells. Colours end at the `limits`. Without rows, nothing is drawn.
@@ -145,7 +145,7 @@ def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], label: str, limits: tup
     table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
     table = table.rename(columns={32: "full"})
     low, high = limits
-    colours = {"cmap": "viridis", "vmin": low, "vmax": high, "cbar_kws": {"label": label, "extend": "both"}}
+    colours = {"cmap": "viridis", "vmin": low, "vmax": high, "cbar_kws": {"extend": "both"}}
     sns.heatmap(table, ax=axis, annot=True, fmt=".1f", linewidths=1, **colours)
     axis.set(xlabel="bits of activations", ylabel="bits of weights")
     axis.tick_params(axis="y", rotation=0)

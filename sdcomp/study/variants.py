@@ -23,8 +23,8 @@ class Variant:
     """The share that is pruned, 0 to 1."""
     scope: str = "layer"
     """Where the smallest weights are chosen: in each "layer", or "global"."""
-    importance: str = ""
-    """What decides which weights go; empty: the default of the pruning."""
+    criterion: str = ""
+    """The norm that finds the smallest channels; empty: l2."""
     block: str = ""
     """The only block that is pruned; empty: all of them."""
     recover_steps: int = 0
@@ -67,7 +67,7 @@ class Variant:
             self.pruning,
             f"{100 * self.amount:g} %" if self.pruning and amount else "",
             "global" if self.scope == "global" else "",
-            f"by {self.importance}" if self.importance else "",
+            f"by {self.criterion}" if self.criterion else "",
             f"in {self.block}" if self.block else "",
         )
         quantization = (

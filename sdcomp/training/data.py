@@ -1,4 +1,4 @@
-"""The rendered training set of the base model."""
+"""The rendered training set of the tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdcomp.scenes import Scene, neighbor, render, sample_scenes
 from sdcomp.scenes.render import SIZE
 
 FAMILY = 4
-"""Scenes come in families: one drawn at random and three that differ from it in one thing said."""
+"""Scenes come in families: a random scene, and three that differ from it in one point."""
 
 
 @dataclass
@@ -28,16 +28,19 @@ class SceneSet:
 
     @property
     def digest(self) -> str:
-        """A short name for this very set of scenes."""
+        """A short hash of these scenes and their images: 12 hexadecimal digits."""
         return hashlib.sha256(repr(self.scenes).encode() + self.images[:FAMILY].tobytes()).hexdigest()[:12]
 
     def batch(self, rows: np.ndarray) -> Tensor:
-        """Images of the given rows, `(B, 3, 64, 64)` float32 in [0, 1]."""
+        """The images with these indices, `(B, 3, 64, 64)` float32 in [0, 1]."""
         return torch.from_numpy(self.images[rows]).float() / 255
 
 
 def scene_set(n: int, seed: int, folder: Path | None = None, progress: bool = True) -> SceneSet:
-    """Render `n` training scenes (a multiple of 4), or map the images from `folder` if they are there."""
+    """Draw `n` training scenes and render them; a `folder` keeps the images for the next call.
+
+    Images that are in `folder` are mapped, not rendered. Raises ValueError unless `n` is a multiple of 4.
+    """
     if n % FAMILY:
         raise ValueError(f"n must be a multiple of {FAMILY}, not {n}")
     rng = np.random.default_rng(seed)

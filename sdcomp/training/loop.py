@@ -1,4 +1,4 @@
-"""One training loop for every part: cosine rate, moving average, checkpoints, resume."""
+"""One training loop for every model part: cosine learning rate, moving average, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sdcomp.errors import UserError
 from sdcomp.files import replacing
 
 Loss = Callable[[np.random.Generator, torch.Generator], Tensor | Iterator[Tensor]]
-"""A step's loss, or the losses of its micro-batches, whose sum is the step's."""
+"""The loss of a step, or the losses of its micro-batches, which add up to the loss of the step."""
 
 
 @dataclass
 class Trained:
-    """A trained module (its moving average, in evaluation mode), the loss of each step, and the seconds."""
+    """The moving average of the trained module, in eval mode; the loss of each step; the seconds."""
 
     module: nn.Module
     losses: list[float]
@@ -51,12 +51,12 @@ def fit(
     """Minimise `loss` over the parameters of `module`: AdamW, linear warm-up, cosine decay to zero.
 
     `loss(rng, generator)` draws its batch and noise from the two generators. It returns a scalar, or yields
-    several, whose gradients are added up. The generators are seeded by the step's number, so a killed run
-    resumes from `checkpoint` with the same result. Gradients are clipped at norm 1.
+    several scalars, whose gradients are added up. `seed` and the step's number seed the generators, so a
+    killed run resumes from `checkpoint` with the same result. Gradients are clipped to norm 1.
 
-    A checkpoint belongs to one training: `inputs` names what else the loss depends on (digests of data
-    and of other parts). Raises UserError for a checkpoint of another training, and FloatingPointError
-    when the loss is no longer finite.
+    A checkpoint belongs to one training: `inputs` holds hashes of everything else that the loss depends on,
+    such as data and other parts. Raises UserError for a checkpoint of another training, and
+    FloatingPointError if the loss becomes infinite or NaN.
     """
     recipe = {
         "part": desc, "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
@@ -82,20 +82,19 @@ def fit(
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        # A short memory at first, so that the average of a brief run is not its random start.
+        # A short memory at first: the average of a short run must forget its random start.
         average.multi_avg_fn = get_ema_multi_avg_fn(min(ema_decay, (step + 1) / (step + 10)))
         average.update_parameters(module)
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
         if checkpoint is not None and (time.monotonic() - saved > checkpoint_seconds or step == steps - 1):
             so_far = {"step": step + 1, "losses": losses, "seconds": seconds + time.monotonic() - begun}
-            states = {name: part.state_dict() for name, part in stateful.items()}
-            _write({"recipe": recipe} | states | so_far, checkpoint)
+            _write(checkpoint, recipe, stateful, so_far)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
 
 
 def _backward(loss: Tensor | Iterator[Tensor], where: str) -> float:
-    """Add the gradients of a step's losses; returns the sum of the losses, which must be finite."""
+    """Compute the gradients of a step's losses and return their sum; FloatingPointError unless finite."""
     total = 0.0
     for part in [loss] if isinstance(loss, Tensor) else loss:
         part.backward()
@@ -105,23 +104,25 @@ def _backward(loss: Tensor | Iterator[Tensor], where: str) -> float:
     return total
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
+def _write(path: Path, recipe: dict[str, Any], stateful: dict[str, Any], so_far: dict[str, Any]) -> None:
+    """Write the checkpoint that `_resume` loads."""
+    states = {name: part.state_dict() for name, part in stateful.items()}
     with replacing(path) as partial, open(partial, "wb") as file:
         try:
-            torch.save(state, file)
-        except RuntimeError as error:  # of PyTorch's writer, which goes on after a full disk's OSError
+            torch.save({"recipe": recipe, **states, **so_far}, file)
+        except RuntimeError as error:  # PyTorch's writer hides the OSError of a full disk behind this
             raise error.__context__ or error from None
 
 
 def _resume(path: Path, recipe: dict[str, Any], stateful: dict[str, Any]) -> tuple[int, list[float], float]:
-    """Load a checkpoint of the same recipe into its parts; returns the next step, losses and seconds."""
+    """Load a checkpoint of the same recipe into `stateful`; return the next step, losses and seconds."""
     device = next(stateful["module"].parameters()).device
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise UserError(f"{path} is no file: a checkpoint cannot be read from it, nor written to it")
     try:
         state = torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint; delete it to begin anew") from error
+        raise UserError(f"{path} cannot be read as a checkpoint; delete it to start again") from error
     for key, value in recipe.items():
         if (there := state.get("recipe", {}).get(key)) != value:
             raise UserError(

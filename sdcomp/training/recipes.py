@@ -1,4 +1,4 @@
-"""What each part of the base model minimises, as losses for `sdcomp.training.fit`."""
+"""The loss of each part of the tiny model, for `sdcomp.training.fit`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sdcomp.training.data import FAMILY, SceneSet
 def vae_loss(vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32, kl_weight: float = 2e-4):
     """L1 + 2 MSE on random crops, and a small Kullback-Leibler penalty (Kingma & Welling 2014).
 
-    `vae` holds "encoder" and "decoder". Crops teach the same local code as whole images at a quarter of
-    the price. The penalty is averaged over latent elements.
+    `vae` holds "encoder" and "decoder". Crops teach the same local code as whole images at a quarter of the
+    cost. The penalty is the mean over latent elements.
     """
     encoder: VAEEncoder = vae["encoder"]
     decoder: VAEDecoder = vae["decoder"]
@@ -31,7 +31,7 @@ def vae_loss(vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         images = data.batch(rng.choice(len(data.scenes), batch, replace=False))
-        # Multiples of 4, so that a crop's latent grid is that of the whole image.
+        # Multiples of 4: a crop's latent grid then lies on the grid of the whole image.
         top, left = 4 * rng.integers(0, (images.shape[-1] - crop) // 4 + 1, 2)
         images = 2 * images[:, :, top : top + crop, left : left + crop] - 1
         images = images.to(device, memory_format=torch.channels_last)
@@ -47,7 +47,7 @@ def vae_loss(vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32
 def clip_loss(clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet, families: int = 32):
     """Symmetric contrastive loss (Radford et al. 2021, figure 3) over whole families of scenes.
 
-    A family's members differ in one thing said, so that every attribute and who has it must be told apart.
+    The scenes of a family differ in one point, so the model must learn every attribute of every object.
     """
     device = clip.device
 
@@ -57,7 +57,7 @@ def clip_loss(clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet, familie
         texts = [caption(data.scenes[r], rng) for r in rows]
         image = clip.get_image_features(clip_pixels(data.batch(rows)).to(device)).pooler_output
         text = clip.get_text_features(tokenize(tokenizer, texts).to(device)).pooler_output
-        # CLIP's published bound on the temperature keeps training stable.
+        # CLIP's published bound on the temperature keeps the training stable.
         scale = clip.logit_scale.clamp(max=math.log(100)).exp()
         logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
         labels = torch.arange(len(rows), device=device)
@@ -80,7 +80,7 @@ def diffusion_loss(
     """Noise prediction (Ho et al. 2020, equation 14) with weights min(SNR, gamma) / SNR (Hang et al. 2023).
 
     `latents`: scaled means and standard deviations of the encoded training images, each `(N, 4, h, w)`.
-    The caption is empty in a share `drop_text` of the rows, for guidance (Ho & Salimans 2021).
+    A share `drop_text` of the rows has an empty caption, for guidance (Ho & Salimans 2021).
     """
     means, stds = latents
     device = next(unet.parameters()).device
@@ -91,7 +91,7 @@ def diffusion_loss(
         context = text_states(text_encoder, tokenizer, texts)
         noise = torch.randn(2, batch, *means.shape[1:], generator=generator)
         clean = means[rows] + stds[rows] * noise[0]
-        # Stratified timesteps: one draw in each of `batch` equal ranges.
+        # Stratified timesteps: one draw from each of `batch` equal ranges.
         t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         t = (t * schedule.config.train_timesteps).long()
         noisy = schedule.add_noise(clean, noise[1], t).to(device, memory_format=torch.channels_last)
@@ -103,11 +103,11 @@ def diffusion_loss(
 
 
 def reader_loss(reader: SceneReader, data: SceneSet, round_trips: Tensor, batch: int = 128):
-    """Sum of cross-entropies over the reader's heads, on augmented scenes and on images that show none.
+    """Sum of cross-entropies over the reader's heads, on augmented scenes and on images without a scene.
 
-    `round_trips`: `(M, 3, 64, 64)` uint8, the first M images after the base model's VAE. A quarter of
-    the rows come from there; rows are blurred, noised and lit at random. One row in six is noise, an empty
-    background, a blend of two scenes or a scene cut into shuffled tiles: there nothing can be told.
+    `round_trips`: `(M, 3, 64, 64)` uint8, the first M images, encoded and decoded by the tiny model's VAE.
+    They replace 80 % of the rows that have one. Every row gets random blur, noise and light. One row in
+    six shows no scene: noise, an empty background, a blend of two scenes, or the shuffled tiles of one.
     """
     colors = np.random.default_rng(0)
     empty = render([Scene(str(colors.choice(BACKGROUNDS)), ()) for _ in range(512)], 0)
@@ -145,7 +145,7 @@ def _nothing(
     rng: np.random.Generator,
     generator: torch.Generator,
 ) -> Tensor:
-    """An image in which nothing can be told, of one of four kinds."""
+    """Make an image without a readable scene, of one of four kinds."""
     if kind == 0:
         mean, spread = torch.rand(3, 1, 1, generator=generator), torch.rand(1, generator=generator)
         return (mean + 0.5 * spread * torch.randn(image.shape, generator=generator)).clamp(0, 1)

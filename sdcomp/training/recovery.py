@@ -1,4 +1,4 @@
-"""Recovery: train a pruned UNet to predict what the dense UNet predicts. It needs no images."""
+"""Recovery: train a compressed UNet to predict what the UNet itself predicts. It needs no images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.errors import UserError
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.requests import image_pixels, rows_at_once
 from sdcomp.model.samplers import whole
 from sdcomp.pruning.layers import prunable_layers
+from sdcomp.quantization import QuantModel
+from sdcomp.quantization.training import rounded, trainable
 from sdcomp.training.loop import Loss, Trained, fit
 
 
@@ -41,13 +45,14 @@ def recover(
     progress: bool = True,
     **sampling: Any,
 ) -> Trained:
-    """Train a pruned copy of `sd.unet` to predict the same noise as `sd.unet` itself.
+    """Train a pruned or quantized copy of `sd.unet` to predict the same noise as `sd.unet` itself.
 
-    The loss is BK-SDM's distillation loss on outputs (Kim et al. 2023): the mean squared distance of the
-    two predictions. One generation of `prompts` records the latents that the dense model meets at every
-    step, with the prompt and with the negative prompt, and its predictions. Training then runs the pruned
-    UNet alone. The generation takes `sampling_steps` steps; `sampling` are further arguments of
-    `StableDiffusion.generate`: `negative_prompt`, `sampler`, `guidance_scale`, `size`.
+    The loss is BK-SDM's distillation loss on outputs (Kim et al. 2023): the mean squared distance of the two
+    predictions. One generation of `prompts` records what the full UNet is given and predicts at every step,
+    with the prompt and with the negative prompt. Training then runs the compressed UNet alone. The generation
+    takes `sampling_steps` steps; `sampling` are further arguments of `StableDiffusion.generate`:
+    `negative_prompt`, `sampler`, `guidance_scale`, `size`. A `QuantModel` is trained through the rounding,
+    see `sdcomp.quantization.training`. Its full-precision weights are then the trained ones.
 
     There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
     new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.
@@ -58,44 +63,47 @@ def recover(
     (default: on CUDA); weights stay float32. The recorded tensors stay on the CPU.
 
     Raises ValueError for no prompts, for weights that are not float32, and if `micro_batch` does not divide
-    `batch_size`; UserError for a quantized UNet; and what `generate` and `fit` raise.
+    `batch_size`; UserError for an int8 or packed UNet; and what `generate` and `fit` raise.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(unet, prompts, steps, batch_size)
+    prompts = _check(unet, prompts, steps, batch_size)
     own = rows_at_once(16, image_pixels(sd.config, sampling.get("size")))
     rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling |= {"steps": sampling_steps, "seed": seed}
-    recorder, at_once = _Recorder(sd.unet), min(own, len(prompts))
-    blind = sd.replace(unet=recorder, decoder=_NoImages(sd.decoder, sd.config.vae.downsampling))
-    blind.generate(prompts, batch_size=at_once, progress=progress, **sampling)
-    student = copy.deepcopy(unet).requires_grad_(True)
+    calls = _record(sd, prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling)
+    quantized = isinstance(unet, QuantModel)
+    student = trainable(unet) if quantized else copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student)
     _set_recompute(student, own < 16 if recompute is None else recompute)
-    inputs = {"pruned": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
+    inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
     inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
-    loss = _distillation_loss(student, recorder.calls, batch_size, rows, autocast)
+    loss = _distillation_loss(student, calls, batch_size, rows, autocast)
     trained = fit(
         student, loss, steps, lr=lr, warmup=max(1, min(100, steps // 10)), weight_decay=0.0, seed=seed,
         checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, inputs=inputs, progress=progress,
         desc="recover",
     )  # fmt: skip
     _set_recompute(trained.module, False)
-    return trained
+    return replace(trained, module=rounded(trained.module)) if quantized else trained
 
 
-def _check(unet: nn.Module, prompts: list[str], steps: int, batch_size: int) -> None:
-    """Raise ValueError or UserError for what cannot be recovered."""
+def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size: int) -> list[str]:
+    """Return the prompts. Raise ValueError or UserError for what cannot be recovered."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("recovery needs at least one calibration prompt")
     if whole("steps", steps) < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    prunable_layers(unet, [""])  # refuses quantized layers and weights that are not finite
+    if not isinstance(unet, QuantModel):
+        prunable_layers(unet, [""])  # refuses integer layers and weights that are not finite
+    elif not unet.calibrated:
+        raise UserError("this model has no scales for its inputs yet: calibrate it before the recovery")
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
     if whole("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    return prompts
 
 
 Call = tuple[Tensor, int, Tensor, Tensor]
@@ -132,6 +140,14 @@ class _NoImages(nn.Module):
         return latents.new_zeros(len(latents), 3, 1, 1).expand(-1, -1, height, width)
 
 
+def _record(sd: StableDiffusion, prompts: list[str], **settings: Any) -> list[Call]:
+    """Generate, and return the calls of the UNet."""
+    recorder = _Recorder(sd.unet)
+    decoder = _NoImages(sd.decoder, sd.config.vae.downsampling)
+    sd.replace(unet=recorder, decoder=decoder).generate(prompts, **settings)
+    return recorder.calls
+
+
 def _distillation_loss(
     student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool | None
 ) -> Loss:
@@ -142,8 +158,7 @@ def _distillation_loss(
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Iterator[Tensor]:
         chosen = [recorded[r] for r in rng.integers(len(recorded), size=batch_size)]
-        for start in range(0, batch_size, rows):
-            some = chosen[start : start + rows]
+        for some in _micro_batches(student, chosen, rows):
             latents, context, target = (
                 torch.stack([call[part][i] for call, i in some]).to(device) for part in (0, 2, 3)
             )
@@ -153,6 +168,19 @@ def _distillation_loss(
             yield F.mse_loss(predicted.float(), target) * (len(some) / batch_size)
 
     return loss
+
+
+def _micro_batches(
+    student: nn.Module, chosen: list[tuple[Call, int]], rows: int
+) -> Iterator[list[tuple[Call, int]]]:
+    """Split a batch into micro-batches, each within one timestep interval of a timestep-aware student."""
+    groups: dict[int, list[tuple[Call, int]]] = {}
+    for call, i in chosen:
+        interval = student.interval_of(call[1]) if isinstance(student, QuantModel) else 0
+        groups.setdefault(interval, []).append((call, i))
+    for group in groups.values():
+        for start in range(0, len(group), rows):
+            yield group[start : start + rows]
 
 
 def _set_recompute(unet: nn.Module, recompute: bool) -> None:
@@ -165,8 +193,10 @@ def _set_recompute(unet: nn.Module, recompute: bool) -> None:
 
 def _hold_zeros(module: nn.Module) -> None:
     """Set the gradients of zero weights to zero; without weight decay AdamW then leaves them at zero."""
-    for layer in prunable_layers(module, [""]).values():
-        for parameter in layer.parameters():
+    for layer in module.modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
             if (zeros := parameter.detach() == 0).any():
                 parameter.register_hook(partial(torch.Tensor.masked_fill, mask=zeros, value=0))
 

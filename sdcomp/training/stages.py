@@ -1,6 +1,6 @@
-"""The four trainings that make the base model, in order: autoencoder, CLIP, UNet, reader.
+"""The four trainings of the tiny model, in order: autoencoder, CLIP, UNet, reader.
 
-Each takes its number of steps, a seed and an optional checkpoint from which it resumes.
+Each takes its number of steps, a seed, and maybe the path of a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdcomp.training.recipes import clip_loss, diffusion_loss, reader_loss, vae_
 
 
 def caption_tokenizer(config: ModelConfig) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the captions is one token; any other text can be encoded."""
+    """Make a CLIP tokenizer with one token for every caption word; it can encode any other text too."""
     vocab, merges = word_tokenizer(VOCABULARY)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text["max_position_embeddings"])
 
@@ -33,7 +33,7 @@ def train_vae(
     config: ModelConfig, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
     checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
-    """Train the autoencoder; the module is a ModuleDict of "encoder" and "decoder"."""
+    """Train the autoencoder; the trained module is a ModuleDict of "encoder" and "decoder"."""
     torch.manual_seed(seed)
     vae = nn.ModuleDict({"encoder": VAEEncoder(config.vae), "decoder": VAEDecoder(config.vae)})
     vae = vae.to(device, memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def train_clip(
     config: ModelConfig, tokenizer: CLIPTokenizer, data: SceneSet, steps: int, *, seed: int = 0,
     device: str = "cpu", checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
-    """Train CLIP: the text encoder that conditions the UNet, and the image encoder that scores it."""
+    """Train CLIP: the text encoder for the UNet's conditions, and the image encoder for CLIP scores."""
     torch.manual_seed(seed)
     clip = build_clip(config).to(device)
     return fit(
@@ -67,8 +67,8 @@ def train_clip(
 class Latents:
     """The encoded training images: scaled means and standard deviations, `(N, 4, h, w)` each.
 
-    `scale` gives the means a standard deviation of 1, as 0.18215 does for SD 1.x (Rombach et al. 2022,
-    appendix G); `encoder` is the digest of the weights that made them.
+    The factor `scale` gives the means a standard deviation of 1, as 0.18215 does for SD 1.x (Rombach et al.
+    2022, appendix G). `encoder` is the hash of the encoder's weights.
     """
 
     means: Tensor
@@ -99,8 +99,8 @@ def train_unet(
 ) -> Trained:  # fmt: skip
     """Train the UNet to predict noise in the scaled latents, given the captions.
 
-    `start` is a UNet of the same configuration whose weights training goes on from; give another `seed`
-    then, so that it does not see the same batches again.
+    `start` is a UNet of the same configuration; the training continues from its weights. Give another
+    `seed` then, so that it does not see the same batches again.
     """
     inputs = {
         "scenes": data.digest, "encoder": latents.encoder, "text encoder": weights_digest(clip.text_model)
@@ -134,7 +134,7 @@ def train_unet(
 
 @torch.no_grad()
 def vae_round_trips(vae: nn.ModuleDict, images: Tensor) -> Tensor:
-    """Images `(N, 3, H, W)` in [0, 1] encoded (to the mean) and decoded again, on the CPU."""
+    """Encode images `(N, 3, H, W)` in [0, 1] to the mean and decode them again, on the CPU."""
     device = next(vae.parameters()).device
     out = []
     for batch in images.split(128):
@@ -147,7 +147,7 @@ def train_reader(
     vae: nn.ModuleDict, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
     checkpoint: Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
-    """Train the reader on rendered scenes and, for three in ten, what the autoencoder makes of them."""
+    """Train the reader on rendered scenes, and on the first 30 % also after the autoencoder."""
     torch.manual_seed(seed)
     reader = SceneReader().to(device, memory_format=torch.channels_last)
     inputs = {"scenes": data.digest, "autoencoder": weights_digest(vae)}

@@ -1,4 +1,4 @@
-"""The key of cached images: whatever may change an image is in it, and nothing that only judges is."""
+"""The key of cached images covers everything that may change an image, but no code that only judges."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def key(small):
     return lambda: cache._key(small, PROMPTS, QUICK)
 
 
-def test_another_number_of_threads_is_another_machine(key):
+def test_another_number_of_threads_has_another_key(key):
     before = torch.get_num_threads()
     first = key()
     torch.set_num_threads(before + 1)
@@ -36,7 +36,7 @@ def test_another_number_of_threads_is_another_machine(key):
         lambda patch: patch.setattr(torch, "__version__", "another"),
     ],
 )
-def test_another_machine_makes_new_images(key, monkeypatch, change):
+def test_another_machine_has_another_key(key, monkeypatch, change):
     fix_precision()
     first = key()
     with monkeypatch.context() as patch:
@@ -47,7 +47,7 @@ def test_another_machine_makes_new_images(key, monkeypatch, change):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A package of one's own in place of this one, and a function that takes its digest."""
+    """A made-up package in place of this one, and the function that hashes its source."""
     for name in ("__init__", "model/unet", "evaluation/metrics", "study/run"):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def source(tmp_path, monkeypatch):
     return cache._source.__wrapped__
 
 
-def test_code_that_makes_images_is_in_the_key_wherever_it_lies(source, tmp_path):
+def test_code_that_makes_images_is_in_the_key_in_any_folder(source, tmp_path):
     found = [source()]
 
     def write(name, text):
@@ -73,7 +73,7 @@ def test_code_that_makes_images_is_in_the_key_wherever_it_lies(source, tmp_path)
     assert len(set(found)) == len(found)
 
 
-def test_code_that_only_judges_is_not(source, tmp_path):
+def test_code_that_only_judges_is_not_in_the_key(source, tmp_path):
     first = source()
     (tmp_path / "evaluation" / "metrics.py").write_text("# changed")
     (tmp_path / "study" / "plots.py").write_text("# new")

@@ -1,4 +1,4 @@
-"""Distances between sets of images against torchmetrics, and noise errors against what is known of them."""
+"""Distances between sets of images against torchmetrics, and noise errors against known ones."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from sdcomp.evaluation import (
 
 
 class Given(nn.Module):
-    """Stands for a feature extractor: the "images" are the features already."""
+    """Replaces a feature extractor: the "images" are features already."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -34,7 +34,7 @@ def sample(n, d=6, shift=0.0, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-def test_kid_is_torchmetrics_on_all_images():
+def test_kid_agrees_with_torchmetrics_on_all_images():
     x, y = sample(40), sample(40, shift=0.4, seed=1)
     theirs = KernelInceptionDistance(Given(6), subsets=1, subset_size=40)
     theirs.update(y, real=True)
@@ -61,10 +61,10 @@ def test_a_paired_difference_of_kids_sees_a_small_shift():
     assert change.value == pytest.approx((kid_values(x + 0.1, y) - kid_values(x, y)).mean().item())
 
 
-def test_kid_to_ones_own_images_leaves_the_pairs_out():
+def test_paired_kid_leaves_the_pairs_out():
     x = sample(80)
     near = x + 0.05 * sample(80, seed=3)
-    # Images that were made from the same noise resemble each other: with them the distance is below zero.
+    # Images from the same noise resemble each other, so with the pairs the distance is negative.
     assert kid_values(near, x).mean() < -0.05
     assert abs(kid_values(near, x, paired=True).mean().item()) < 0.01
     assert kid_values(sample(80, shift=0.5, seed=4), x, paired=True).mean() > 0.05
@@ -78,12 +78,12 @@ def test_kid_to_ones_own_images_leaves_the_pairs_out():
         (sample(9), sample(8), {"paired": True}),
     ],
 )
-def test_kid_refuses_sets_that_have_none(x, y, options):
-    with pytest.raises(ValueError, match=r"KID needs at least 3|do not go with"):
+def test_kid_refuses_sets_that_are_too_small_or_do_not_fit(x, y, options):
+    with pytest.raises(ValueError, match=r"KID needs at least 3|do not fit"):
         kid_values(x, y, **options)
 
 
-def test_the_frechet_distance_is_that_of_torchmetrics():
+def test_the_frechet_distance_agrees_with_torchmetrics():
     x, y = sample(50), sample(70, shift=0.3, seed=1) @ torch.diag(torch.linspace(0.5, 2, 6))
     theirs = FrechetInceptionDistance(Given(6), input_img_size=(1, 1, 6), normalize=False)
     theirs.set_dtype(torch.float64)
@@ -113,7 +113,7 @@ def test_a_folder_of_images_becomes_a_batch(tmp_path):
 
 
 class Off(nn.Module):
-    """The UNet with a constant added to its prediction, for prompts and negative prompts alike."""
+    """The UNet with a constant added to its prediction, the same for prompts and negative prompts."""
 
     def __init__(self, unet, error):
         super().__init__()
@@ -123,7 +123,7 @@ class Off(nn.Module):
         return self.unet(latents, timesteps, context) + self.error * timesteps / 1000
 
 
-def test_noise_errors_are_those_of_each_step(small, tmp_path):
+def test_noise_errors_are_measured_step_by_step(small, tmp_path):
     prompts = ["a small red star", "a ring", "two stars"]
     settings = {"steps": 4, "guidance_scale": 3.0, "batch_size": 2, "seed": 1}
     trace = cached_trace(small, prompts, folder=tmp_path, **settings)
@@ -134,7 +134,7 @@ def test_noise_errors_are_those_of_each_step(small, tmp_path):
         return noise_mse(small, unet, prompts, trace, **{"guidance_scale": 3.0, "batch_size": 2, **changes})
 
     assert errors(small.unet).shape == (4, 3)
-    # The last image's batch is not padded here: its kernels round otherwise.
+    # Here the last batch is not padded, so other kernels round it in another way.
     assert errors(small.unet).max() < 1e-9
     expected = (0.1 * trace.timesteps / 1000).square()[:, None].expand(4, 3)
     assert torch.allclose(errors(Off(small.unet, 0.1)), expected, rtol=1e-3)

@@ -1,9 +1,10 @@
-"""Metrics against torchmetrics, and intervals against what is known of them."""
+"""Metrics against torchmetrics, and intervals against their known properties."""
 
 import copy
 import dataclasses
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ from sdcomp.scenes import Scene, SceneReader, render, sample_scenes
 # Bootstrap
 
 
-def test_the_interval_of_a_mean_is_the_normal_one_for_many_values():
+def test_for_many_values_the_interval_of_a_mean_is_the_normal_one():
     values = torch.from_numpy(np.random.default_rng(0).gamma(2.0, 1.5, 4000))
     mean = bootstrap(values)
     error = values.std(unbiased=False).item() / math.sqrt(4000)
@@ -50,8 +51,8 @@ def test_the_interval_of_a_mean_is_the_normal_one_for_many_values():
     assert mean.high == pytest.approx(mean.value + 1.96 * error, abs=0.15 * error)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
-    # At n = 40 the percentile interval is a little too narrow: 94 %, here with an error of 3 %.
+def test_95_percent_intervals_cover_the_truth_in_95_percent():
+    # At n = 40 the percentile interval covers only 94 %; the standard error here is 3 %.
     rng = np.random.default_rng(1)
     held = 0
     for k in range(60):
@@ -102,13 +103,13 @@ def test_images_of_one_scene_are_resampled_together():
     groups = [f"scene {i // 10}" for i in range(400)]
     few, many = bootstrap(scenes), bootstrap(repeated, groups=groups)
     assert many.value == pytest.approx(few.value) and (few.n, many.n) == (40, 400)
-    # Ten copies of each tell no more than one; taken for independent they seem to.
+    # Ten copies hold no more information than one, but would seem to if they were independent.
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
     plain = bootstrap(repeated)
     assert plain.high - plain.low == pytest.approx((few.high - few.low) / math.sqrt(10), rel=0.15)
 
 
-def test_what_does_not_apply_is_left_out():
+def test_values_that_do_not_apply_are_left_out():
     values = torch.tensor([1.0, math.nan, 3.0, math.nan])
     kept, groups = applicable(values, ["a", "b", "c", "d"])
     assert kept.tolist() == [1.0, 3.0] and groups == ["a", "c"]
@@ -116,7 +117,7 @@ def test_what_does_not_apply_is_left_out():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_no_score_of_a_broken_variant_is_made_from_what_is_left_of_it(bad):
+def test_a_broken_variant_gets_no_score_from_its_finite_values(bad):
     values = torch.tensor([1.0, bad, 3.0, 2.0])
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     broken, features = images.clone(), images.flatten(1)
@@ -156,7 +157,7 @@ def test_scores_to_a_baseline_take_little_memory():
         pytest.skip("this system does not tell how much memory a process had")
     assert checked < 2**22
     assert peak_memory(lambda: psnr(images, baseline)) < images.nbytes
-    # SSIM takes 60 MB for one of these, 1.5 GB for all at once.
+    # SSIM takes 60 MB for one of these images, 1.5 GB for all at once.
     assert peak_memory(lambda: ssim(images, baseline)) < 2**28
 
 
@@ -172,7 +173,7 @@ def test_values_that_do_not_go_together_are_refused():
         ssim((255 * images).byte(), images)
 
 
-def test_a_share_on_which_all_agree_has_wilsons_interval():
+def test_a_share_of_0_or_100_percent_has_wilsons_interval():
     right = torch.ones(32, dtype=torch.bool)
     # 32 of 32: Wilson's 95 % interval is 89.3 to 100 % (z^2 = 3.84: 32 / 35.84).
     assert estimate(right).low == pytest.approx(89.3, abs=0.05)
@@ -180,14 +181,14 @@ def test_a_share_on_which_all_agree_has_wilsons_interval():
     assert estimate(~right).high == pytest.approx(10.7, abs=0.05)
     # Eight scenes, four images each.
     assert estimate(right, [i % 8 for i in range(32)]).low == pytest.approx(100 * 8 / (8 + 3.8416), abs=0.05)
-    # Half of each scene's images: 50 +- what Wilson gives for 4 of 8 (21.5 to 78.5 %).
+    # Half of each scene's images: Wilson's interval for 4 of 8 is 21.5 to 78.5 %.
     half = estimate(right & (torch.arange(32) < 16), [i % 8 for i in range(32)])
     assert (half.value, half.low, half.high) == pytest.approx((50, 21.52, 78.48), abs=0.05)
     right[:16] = False
     assert estimate(right).value == 50 and 30 < estimate(right).low < 35
 
 
-def test_no_changed_answer_is_not_certainty():
+def test_without_a_changed_answer_the_interval_is_not_zero():
     right = torch.arange(32) % 2 == 0
     change = paired_difference(right, right)
     assert change.value == 0 and change.low == -change.high
@@ -203,10 +204,10 @@ def test_no_changed_answer_is_not_certainty():
 # PSNR
 
 
-def test_psnr_is_that_of_torchmetrics_over_the_whole_set():
+def test_psnr_agrees_with_torchmetrics_over_the_whole_set():
     generator = torch.Generator().manual_seed(0)
     baseline = torch.rand(12, 3, 16, 16, generator=generator)
-    # Very different errors: the mean of decibels would not do.
+    # Errors of very different sizes, so that a mean of decibels would be wrong.
     size = torch.logspace(-3, -0.5, 12).reshape(-1, 1, 1, 1)
     images = (baseline + size * torch.randn(baseline.shape, generator=generator)).clamp(0, 1)
     result = psnr(images, baseline)
@@ -215,7 +216,7 @@ def test_psnr_is_that_of_torchmetrics_over_the_whole_set():
     each = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="none")(images, baseline)
     assert result.value < each.mean() - 5
     assert each.min() < result.low < result.value < result.high < each.max() and result.n == 12
-    # Two images of each scene: the same value, and less is known of it.
+    # With two images of each scene, the value is the same and the interval wider.
     grouped = psnr(images, baseline, groups=[i // 2 for i in range(12)])
     assert grouped.value == result.value and grouped.high - grouped.low > result.high - result.low
 
@@ -247,7 +248,7 @@ def seeing(small, randomize):
     """The small model with an image encoder: a random CLIP."""
     clip = randomize(build_clip(small.config), 9)
     with torch.no_grad():
-        clip.visual_projection.weight.neg_()  # else nearly all scores would be negative
+        clip.visual_projection.weight.neg_()  # otherwise nearly all scores would be negative
     return small.replace(clip=clip, text_encoder=clip.text_model)
 
 
@@ -281,7 +282,7 @@ def as_torchmetrics_wants_it(sd):
     return lambda: (Model(), processor)
 
 
-def test_clip_scores_are_those_of_torchmetrics(seeing, images):
+def test_clip_scores_agree_with_torchmetrics(seeing, images):
     found = clip_scores(Clip.of(seeing), images, PROMPTS)
     assert found.shape == (12,) and found.dtype == torch.float32
     adapter = as_torchmetrics_wants_it(seeing)
@@ -290,7 +291,7 @@ def test_clip_scores_are_those_of_torchmetrics(seeing, images):
             [clip_score(i, p, model_name_or_path=adapter) for i, p in zip(images, PROMPTS, strict=True)]
         )
         assert torch.allclose(found, each, rtol=0, atol=1e-3)
-        # Both signs are there, and a score is never negative.
+        # Cosines of both signs occur, and a score is never negative.
         assert (found == 0).any() and (found > 1).any() and (found >= 0).all()
         kept = (found > 0).nonzero()[:, 0]
         mean = clip_score(list(images[kept]), [PROMPTS[i] for i in kept], model_name_or_path=adapter)
@@ -304,7 +305,7 @@ def test_embeddings_do_not_depend_on_the_batch_size(seeing, images):
     assert torch.allclose(clip.embed_texts(PROMPTS, 5), clip.embed_texts(PROMPTS), rtol=0, atol=1e-5)
 
 
-def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
+def test_clip_scores_refuse_wrong_input(seeing, small, images):
     with pytest.raises(ValueError, match="floating point"):
         clip_scores(Clip.of(seeing), (images * 255).byte(), PROMPTS)
     for prompts in (PROMPTS[:1], [*PROMPTS, ""]):
@@ -314,7 +315,7 @@ def test_clip_scores_refuse_what_they_cannot_score(seeing, small, images):
         Clip.of(small.replace(clip=None))
 
 
-def test_scores_are_those_that_the_model_can_give(seeing, small):
+def test_scores_depend_on_the_judges_that_the_model_has(seeing, small):
     scenes = sample_scenes(12, 0)
     images, prompts = render(scenes, 0), Prompts(PROMPTS, scenes)
     assert scores(small, images, prompts) == {}
@@ -325,7 +326,7 @@ def test_scores_are_those_that_the_model_can_give(seeing, small):
     both = scores(reading, images, prompts)
     assert set(both) == {"prompt accuracy", "CLIP score"}
     assert both["prompt accuracy"].dtype == torch.bool and both["prompt accuracy"].shape == (12,)
-    # Without scenes nothing says what should be read.
+    # Without scenes there is nothing to compare the reading with.
     assert set(scores(reading, images, Prompts(PROMPTS))) == {"CLIP score"}
 
 
@@ -344,14 +345,14 @@ def test_images_are_generated_once(small, tmp_path, monkeypatch):
         patch.setattr(type(small), "generate", None)
         again = cached_images(small, FEW, folder=folder, progress=True, **QUICK)
     assert torch.equal(again, images) and again.dtype == images.dtype
-    # Damaged, the file is made anew.
+    # A damaged file is made again.
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
     assert torch.equal(cached_images(small, FEW, folder=folder, **QUICK), images)
     assert file.read_bytes() == whole and list(folder.iterdir()) == [file]
 
 
-def test_whatever_changes_images_makes_new_ones(small, tmp_path):
+def test_every_change_that_matters_makes_new_images(small, tmp_path):
     unet = copy.deepcopy(small.unet)
     with torch.no_grad():
         unet.out[2].bias[0] += 1e-6
@@ -367,7 +368,7 @@ def test_whatever_changes_images_makes_new_ones(small, tmp_path):
         (small.replace(unet=unet), FEW, {}),
         (small.replace(config=guided), FEW, {}),
         (small, FEW, {"image": picture, "strength": 1.0}),
-        # What is printed of a tensor would be the same.
+        # The printed text of both tensors is the same.
         (small, FEW, {"image": dotted, "strength": 1.0}),
     ]
     for count, (sd, prompts, settings) in enumerate(variants, start=1):
@@ -376,14 +377,14 @@ def test_whatever_changes_images_makes_new_ones(small, tmp_path):
         assert len(list(tmp_path.iterdir())) == count
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(small, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_an_error_of_one_sentence(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written") as caught:
         cached_images(small, FEW, folder=tmp_path / "file", **QUICK)
     assert "\n" not in str(caught.value)
 
     def full(*_):
-        # As safetensors says it.
+        # The error that safetensors raises.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("sdcomp.evaluation.cache.save_file", full)
@@ -399,13 +400,13 @@ SCENES, PHOTOS = SimpleNamespace(reader=SceneReader(width=8)), SimpleNamespace(r
 
 def test_prompts_are_the_first_of_their_set_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, size in (("test", 512), ("unseen", 256), ("calibration", 512)):
+    for name, size in (("test", 256), ("final", 256), ("unseen", 256), ("calibration", 512)):
         prompts = load_prompts(SCENES, name, size)
         assert len(prompts) == len(prompts.texts) == len(prompts.scenes) == size
         assert all(isinstance(scene, Scene) for scene in prompts.scenes)
         few = load_prompts(SCENES, name, 3)
         assert (few.texts, few.scenes) == (prompts.texts[:3], prompts.scenes[:3])
-        # Images of one scene belong together, whatever the wording.
+        # Images of one scene form one group, for any wording.
         assert len(set(prompts.groups)) == len(set(prompts.scenes)) < size
         part = prompts.subset([4, 0])
         assert part.texts == [prompts.texts[4], prompts.texts[0]]
@@ -428,13 +429,34 @@ def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
     ("sd", "name", "n", "message"),
     [
         (SCENES, "test", 257, "n_images must be 1 to 256, the size of scenes_test.jsonl, not 257"),
-        (SCENES, "test", 0, "n_images must be 1 to 512"),
-        (SCENES, "test", -3, "n_images must be 1 to 512"),
+        (SCENES, "test", 0, "n_images must be 1 to 256"),
+        (SCENES, "test", -3, "n_images must be 1 to 256"),
         (SCENES, "validation", 1, "scenes_validation.jsonl is missing"),
         (PHOTOS, "unseen", 1, "sd15_unseen.jsonl is missing: there is no 'unseen' prompt set for this model"),
     ],
 )
-def test_prompts_that_are_not_there_are_refused_in_one_sentence(sd, name, n, message):
+def test_missing_prompts_are_refused_in_one_sentence(sd, name, n, message):
     with pytest.raises(UserError, match=message) as caught:
         load_prompts(sd, name, n)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "caf\u00e9".encode("latin-1"), b'{"prompt": 3}', b'["prompt"]', b"3", b"{", b'{"text": "a star"}',
+        b'{"prompt": "a star", "scene": 3}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_without_prompts_is_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is no prompt file: each line must be like") as caught:
+        load_prompts(PHOTOS, str(file), 1)
+    assert str(caught.value).isprintable()
+
+
+def test_a_pipe_is_no_prompt_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
+        load_prompts(PHOTOS, str(tmp_path / "pipe.txt"), 1)

@@ -1,4 +1,4 @@
-"""Judges and measurements on a GPU: a model that is offloaded, kernels of half precision, peaks."""
+"""Judges and measurements on a GPU: offloaded models, half-precision kernels, peak rates."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def plain():
 
 
 @pytest.mark.parametrize("where", ["on the device", "offloaded"])
-def test_noise_errors_are_those_of_the_cpu(plain, where):
+def test_noise_errors_agree_with_the_cpu(plain, where):
     _, trace = plain.generate(PROMPTS, trace=True, **SETTINGS)
     with torch.no_grad():
         noisy = sdcomp.load("data/tiny").unet
@@ -46,7 +46,7 @@ def test_images_are_judged_as_on_a_cpu(plain, where):
     of_the_device = scores(sd, images, Prompts(PROMPTS))["CLIP score"]
     of_the_cpu = scores(plain, images, Prompts(PROMPTS))["CLIP score"]
     torch.testing.assert_close(of_the_device, of_the_cpu, rtol=0, atol=0.1)
-    # Judges after a generation: the text encoder, which CLIP shares, is back where it was.
+    # CLIP shares the text encoder, which must be back on its device after a generation.
     sd.generate(PROMPTS[:1], **SETTINGS)
     assert torch.equal(Clip.of(sd).embed_texts(PROMPTS), Clip.of(sd).embed_texts(PROMPTS))
 
@@ -84,5 +84,5 @@ def test_a_profile_waits_once_for_each_call(monkeypatch):
 def test_a_gpu_has_peaks():
     peaks = machine_peaks(repeats=2, n=2048, device="cuda")
     assert set(peaks) == {"fp32", "bf16", "fp16", "memory"}
-    # The slowest GPU that PyTorch 2.11 runs on has 100 GB/s; launches alone would read as far more than 1e7.
+    # PyTorch's slowest GPU has 100 GB/s. Without waiting for the device, rates would be far above 1e7.
     assert 50 < peaks["memory"] < 1e5 and 500 < peaks["fp32"] < peaks["fp16"] < 1e7

@@ -1,4 +1,6 @@
-"""The crop that judges see, and files that hold no image."""
+"""The crop for the judges against Pillow's, and files without an image."""
+
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sdcomp.evaluation.images import center_crop
 @pytest.mark.parametrize(
     ("height", "width", "side"), [(40, 64, 24), (64, 40, 24), (97, 97, 31), (20, 33, 48)]
 )
-def test_the_crop_is_that_of_pillow(height, width, side):
+def test_the_crop_agrees_with_pillow(height, width, side):
     # Pillow's bicubic filter, with antialiasing, is the one that CLIP's preprocessing uses.
     rows, columns = torch.meshgrid(torch.linspace(0, 9, height), torch.linspace(0, 7, width), indexing="ij")
     waves = torch.stack([rows.sin(), columns.cos(), (rows + columns).sin()]).add(1).div(2)
@@ -28,7 +30,7 @@ def test_the_crop_is_that_of_pillow(height, width, side):
     assert np.abs(255 * found[0].permute(1, 2, 0).numpy() - wanted).max() < 1.6
 
 
-def test_a_file_that_holds_no_whole_image_is_one_sentence(tmp_path, monkeypatch):
+def test_a_file_without_a_whole_image_is_refused_in_one_sentence(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     Image.effect_noise((400, 400), 50).save(path)
     whole = path.read_bytes()
@@ -38,6 +40,11 @@ def test_a_file_that_holds_no_whole_image_is_one_sentence(tmp_path, monkeypatch)
         with pytest.raises(UserError, match=r"a\.png cannot be read as an image") as caught:
             load_images(tmp_path, 8)
         assert "\n" not in str(caught.value)
+    path.unlink()
+    os.mkfifo(path)  # opening it would block
+    with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
+        load_images(tmp_path, 8)
+    path.unlink()
     path.write_bytes(whole)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):

@@ -1,4 +1,4 @@
-"""What decides the last bits: set explicitly, and told."""
+"""The settings that change the last bits are set explicitly and recorded."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ FULL = {"matmul": False, "convolution": False}
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """After each test, and where one fails, the precision is the one that `fix_precision` sets."""
+    """Restore the precision that `fix_precision` sets after each test, also after a failed one."""
     yield
     fix_precision()
 
@@ -31,13 +31,13 @@ def one_newer_switch_for_all():
 def test_float32_is_computed_in_float32_after_any_other_setting(change):
     fix_precision()
     change()
-    # A switch for all does not reach products once they have been set by themselves.
+    # The switch for all operators does not change products that have been set individually.
     assert precision_facts("cpu")["tf32"]["convolution"]
     assert precision_facts("cpu")["tf32"]["matmul"] == (change is not one_newer_switch_for_all)
     fix_precision()
     facts = precision_facts("cpu")
     assert facts["tf32"] == FULL and facts["cpu_rounds_float32"] == FULL
-    # Other packages read the older switches, which raise errors where the two kinds disagree.
+    # Other packages read the older switches, which raise errors if the two kinds disagree.
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
@@ -48,7 +48,7 @@ def test_a_cpu_does_not_round_products_to_bfloat16():
     exact = a @ b
     torch.set_float32_matmul_precision("medium")
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
-    # Not every CPU can round so, hence nothing is asked of the product here.
+    # Not every CPU can round to bfloat16, so the product is not checked here.
     assert precision_facts("cpu")["cpu_rounds_float32"] == {"matmul": True, "convolution": True}
     fix_precision()
     assert precision_facts("cpu")["cpu_rounds_float32"] == FULL
@@ -69,7 +69,7 @@ def test_facts_name_the_gpu_that_is_used(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_products_and_convolutions_on_a_device_are_those_of_float32():
+def test_products_and_convolutions_on_a_device_have_float32_precision():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 512, 512, generator=generator)
     x = torch.randn(1, 64, 32, 32, generator=generator)

@@ -1,4 +1,4 @@
-"""Profiling: counts against arithmetic done by hand, times that add up."""
+"""Profiling: counts against arithmetic by hand, and times that add up."""
 
 import copy
 import itertools
@@ -53,14 +53,14 @@ def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     assert table.seconds.sum() > 0 and not any(m._forward_hooks for m in small.unet.modules())
 
 
-def test_a_layers_time_is_that_between_its_marks(monkeypatch):
+def test_the_time_of_a_layer_is_the_time_between_its_marks(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks) ** 2)))
     table = layer_profile(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 4), repeats=3
     )
-    # Looks at the clock: 0 begins, 1 and 2 are the first layer's, 3 and 4 the last's, 5 ends; the second of
-    # three repeats, 6 to 11, has the median of times that grow.
+    # Each repeat reads the clock 6 times: at its begin, twice for the first layer, twice for the last, and at
+    # its end. Times grow, so the second of three repeats, with readings 6 to 11, is the median.
     assert dict(zip(table.name, table.seconds, strict=True)) == {
         "0": 8**2 - 7**2,
         "2": 10**2 - 9**2,
@@ -70,7 +70,7 @@ def test_a_layers_time_is_that_between_its_marks(monkeypatch):
         layer_profile(nn.Linear(4, 4), torch.ones(1, 4), repeats=0)
 
 
-def test_no_clock_stays_at_a_model_that_fails(small, monkeypatch):
+def test_a_model_that_fails_keeps_no_clock(small, monkeypatch):
     def broken(*_, **__):
         raise NonFiniteError("step 1 of 2 gives values that are not finite")
 

@@ -1,4 +1,4 @@
-"""Interleaved measurement: who is called when, and what a drifting machine does to ratios."""
+"""Interleaved timing: the order of calls, and ratios on a machine that slows down."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from sdcomp.evaluation import (
 )
 
 
-def test_rounds_alternate_and_the_first_are_thrown_away(monkeypatch):
+def test_rounds_alternate_and_the_first_ones_are_dropped(monkeypatch):
     clock = iter(np.arange(100) ** 2.0)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     calls = []
@@ -34,7 +34,7 @@ def test_rounds_alternate_and_the_first_are_thrown_away(monkeypatch):
         interleaved_times({}, repeats=0)
 
 
-def test_a_ratio_does_not_see_the_machine_slow_down():
+def test_a_slower_machine_does_not_change_a_ratio():
     rng = np.random.default_rng(0)
     drift = np.linspace(1, 3, 21)
     dense, pruned = drift * rng.normal(1, 0.01, 21), drift * rng.normal(0.8, 0.01, 21)
@@ -47,8 +47,8 @@ def test_a_ratio_does_not_see_the_machine_slow_down():
 @pytest.mark.parametrize(
     ("n", "low", "high"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15)]
 )
-def test_the_interval_of_a_median_is_that_of_the_tables(n, low, high):
-    # As in tables of the sign test's critical values.
+def test_the_interval_of_a_median_agrees_with_tables(n, low, high):
+    # From tables of the sign test's critical values.
     found = median(np.random.default_rng(n).permutation(n) + 1.0)
     assert (found.low, found.value, found.high, found.n) == (low, (n + 1) / 2, high, n)
 
@@ -60,7 +60,7 @@ def test_the_interval_of_a_median_covers_it_in_95_of_100_experiments():
     assert 0.975 < covered < 0.993  # 1 - 2 / 2**7
 
 
-def test_the_peak_is_that_of_the_call_alone():
+def test_the_peak_counts_only_the_call():
     found = peak_memory(lambda: torch.ones(2**24))
     if found is None:
         pytest.skip("this system does not tell how much memory a process had")
@@ -68,7 +68,7 @@ def test_the_peak_is_that_of_the_call_alone():
     assert peak_memory(lambda: None) < 2**24
 
 
-def test_a_call_that_fails_is_not_made_again():
+def test_a_failed_call_is_not_repeated():
     calls = []
 
     def call() -> None:
@@ -82,7 +82,7 @@ def test_a_call_that_fails_is_not_made_again():
 
 
 @pytest.mark.parametrize("device", ["cuda:1", torch.device("cuda", 1)])
-def test_every_look_at_the_clock_waits_for_the_device_that_is_named(monkeypatch, device):
+def test_the_clock_waits_for_the_given_device(monkeypatch, device):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     interleaved_times({"a": lambda: waits.append("call")}, repeats=2, warmup=0, device=device)
@@ -126,7 +126,7 @@ def test_layers_and_components_are_timed_on_the_device():
 
 
 @pytest.mark.cuda
-def test_arithmetic_on_a_device_is_that_on_a_cpu():
+def test_the_arithmetic_count_does_not_depend_on_the_device():
     sd = sdcomp.load("data/tiny")
     inputs = torch.randn(2, 4, 16, 16), torch.tensor(500), torch.randn(2, 24, 128)
     wanted = macs(sd.unet, *inputs)

@@ -14,15 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def checkout(folder: Path) -> dict[str, str]:
     """Copy what git tracks or would track into `folder`.
 
-    Returns the environment in which commands there run with this interpreter's packages, but sdcomp from
-    the copy. The copy's .venv is that interpreter's, which `make` finds ready.
+    Returns the environment for commands in the copy: they use this interpreter's packages, but the copy's
+    sdcomp. The copy's .venv links to this interpreter, so `make` finds it ready.
     """
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # not one that was deleted and is not committed yet
+        if (ROOT / name).is_file():  # git also lists deleted files until their deletion is committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").mkdir()

@@ -1,4 +1,4 @@
-"""The same networks and samplers in diffusers, and our weights under diffusers' names."""
+"""Our networks and samplers in diffusers, and our weights under diffusers' names."""
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def diffusers_vae(diffusers, config: VAEConfig) -> nn.Module:
 
 
 def diffusers_scheduler(diffusers, name: str, spacing: str, steps: int | None = None):
-    """diffusers' scheduler of our sampler's name, with the settings of SD 1.x."""
+    """diffusers' scheduler for the name of our sampler, with the settings of SD 1.x."""
     settings = {**BETAS, "steps_offset": 1, "timestep_spacing": spacing}
     if name == "ddpm":
         made = diffusers.DDPMScheduler(**settings, variance_type="fixed_small", clip_sample=False)

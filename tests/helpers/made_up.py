@@ -1,4 +1,4 @@
-"""A notebook that has each kind of parameter, and its rules: those of the real ones."""
+"""A notebook with every kind of parameter, and rules of the real notebooks for them."""
 
 import pytest
 from papermill.translators import PythonTranslator
@@ -43,7 +43,7 @@ def _removal_is_structured(p: dict) -> str | None:
 
 @pytest.fixture(autouse=True)
 def made_up_study(monkeypatch):
-    """There are rules for `STUDY`, and for another study with the same parameters."""
+    """Register rules for `STUDY`, and for another study with the same parameters."""
     rules = {
         **common.COMMON,
         **common.GENERATION,
@@ -64,7 +64,7 @@ def read(namespace: dict) -> dict:
 
 
 def notebook(injected: dict | None = None, parameters: str = PARAMETERS) -> dict:
-    """The globals of a notebook when its third cell runs, after the parameters and what was injected."""
+    """The globals of a notebook when its third cell runs, after the parameters and the injected ones."""
     cells = ["", parameters]
     if injected is not None:
         cells.append(PythonTranslator.codify(injected))

@@ -1,7 +1,7 @@
-"""Small models of every format, and hundreds of ways to damage their files; run, it tries them all.
+"""Small models of every format, and hundreds of ways to damage their files.
 
 `python mutations.py FOLDER` loads each damaged model in FOLDER and generates with it, and prints a line of
-JSON for each: what was damaged, how it ended, how long it took. Deterministic but for the times.
+JSON for each: the damage, the end, and the seconds. All but the seconds is deterministic.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ CONFIG = ModelConfig(
 PLAIN = ModelConfig(**{**vars(CONFIG), "vision": None})
 PROMPTS = ["a small red star"]
 SECONDS, BYTES = 5, 2**30
-"""What a damaged model may take: seconds of a processor, and memory beside that of the good ones."""
+"""Limits for a damaged model: seconds of a processor, and memory in addition to that of a good one."""
 
 Damage = tuple[str, str, str, Callable[[Path], None]]
-"""A model, the file of it, what is done to it, and the function that does it."""
+"""A model, one of its files, the name of the damage, and the function that does it."""
 
 
 def make_models(folder: Path) -> None:
@@ -98,7 +98,7 @@ LOADED = {"safetensors": "model.safetensors", "pickle": "model.ckpt"}
 
 
 def damages(folder: Path, seed: int = 0) -> Iterator[Damage]:
-    """Every damage that is tried, in an order of its own."""
+    """All damages, always in the same order."""
     for model, files in FILES.items():
         for file in files:
             rng = random.Random(f"{seed} {model} {file}")
@@ -122,10 +122,10 @@ def damages(folder: Path, seed: int = 0) -> Iterator[Damage]:
 
 
 def _replaced() -> dict[str, Callable[[Path], object]]:
-    """What stands in place of a file."""
+    """Damages that put something else in place of a file."""
 
     def listen(path: Path) -> None:
-        # The name of a socket may have 100 characters at most.
+        # The path of a socket may have at most 100 characters.
         before = Path.cwd()
         os.chdir(path.parent)
         with socket.socket(socket.AF_UNIX) as made:
@@ -164,7 +164,7 @@ ODD = [
 
 
 def _json(good: dict, rng: random.Random, count: int) -> dict[str, bytes]:
-    """A value of another kind or size, one missing or one too many."""
+    """A JSON file with a value of another kind or size, with one value less or one more."""
     contents, text, places = {}, json.dumps(good), list(_places(good))
     for i in range(count):
         changed = json.loads(text)
@@ -187,7 +187,7 @@ def _json(good: dict, rng: random.Random, count: int) -> dict[str, bytes]:
 
 
 def _places(value: object, path: tuple = ()) -> Iterator[tuple]:
-    """The paths to all values in a table, but of a long list or table only to the first ones."""
+    """The paths to all values in a table; of a long list or table only the first 20."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inside in list(items)[:20]:
         yield (*path, name)
@@ -195,7 +195,7 @@ def _places(value: object, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _tensors(good: bytes, rng: random.Random) -> dict[str, bytes]:
-    """A safetensors file with another header, or with values that are no numbers."""
+    """A safetensors file with another header, or with extreme values, infinity or NaN."""
     size = int.from_bytes(good[:8], "little")
     header, data = json.loads(good[8 : 8 + size]), good[8 + size :]
     names = [name for name in header if name != "__metadata__"]
@@ -239,7 +239,7 @@ def _tensors(good: bytes, rng: random.Random) -> dict[str, bytes]:
 
 
 def _lines(good: list[str], rng: random.Random) -> dict[str, bytes]:
-    """Merges that are missing, twice, swapped, or none."""
+    """Merges with a line missing, repeated, swapped or damaged."""
     i, j = rng.sample(range(2, len(good)), 2)
     changed = {
         "a line less": good[:i] + good[i + 1 :],
@@ -254,11 +254,11 @@ def _lines(good: list[str], rng: random.Random) -> dict[str, bytes]:
 
 
 class TooLong(BaseException):
-    """No `except Exception` catches it."""
+    """Not an Exception, so that no `except Exception` catches it."""
 
 
 def ends(path: Path) -> tuple[str, str]:
-    """How it ends to load a model and to generate with it: a word, and the message where there is one."""
+    """Load a model and generate with it; return how that ends, and the error's message if any."""
     options = {"config": PLAIN} if path.suffix else {}
     try:
         sd = sdcomp.load(path, **options)
@@ -272,7 +272,7 @@ def ends(path: Path) -> tuple[str, str]:
 
 
 def main(folder: Path) -> None:
-    """Try all damages, each on a copy."""
+    """Try each damage on a copy of its model."""
 
     def alarm(*_: object) -> None:
         raise TooLong
@@ -280,7 +280,7 @@ def main(folder: Path) -> None:
     signal.signal(signal.SIGALRM, alarm)
     for model in FILES:
         assert ends(folder / model / LOADED.get(model, ""))[0] == "generated"
-    # From here on no more than that in addition.
+    # From here on, the process may take only this much memory more.
     used = 1024 * int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     for model, file, what, function in damages(folder):
@@ -288,9 +288,9 @@ def main(folder: Path) -> None:
         (copy / file).unlink()
         function(copy / file)
         start = time.process_time()
-        # Other processes may be busy too. The second is for where no signal gets through.
-        signal.alarm(4 * SECONDS)
-        faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+        # Longer than SECONDS, since other processes may be busy. The second one works even in a C function.
+        signal.alarm(20 * SECONDS)
+        faulthandler.dump_traceback_later(30 * SECONDS, exit=True)
         try:
             end, message = ends(copy / LOADED.get(model, ""))
         except (Exception, TooLong) as error:

@@ -1,4 +1,4 @@
-"""Small modules, calibrated by hand, for tests of quantized and of integer execution."""
+"""Small modules that are calibrated by hand, for tests of simulated and integer quantization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdcomp.quantization import QuantModel, TimeStepCalibratedQuantModel
 
 
 def calibrate(q: QuantModel, *calls: tuple, margin: float = 1.0) -> QuantModel:
-    """Give each layer the largest magnitude of its inputs over the calls as range, times `margin`."""
+    """Set each layer's range to the largest magnitude of its inputs over the calls, times `margin`."""
     q.set_use_quant(False, False)
 
     def widen(layer, args):
@@ -43,7 +43,7 @@ def build(unet: nn.Module, kind: str) -> QuantModel:
     if kind == "plain":
         return QuantModel(unet)
     if kind == "filters":
-        # Leaves out parts of blocks, so that each way through them is taken.
+        # Leaves out parts of blocks, so that every branch of their code runs.
         names = ["time_embed", "input_blocks.0", "out", "*.to_v", "*.proj_in", "*.conv", "*.op", "*.net.0"]
         return QuantModel(unet, quant_filters=[*names, "middle_block.0.in_layers", "*.skip_connection"])
     if kind == "intervals":
@@ -58,7 +58,7 @@ def small_call(sd, seed: int = 0, timestep: int = 500, batch: int = 3) -> tuple:
 
 
 class Layers(nn.Module):
-    """A convolution with two parts, and linear layers that share an input; timesteps go by."""
+    """A convolution with a split input, and linear layers that share an input; timesteps are ignored."""
 
     def __init__(self) -> None:
         super().__init__()

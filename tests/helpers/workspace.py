@@ -1,4 +1,4 @@
-"""A copy of the repository, for tests that run all of it, kill it on the way and look at what is left."""
+"""A copy of the repository, for tests that run it, kill it and check the files that remain."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Workspace:
         return status, (self.folder / "output").read_text()
 
     def run_and_kill(self, command: list[str], seconds: float, rng: random.Random) -> bool:
-        """Kill a command after some seconds; whether there was still something to kill. If not, it went well.
+        """Kill a command after some seconds; return False if it had ended before, successfully.
 
-        Dies at random: all of it, as in a power cut; its process group, from which Jupyter's kernels have
-        withdrawn; or one of its processes, whose end the others then have to cope with.
+        Kills at random all its processes, as a power cut does; or its process group, which Jupyter's
+        kernels are not in; or one of its processes, so that the others must handle its end.
         """
         process = self.start(command)
         with suppress(subprocess.TimeoutExpired):
@@ -72,15 +72,15 @@ class Workspace:
         return True
 
     def settle(self) -> None:
-        """Wait for what a kill has spared."""
+        """Wait for the processes that survived a kill."""
         assert not psutil.wait_procs(self.spared, timeout=600)[1]
 
     def check_files(self) -> None:
-        """Whatever file of ours is there is whole."""
+        """Check that every file of ours is whole."""
         for path in (self.folder / "reports" / "runs").rglob("*"):
             if path.is_dir() or path.parent.suffix == ".partial":
                 continue
-            with suppress(FileNotFoundError):  # one who was spared has just replaced it
+            with suppress(FileNotFoundError):  # a surviving process has just replaced it
                 if path.suffix == ".safetensors":
                     assert load_file(path)
                 elif path.name == "run.json":
@@ -90,7 +90,7 @@ class Workspace:
 
 
 def rows(path: Path) -> list[tuple[str, ...]]:
-    """The rows of a `metrics.csv`, in order; of measured times all but the values."""
+    """The rows of a `metrics.csv`, in order; rows of measured times without their values."""
     with open(path, newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert found

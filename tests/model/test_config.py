@@ -1,4 +1,4 @@
-"""Configurations: what cannot be is refused before anything is built with it, what can be is not."""
+"""Configurations: impossible values are refused before anything is built, possible ones are not."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_(part: str, **changes: object) -> dict:
-    """The base model's settings as JSON gives them, some of a part changed."""
+    """The tiny model's settings as JSON gives them, with some settings of a part changed."""
     values = json.loads(json.dumps(TINY.to_dict()))
     (values if part == "model" else values[part]).update(changes)
     return values
@@ -31,7 +31,7 @@ def test_configurations_come_back_from_json(config):
 
 def test_the_shipped_model_passes_and_so_do_relatives_of_other_sizes():
     ModelConfig.from_dict(json.loads((ROOT / "data" / "tiny" / "config.json").read_text(encoding="utf-8")))
-    # Stable Diffusion 2's and SDXL's UNets as far as ours can say them, and a schedule of DDPM's length.
+    # The UNets of Stable Diffusion 2 and SDXL, as far as our configuration goes, and longer schedules.
     UNetConfig(context_dim=1024, num_heads=20)
     UNetConfig(channel_mult=(1, 2, 4), transformer_depth=10, context_dim=2048, num_heads=10, num_res_blocks=2)
     UNetConfig(in_channels=9, channel_mult=(1, 3), attention_levels=())
@@ -100,20 +100,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("part", "name", "value", "words"), WRONG)
-def test_a_setting_that_cannot_be_is_named_with_what_it_must_be(part, name, value, words):
+def test_a_wrong_setting_is_named_with_its_rule(part, name, value, words):
     with pytest.raises(UserError) as caught:
         ModelConfig.from_dict(with_(part, **{name: value}))
     message = str(caught.value)
     assert words in message and name in message and message.isprintable() and len(message) < 250
 
 
-def test_settings_that_are_too_many_blocks_together_are_refused():
-    # Two levels of 33 blocks of layers and the middle one.
+def test_settings_that_make_too_many_blocks_are_refused():
+    # Two levels of 33 blocks, and the middle block.
     with pytest.raises(UserError, match=f"makes {67 * 64} transformer blocks"):
         ModelConfig.from_dict(with_("unet", transformer_depth=64, num_res_blocks=16))
 
 
-def test_settings_are_checked_however_a_configuration_is_made():
+def test_every_way_to_make_a_configuration_checks_it():
     for wrong in ({"vae": None}, {"unet": {}}, {"image_size": 8.0}, {"text": {**TEXT, "vocab_size": -1}}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             dataclasses.replace(TINY, **wrong)
@@ -127,7 +127,7 @@ def test_settings_are_checked_however_a_configuration_is_made():
 @pytest.mark.parametrize(
     "config", [SD15.schedule, ScheduleConfig(0.0001, 0.02, 1000), ScheduleConfig(1e-6, 1e-3, 9)]
 )
-def test_what_is_left_of_the_signal_is_what_the_schedule_leaves(config):
+def test_the_last_signal_is_that_of_the_schedule(config):
     left = NoiseSchedule(config).alphas_cumprod[-1].item()
     assert config._signal() == pytest.approx(left, rel=1e-3)
 
@@ -146,7 +146,7 @@ def test_what_is_left_of_the_signal_is_what_the_schedule_leaves(config):
         (AnyOf(OneOf(None), Whole(1, 2)), [None, 2], [3, "None"]),
     ],
 )
-def test_rules_take_what_they_say_and_convert_nothing(rule, right, wrong):
+def test_rules_accept_what_they_say_and_convert_nothing(rule, right, wrong):
     assert all(rule(value) for value in right)
     assert not any(rule(value) for value in wrong)
     assert str(rule).isprintable() and "object at" not in str(rule)
@@ -156,14 +156,14 @@ def test_rules_take_what_they_say_and_convert_nothing(rule, right, wrong):
 
 
 @pytest.mark.parametrize("device", ["hpu", "gpu", "cuda:99", "cpu:x", "", "CPU ", 0, None, 3.5, ["cpu"]])
-def test_a_device_that_is_not_there_is_one_sentence(device):
+def test_a_missing_device_is_refused_in_one_sentence(device):
     with pytest.raises(UserError) as caught:
         check_device(device)
     message = str(caught.value)
     assert repr(device) in message and message.isprintable() and len(message) < 350
 
 
-def test_devices_that_are_there_pass():
+def test_existing_devices_pass():
     assert check_device("cpu") == check_device(torch.device("cpu")) == torch.device("cpu")
     assert check_device("meta").type == "meta"
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Whole generation against diffusers' pipelines, and what `generate` promises."""
+"""Generation against diffusers' pipelines, and the promises of `generate`."""
 
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ from sdcomp.errors import NonFiniteError
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 
-# diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
+# diffusers does not yet convert tensors to arrays as NumPy 2 wants it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RED = "a small red star on a navy background"
@@ -51,13 +51,13 @@ def pipeline(diffusers, kind: str, sd: StableDiffusion, sampler: str):
 
 def assert_same_images(images: torch.Tensor, expected: torch.Tensor) -> None:
     assert images.shape == expected.shape and images.dtype == torch.float32
-    # Clipped pixels agree whatever the latents are.
+    # Clipped pixels would agree for any latents.
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.5
     assert (images - expected).abs().max() < 1e-4
 
 
 class Recorder(nn.Module):
-    """A UNet that notes how it is called."""
+    """A UNet that records its calls."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_text_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing):
+def test_text_to_image_agrees_with_diffusers(diffusers, small, sampler, spacing):
     sd = with_spacing(small, spacing)
     images = sd.generate(
         [RED, NOISY],
@@ -102,7 +102,7 @@ def test_text_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_text_to_image_of_the_base_models_size_is_that_of_diffusers(diffusers, tiny, guidance_scale):
+def test_text_to_image_of_the_tiny_models_size_agrees_with_diffusers(diffusers, tiny, guidance_scale):
     latents = torch.cat([torch.randn(1, 4, 16, 16, generator=g) for g in generators(5, 6)])
     images = tiny.generate([RED, BLUE], steps=3, guidance_scale=guidance_scale, seed=[5, 6], batch_size=2)
     expected = pipeline(diffusers, "StableDiffusionPipeline", tiny, "ddim")(
@@ -117,7 +117,7 @@ def test_text_to_image_of_the_base_models_size_is_that_of_diffusers(diffusers, t
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_image_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing):
+def test_image_to_image_agrees_with_diffusers(diffusers, small, sampler, spacing):
     sd = with_spacing(small, spacing)
     image = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(1))
     images = sd.generate(
@@ -142,7 +142,7 @@ def test_image_to_image_is_that_of_diffusers(diffusers, small, sampler, spacing)
     assert_same_images(images, expected)
 
 
-def test_a_path_follows_its_recorded_noise_predictions_to_the_image(diffusers, small):
+def test_recorded_noise_predictions_lead_to_the_image(diffusers, small):
     images, trace = small.generate([RED, BLUE], steps=5, sampler="dpmpp_2m", batch_size=2, trace=True)
     scheduler = diffusers_scheduler(diffusers, "dpmpp_2m", "trailing", 5)
     latents = trace.latents[0]
@@ -152,7 +152,7 @@ def test_a_path_follows_its_recorded_noise_predictions_to_the_image(diffusers, s
     torch.testing.assert_close(small.decode_latents(latents), images, rtol=0, atol=1e-4)
 
 
-# An image depends on nothing but its own row
+# An image depends only on its own row
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -180,7 +180,7 @@ def test_an_image_to_image_result_is_the_same_wherever_its_prompt_stands(small, 
 
 
 @pytest.mark.usefixtures("threads")
-def test_an_image_of_the_base_models_size_is_the_same_wherever_its_prompt_stands(tiny):
+def test_an_image_of_the_tiny_models_size_is_the_same_wherever_its_prompt_stands(tiny):
     def generate(prompts):
         return tiny.generate(prompts, negative_prompt=NOISY, steps=1, batch_size=3)
 
@@ -211,7 +211,7 @@ def test_images_do_not_depend_on_the_global_random_state(small):
 # Seeds and prompts
 
 
-def test_equal_prompts_give_different_images_that_come_back_in_order(small):
+def test_equal_prompts_give_different_images_in_a_fixed_order(small):
     images = small.generate([RED, RED, RED], steps=2, batch_size=2)
     assert len({image.numpy().tobytes() for image in images}) == 3
     again = small.generate([BLUE, RED, BLUE, RED], steps=2, batch_size=2)
@@ -223,7 +223,7 @@ def test_another_seed_gives_another_image(small):
     assert (first - second).abs().mean() > 0.01
 
 
-def test_listed_seeds_belong_to_their_rows_and_are_those_of_torch(small):
+def test_listed_seeds_seed_the_noise_of_their_rows(small):
     settings = {"steps": 2, "batch_size": 2, "guidance_scale": 1, "trace": True}
     images, trace = small.generate([RED, RED, BLUE], seed=[7, 7, 8], **settings)
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
@@ -266,7 +266,7 @@ def test_size_is_height_and_width(small):
 
 
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(3.0, 6), (0.0, 6), (1.0, 3)])
-def test_the_unet_runs_once_a_step_at_full_batches_without_gradients(small, guidance_scale, rows):
+def test_the_unet_runs_once_a_step_with_full_batches_and_without_gradients(small, guidance_scale, rows):
     recorder = Recorder(small.unet)
     images = small.replace(unet=recorder).generate(
         [RED, BLUE, NOISY, ""], steps=4, guidance_scale=guidance_scale, batch_size=3
@@ -294,7 +294,7 @@ def test_guidance_is_the_models_own_by_default(small):
 # Trace
 
 
-def test_a_trace_has_every_step_of_every_image_and_changes_none(small):
+def test_a_trace_has_every_step_of_every_image_and_changes_no_image(small):
     settings = {"steps": 4, "guidance_scale": 1, "batch_size": 3}
     prompts = [RED, BLUE, NOISY, "a", ""]
     images, trace = small.generate(prompts, trace=True, **settings)
@@ -310,7 +310,7 @@ def test_a_trace_has_every_step_of_every_image_and_changes_none(small):
 # Image to image
 
 
-def test_a_low_strength_stays_near_the_image_as_the_autoencoder_gives_it_back(small):
+def test_a_low_strength_stays_near_the_autoencoders_reconstruction(small):
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     round_trip = small.decode_latents(small.encode_images(image))
     distances = []
@@ -419,42 +419,47 @@ def test_replace_refuses_an_unknown_part_and_names_the_known_ones(small):
         small.replace(u_net=small.unet)
 
 
-def test_a_replaced_schedule_is_the_one_that_is_sampled(small):
+def test_sampling_uses_a_replaced_schedule(small):
     _, trace = with_spacing(small, "leading").generate(RED, steps=4, batch_size=1, trace=True)
     assert trace.timesteps.tolist() == [751, 501, 251, 1]
 
 
-# What is warned of
+# Warnings
 
 
-def test_a_prompt_that_is_cut_is_warned_of(small):
-    with pytest.warns(UserWarning, match="1 of 3 prompts are cut: the text encoder reads 22 tokens"):
+def test_a_cut_prompt_gives_a_warning(small):
+    with pytest.warns(UserWarning, match="1 of 3 prompts are cut: the text encoder reads 22 tokens") as found:
         small.generate([RED, "star " * 40], steps=1, batch_size=2)
+    assert found[0].filename == __file__  # the caller's line, not one inside the package or PyTorch
 
 
-def test_a_word_that_the_captions_do_not_have_is_warned_of(small):
+def test_a_word_outside_the_captions_gives_a_warning(small):
     class Reader(nn.Module):
-        """Stands for a scene reader, which only the tiny model has."""
+        """Replaces the scene reader, which only the tiny model has."""
 
-    with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'"):
+    with pytest.warns(UserWarning, match="this model never learnt 'cat', 'on_a'") as found:
         small.replace(reader=Reader()).generate("A red cat on_a Navy background", steps=1, batch_size=1)
+    assert found[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error")
-def test_captions_and_words_of_other_models_are_not_warned_of(small):
+def test_captions_and_prompts_of_other_models_give_no_warning(small):
     small.generate([RED, "a cat"], steps=1, batch_size=2)
     small.replace(reader=nn.Identity()).generate([RED, BLUE.upper()], steps=1, batch_size=2)
 
 
 @pytest.mark.parametrize("sampler, steps, first", [("ddim", 334, 667), ("dpmpp_2m", 500, 501)])
-def test_a_path_that_starts_far_from_pure_noise_is_warned_of(small, sampler, steps, first):
-    with pytest.warns(UserWarning, match=f"{steps} steps with leading spacing start at timestep {first} of"):
-        make_sampler(sampler, with_spacing(small, "leading").schedule, steps)
+def test_a_start_far_from_pure_noise_gives_a_warning(small, sampler, steps, first):
+    leading = with_spacing(small, "leading")
+    message = f"{steps} steps with leading spacing start at timestep {first} of 1000, short of pure noise"
+    with pytest.warns(UserWarning, match=message) as found:
+        leading.generate([], sampler=sampler, steps=steps)
+    assert found[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_usual_numbers_of_steps_are_not_warned_of(small, sampler):
+def test_usual_numbers_of_steps_give_no_warning(small, sampler):
     for steps in (1, 2, 5, 10, 20, 25, 30, 40, 50, 100):
         make_sampler(sampler, with_spacing(small, "leading").schedule, steps)
 
@@ -479,14 +484,14 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_an_error_that_names_it(small, sampler, value):
+def test_a_step_with_values_that_are_not_finite_is_an_error_that_names_it(small, sampler, value):
     broken = small.replace(unet=Broken(small.unet, value, 2))
     timestep = make_sampler(sampler, small.schedule, 5).timesteps[2]
     with pytest.raises(NonFiniteError, match=rf"^step 3 of 5 \(timestep {timestep}\) gives values that are"):
         broken.generate([RED, BLUE], steps=5, sampler=sampler, batch_size=2)
 
 
-def test_a_decoder_that_is_not_finite_is_an_error(small):
+def test_a_decoder_with_values_that_are_not_finite_is_an_error(small):
     decoder = copy.deepcopy(small.decoder)
     decoder.decoder.conv_out.bias.data[1] = float("nan")
     with pytest.raises(NonFiniteError, match="^the VAE decoder, after the last step, gives values that are"):
@@ -501,7 +506,7 @@ def test_latents_stay_float32_around_a_unet_in_half_precision(small, dtype):
     half = copy.deepcopy(small).to(dtype)
     images, trace = half.generate([RED, BLUE], steps=4, batch_size=2, trace=True)
     exact = small.generate([RED, BLUE], steps=4, batch_size=2, trace=True)[1]
-    # Latents that had been rounded to half precision would survive the way there and back.
+    # Latents in half precision would not change in a round trip through half precision.
     assert not torch.equal(trace.latents[2].to(dtype).float(), trace.latents[2])
     assert images.dtype == torch.float32
     error = (trace.latents[1] - exact.latents[1]).norm() / exact.latents[1].norm()
@@ -509,7 +514,7 @@ def test_latents_stay_float32_around_a_unet_in_half_precision(small, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_noise_is_added_with_the_coefficients_of_float32(small, dtype):
+def test_noise_is_added_with_float32_coefficients(small, dtype):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     zeros, t = torch.zeros_like(noise), torch.tensor([1])
     exact = small.schedule.add_noise(zeros, noise, t)

@@ -1,4 +1,4 @@
-"""The pipeline on a GPU: the same images as on a CPU, in each type, and what it keeps on the device."""
+"""The pipeline on a GPU: the images of the CPU in each type, and the memory that stays in use."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def reference() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 0.02), (torch.float16, 0.05), (torch.bfloat16, 0.15)]
 )
-def test_images_are_those_of_the_cpu(reference, dtype, most):
+def test_images_agree_with_the_cpu(reference, dtype, most):
     images = sdcomp.load("data/tiny", device="cuda", dtype=dtype).generate(PROMPTS, steps=5)
     assert images.device.type == "cpu" and images.dtype == torch.float32
     assert (images - reference).abs().mean() < most
@@ -32,7 +32,7 @@ def test_an_image_is_the_same_wherever_its_prompt_stands(guidance_scale):
     wanted = sd.generate(alone, **settings)[0]
     for row in range(5):
         found = sd.generate([*others[:row], alone, *others[row:]], **settings)[row]
-        # Libraries of GPUs promise no equal bits for the rows of a product.
+        # GPU libraries do not promise equal bits for equal rows of a product.
         assert (found - wanted).abs().max() < 1e-3
 
 
@@ -45,7 +45,7 @@ def test_offloading_leaves_nothing_on_the_device(reference):
     assert next(sd.unet.parameters()).device.type == "cpu"
 
 
-def test_a_step_that_is_not_finite_is_an_error_that_names_it():
+def test_a_step_with_values_that_are_not_finite_is_an_error_that_names_it():
     sd = sdcomp.load("data/tiny", device="cuda", dtype=torch.float16)
     with torch.no_grad():
         sd.unet.out[2].weight.mul_(1e6)

@@ -11,7 +11,7 @@ from sdcomp.model.schedule import NoiseSchedule
 
 SPACINGS = ("leading", "trailing")
 
-# diffusers does not yet follow NumPy 2 in how a tensor becomes an array.
+# diffusers does not yet convert tensors to arrays as NumPy 2 wants it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -42,7 +42,7 @@ def worst_difference(diffusers, monkeypatch, name: str, spacing: str, steps: int
     return worst
 
 
-def test_the_schedule_is_that_of_diffusers(diffusers):
+def test_the_schedule_agrees_with_diffusers(diffusers):
     theirs = diffusers.DDPMScheduler(**BETAS)
     ours = schedule("leading")
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=0, atol=0)
@@ -63,11 +63,11 @@ def test_snr_falls_from_the_first_timestep_to_the_last_as_published():
 @pytest.mark.filterwarnings("ignore:.* spacing start at timestep:UserWarning")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_timesteps_are_those_of_diffusers_for_any_number_of_steps(diffusers, name, spacing):
+def test_timesteps_agree_with_diffusers_for_any_number_of_steps(diffusers, name, spacing):
     for steps in range(1, 501):
         ours = make_sampler(name, schedule(spacing), steps).timesteps
         theirs = diffusers_scheduler(diffusers, name, spacing, steps).timesteps.tolist()
-        # For a few numbers of steps rounding makes diffusers append a timestep of -1.
+        # For some numbers of steps, rounding makes diffusers append a timestep of -1.
         assert ours == [t for t in theirs if t >= 0], steps
         assert len(ours) == steps
         assert all(type(t) is int for t in ours)
@@ -76,13 +76,13 @@ def test_timesteps_are_those_of_diffusers_for_any_number_of_steps(diffusers, nam
 @pytest.mark.parametrize("steps", [1, 2, 20, 30, 40, 50, 70])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_each_step_is_that_of_diffusers(diffusers, monkeypatch, name, spacing, steps):
+def test_each_step_agrees_with_diffusers(diffusers, monkeypatch, name, spacing, steps):
     assert worst_difference(diffusers, monkeypatch, name, spacing, steps, first=0) < 1e-5
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_late_start_follows_diffusers(diffusers, monkeypatch, name, spacing):
+def test_a_late_start_agrees_with_diffusers(diffusers, monkeypatch, name, spacing):
     assert worst_difference(diffusers, monkeypatch, name, spacing, steps=30, first=11) < 1e-5
 
 
@@ -102,7 +102,7 @@ def test_a_sampler_used_again_starts_without_history():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_true_noise_leads_back_to_the_image_it_was_added_to(name, spacing):
+def test_the_true_noise_leads_back_to_the_image(name, spacing):
     levels = schedule(spacing)
     sampler = make_sampler(name, levels, 25)
     image, latents, *draws = torch.randn(27, 1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -111,7 +111,7 @@ def test_the_true_noise_leads_back_to_the_image_it_was_added_to(name, spacing):
     for i, t in enumerate(sampler.timesteps):
         a = levels.alphas_cumprod[t]
         latents = sampler.step(i, latents, (latents - a.sqrt() * image) / (1 - a).sqrt(), draws[i])
-    # DDIM ends at the first timestep's noise level, whose standard deviation is 0.029.
+    # DDIM ends at the noise level of the first timestep, a standard deviation of 0.029.
     tolerance = 0.15 if name == "ddim" else 1e-3
     torch.testing.assert_close(latents, image, rtol=0, atol=tolerance)
 
@@ -124,7 +124,7 @@ def test_rows_draw_their_noise_from_their_own_generators():
     assert not torch.equal(noise[0], alone)
 
 
-def test_an_unknown_sampler_is_refused_with_the_names_there_are():
+def test_an_unknown_sampler_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match="^sampler must be one of ddpm, ddim, dpmpp_2m, not 'euler'$"):
         make_sampler("euler", schedule("leading"), 20)
 
@@ -147,7 +147,7 @@ def test_steps_that_the_schedule_cannot_give_are_refused(name, spacing, steps):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [True, 20.0, 2.5, "20", None, float("nan")])
-def test_steps_that_are_no_whole_number_are_refused(name, steps):
+def test_steps_must_be_a_whole_number(name, steps):
     with pytest.raises(TypeError, match="^steps must be a whole number, not "):
         make_sampler(name, schedule("leading"), steps)
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at full size, with random weights: exactness, memory, and the way there and back."""
+"""Stable Diffusion 1.5 at full size, with random weights: exactness, memory, and round trips of files."""
 
 import json
 import subprocess
@@ -110,7 +110,7 @@ def test_there_and_back_gives_the_same_bytes(ours, folder, theirs, tmp_path):
     assert sha256(sdcomp.save(load(folder / "model.ckpt"), tmp_path / "a.safetensors")) == expected
 
 
-# In a process of its own: the most anonymous memory while loading, beyond what was there before.
+# Runs in its own process: prints the peak of anonymous memory that loading adds.
 MEASURE = """
 import json, sys, threading, time, torch
 import sdcomp.model
@@ -161,7 +161,7 @@ def test_an_image_of_512_pixels_takes_less_than_10_gb(folder):
     code = (
         "import sys, sdcomp; sd = sdcomp.load(sys.argv[1]); "
         "images = sd.generate('a horse', steps=1); assert images.shape == (1, 3, 512, 512); "
-        # Not ru_maxrss, which begins at what the process had that started this one.
+        # Not ru_maxrss, which starts at the memory of the parent process.
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     run = [sys.executable, "-c", code, str(folder / "model.safetensors")]

@@ -1,4 +1,4 @@
-"""CLIP's vocabulary as it ships: the token ids are those of the published tokenizer."""
+"""CLIP's tokenizer in data/clip_tokenizer gives the token ids of the published one."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from sdcomp.model.text import load_tokenizer, save_tokenizer, tokenize
 
 FOLDER = resolve_input("data/clip_tokenizer")
 
-# Ids by OpenAI's own algorithm (open_clip's SimpleTokenizer with the same merges), start and end included.
+# Ids from OpenAI's own algorithm (open_clip's SimpleTokenizer with the same merges), with start and end.
 IDS = {
     "": [49406, 49407],
     " ": [49406, 49407],
@@ -37,7 +37,7 @@ IDS = {
     "x" * 300: [49406, *[32035] * 74, 22819, 49407],
     "word " * 200: [49406, *[2653] * 75, 49407],
 }  # fmt: skip
-# What OpenAI's code cleans first (ligatures, HTML) and transformers, which SD 1.x was trained with, does not.
+# OpenAI's code cleans these first (ligatures, HTML); transformers, which SD 1.x was trained with, does not.
 UNCLEANED = [
     "ﬁre",
     "&amp; <b> 100% #tag",
@@ -55,7 +55,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def test_the_files_are_the_published_ones():
-    # The sums that the hub gives for openai/clip-vit-large-patch14.
+    # The checksums of openai/clip-vit-large-patch14 on the hub.
     assert sha256(FOLDER / "vocab.json") == "5047b556ce86ccaf6aa22b3ffccfc52d391ea4accdab9c2f2407da5b742d4363"
     assert sha256(FOLDER / "merges.txt") == "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
 
@@ -66,7 +66,7 @@ def test_ids_of_awkward_prompts(tokenizer, prompt):
     assert tokenize(tokenizer, [prompt]).tolist() == [ids + [49407] * (77 - len(ids))]
 
 
-def test_ids_are_those_of_transformers_from_the_published_layout(tokenizer, tmp_path):
+def test_ids_agree_with_transformers_on_the_published_files(tokenizer, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(FOLDER / name, tmp_path)
     special = {
@@ -81,7 +81,7 @@ def test_ids_are_those_of_transformers_from_the_published_layout(tokenizer, tmp_
     assert torch.equal(tokenize(tokenizer, prompts), expected)
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_loaded_unchanged(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(tmp_path, SD15)
     prompts = [*IDS, *UNCLEANED]

@@ -36,7 +36,7 @@ def inputs(
 
 @pytest.mark.parametrize("gain", [1.0, 0.05])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_output_is_that_of_diffusers_with_the_same_weights(diffusers, randomize, name, gain):
+def test_the_output_agrees_with_diffusers_for_the_same_weights(diffusers, randomize, name, gain):
     config = CONFIGS[name]
     ours = randomize(UNet(config), 5, gain)
     theirs = diffusers_unet(diffusers, config)
@@ -80,7 +80,7 @@ def test_sd15_has_the_published_size_and_names():
     assert {name: tuple(state[name].shape) for name in published} == published
 
 
-def test_timestep_embedding_is_that_of_diffusers(diffusers):
+def test_the_timestep_embedding_agrees_with_diffusers(diffusers):
     from diffusers.models.embeddings import get_timestep_embedding
 
     timesteps = torch.arange(1000)
@@ -88,7 +88,7 @@ def test_timestep_embedding_is_that_of_diffusers(diffusers):
     torch.testing.assert_close(timestep_embedding(timesteps, 48), expected, rtol=0, atol=1e-6)
 
 
-def test_a_scalar_timestep_counts_for_every_row(randomize):
+def test_a_scalar_timestep_applies_to_every_row(randomize):
     unet = randomize(UNet(SD_LIKE), 5)
     latents, _, context = inputs(SD_LIKE)
     with torch.inference_mode():
@@ -118,8 +118,21 @@ def test_a_row_is_the_same_wherever_it_stands_in_the_batch(randomize, memory_for
     assert torch.equal(output[1], output[0]) and torch.equal(output[2], output[0])
 
 
+@pytest.mark.usefixtures("threads")
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_address_of_the_weights(randomize):
+    unet, moved = (randomize(UNet(CONFIGS["tiny"]), 5) for _ in range(2))
+    for parameter in moved.parameters():
+        # Weights mapped from a file are not aligned either.
+        memory = torch.empty(parameter.numel() + 2)[2:].view_as(parameter)
+        parameter.data = memory.copy_(parameter)
+    assert all(p.data_ptr() % 16 for p in moved.parameters())
+    latents, _, context = inputs(CONFIGS["tiny"])
+    assert torch.equal(moved(latents, 501, context), unet(latents, 501, context))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_float_types_run_throughout(randomize, dtype):
+def test_other_float_types_are_kept_throughout(randomize, dtype):
     unet = randomize(UNet(SD_LIKE), 5)
     latents, timesteps, context = inputs(SD_LIKE)
     with torch.inference_mode():

@@ -36,7 +36,7 @@ def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def test_encoder_moments_are_those_of_diffusers(pair):
+def test_encoder_moments_agree_with_diffusers(pair):
     encoder, _, theirs = pair
     mean, logvar = encoder(random_images())
     posterior = theirs.encode(random_images()).latent_dist
@@ -47,7 +47,7 @@ def test_encoder_moments_are_those_of_diffusers(pair):
 
 
 @torch.inference_mode()
-def test_decoder_output_is_that_of_diffusers(pair):
+def test_decoder_output_agrees_with_diffusers(pair):
     _, decoder, theirs = pair
     latents = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(6))
     assert_close(decoder(latents), theirs.decode(latents).sample)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+from sdcomp.budgets import divide
 from sdcomp.errors import UserError
 from sdcomp.observation import input_columns
 from sdcomp.pruning import (
@@ -19,7 +20,6 @@ from sdcomp.pruning import (
     prune_n_m,
     prune_unstructured,
 )
-from sdcomp.budgets import divide
 from sdcomp.pruning.second_order import MaskRule, layer_errors, prune_layer, share
 
 

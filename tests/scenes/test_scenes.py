@@ -1,4 +1,4 @@
-"""Scenes: that images show what captions say, that splits hold, and that the reader is scored right."""
+"""Scenes: images show what captions say, splits hold, and the reader's score is right."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ TWO = Scene(
 )
 
 
-# Captions, read back by a grammar that is written here once more
+# Captions, parsed by a grammar that is written a second time here
 
 THING = (
     r"a (?P<size{0}>small|large) (?P<before{0}>plain |striped )?(?P<color{0}>\w+) (?P<shape{0}>\w+)"
@@ -58,7 +58,7 @@ CAPTION = re.compile(
 
 
 def parse(text: str) -> dict:
-    """What a caption says, in the form of `Scene.to_dict`; it fails on what is no caption."""
+    """Parse a caption into the form of `Scene.to_dict`; fail on any other text."""
     found = CAPTION.fullmatch(text)
     assert found, text
     assert not any((found[f"before{k}"] or "") and found[f"after{k}"] for k in (1, 2))
@@ -87,7 +87,7 @@ def train_captions() -> list[str]:
 
 
 def test_every_wording_of_a_caption_says_the_whole_scene_and_nothing_else():
-    # The parser is a function of the text: two scenes never share a caption.
+    # The parser sees only the text, so two scenes never share a caption.
     rng = np.random.default_rng(0)
     scenes = SINGLES + many_scenes("train") + many_scenes("test") + many_scenes("unseen")
     for scene in scenes:
@@ -99,9 +99,9 @@ def test_wordings_vary_and_come_from_the_seed():
     scenes = [TWO] * 300
     texts = captions(scenes, 3)
     assert texts == captions(scenes, 3) != captions(scenes, 4)
-    # Two ways for each object, two for the relation, three for the background.
+    # Two wordings for each object, two for the relation, three for the background.
     assert len(set(texts)) == 2 * 2 * 2 * 3
-    # Without a generator, the plainest.
+    # Without a generator, the first wording of each part.
     expected = "a large striped blue ring left of a small green cross on a gray background"
     assert caption(TWO) == expected
 
@@ -114,7 +114,7 @@ def test_a_scene_survives_json():
         assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
 
-def test_sampled_scenes_are_of_the_split_asked_for_and_of_as_many_objects():
+def test_sampled_scenes_have_the_given_split_and_number_of_objects():
     for split, objects in itertools.product(("train", "test", "unseen"), (None, 1, 2)):
         scenes = sample_scenes(30, 0, split, objects)
         assert len(scenes) == 30 and {s.split for s in scenes} == {split}
@@ -127,7 +127,7 @@ def test_sampled_scenes_are_of_the_split_asked_for_and_of_as_many_objects():
         sample_scenes(1, 0, objects=3)
 
 
-def test_six_combinations_are_never_in_training_and_all_others_are():
+def test_training_has_all_combinations_but_six():
     def combinations(scenes: list[Scene]) -> set[tuple[str, ...]]:
         return {(t.shape, t.color, t.texture) for s in scenes for t in s.things}
 
@@ -135,15 +135,15 @@ def test_six_combinations_are_never_in_training_and_all_others_are():
     seen = combinations(sample_scenes(5000, 7))
     unseen = everything - seen
     assert len(unseen) == 6
-    # Each shape and each colour once, so that none of them is new by itself.
+    # Each shape and each colour once, so that no shape and no colour is new.
     assert {u[0] for u in unseen} == set(SHAPES) and {u[1] for u in unseen} == set(COLORS)
     assert not combinations(many_scenes("test")) & unseen
     for scene in many_scenes("unseen"):
         assert combinations([scene]) & unseen
 
 
-def test_splits_stay_as_the_base_model_was_trained_with():
-    # One scene in ten; a digest of the content, so the same in every process and on every machine.
+def test_splits_are_those_that_the_tiny_model_was_trained_with():
+    # One scene in ten, by a hash of the content: the same in every process and on every machine.
     by_split = [scene.split for scene in SINGLES]
     assert [by_split.count(s) for s in ("train", "test", "unseen")] == [479, 49, 48]
     pairs = [Scene("navy", (a, b), "above") for a, b in itertools.product(THINGS[::5], THINGS[::7])]
@@ -152,13 +152,13 @@ def test_splits_stay_as_the_base_model_was_trained_with():
     assert (ONE.split, TWO.split) == ("train", "train")
 
 
-def test_captions_held_out_never_occur_in_training(train_captions):
+def test_training_has_no_held_out_caption(train_captions):
     held_out = set(captions(many_scenes("test"), 8)) | set(captions(many_scenes("unseen"), 9))
     assert len(set(train_captions)) > 4000 and len(held_out) > 700
     assert not held_out & set(train_captions)
 
 
-def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train_captions):
+def test_prompt_files_are_disjoint_and_match_their_scenes_and_splits(train_captions):
     texts, contents = {}, {}
     for name, split in (("test", "test"), ("final", "test"), ("unseen", "unseen"), ("calibration", "train")):
         lines = resolve_input(f"data/prompts/scenes_{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -168,7 +168,7 @@ def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train
         assert len(texts[name]) == len(rows)
         contents[name] = {Scene.from_dict(row["scene"]) for row in rows}
         assert {s.split for s in contents[name]} == {split}
-        # All that is in the file, not only what the class takes from it.
+        # Compare everything in the file, not only what the class reads.
         for row in rows:
             said = parse(row["prompt"])
             assert {**said, "things": list(said["things"])} == row["scene"]
@@ -181,7 +181,7 @@ def test_prompt_files_are_disjoint_true_to_their_scenes_and_of_their_split(train
     assert not (texts["test"] | texts["final"] | texts["unseen"]) & set(train_captions)
 
 
-def test_a_neighbor_differs_in_one_thing_said():
+def test_a_neighbor_differs_in_one_point():
     rng = np.random.default_rng(0)
     kinds = set()
     for scene in [*many_scenes("train")[:300], *many_scenes("test")[:100], *many_scenes("unseen")[:100]]:
@@ -193,7 +193,7 @@ def test_a_neighbor_differs_in_one_thing_said():
         if len(changed) == 1:
             kinds.add(changed[0])
             continue
-        # Else values of the two objects have changed places.
+        # Otherwise the two objects have swapped values.
         kinds.add("swap")
         names = {name.split("_")[0] for name in changed}
         assert changed == sorted(f"{name}_{k}" for name in names for k in (1, 2))
@@ -213,7 +213,7 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TINY.text["max_position_embeddings"])
 
 
-def test_every_word_of_a_caption_is_one_token_of_its_own(tokenizer):
+def test_every_word_of_a_caption_is_one_token(tokenizer):
     words = sorted({word for text in captions(many_scenes("train"), 0) for word in text.split()})
     assert set(words) <= set(VOCABULARY)
     ids = tokenizer(words).input_ids
@@ -237,14 +237,14 @@ def test_captions_fit_into_the_text_encoder(tokenizer, train_captions):
 
 
 def test_start_and_end_have_the_two_highest_ids(tokenizer):
-    # With any other end token CLIP would pool at the wrong place.
+    # With another end token CLIP would pool the wrong token.
     assert len(tokenizer) == TINY.text["vocab_size"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(tokenizer, name) == TINY.text[name]
 
 
-def test_any_text_can_be_encoded_and_read_again(tokenizer):
+def test_any_text_can_be_encoded_and_decoded(tokenizer):
     texts = ["", "naïve café", "🦊🔥 fox", "日本語", "A  Large\tRED star,\nno. 7!", "red " * 200, "x" * 500]
     ids = tokenize(tokenizer, texts)
     assert ids.shape == (len(texts), 24) and ids.dtype == torch.int64
@@ -256,7 +256,7 @@ def test_any_text_can_be_encoded_and_read_again(tokenizer):
     assert short[5].split() == ["red"] * 22 and short[6] == "x" * 22
 
 
-def test_the_shipped_tokenizer_is_the_captions_own(tokenizer):
+def test_the_shipped_tokenizer_is_made_from_the_captions(tokenizer):
     shipped = load_tokenizer(resolve_input("data/tiny"), TINY)
     assert shipped.get_vocab() == tokenizer.get_vocab()
     texts = captions(many_scenes("test")[:50], 0)
@@ -266,7 +266,7 @@ def test_the_shipped_tokenizer_is_the_captions_own(tokenizer):
 # Rendering
 
 
-def test_images_are_deterministic_in_range_and_of_the_documented_shape():
+def test_images_are_deterministic_and_have_the_documented_range_and_shape():
     scenes = sample_scenes(24, 0) + sample_scenes(8, 0, "unseen")
     images = render(scenes, 3)
     assert images.shape == (32, 3, 64, 64) and images.dtype == torch.float32
@@ -275,7 +275,7 @@ def test_images_are_deterministic_in_range_and_of_the_documented_shape():
     assert not torch.equal(images, render(scenes, 4))
 
 
-def test_an_image_does_not_depend_on_what_is_rendered_beside_it():
+def test_an_image_does_not_depend_on_the_other_scenes():
     empty = Scene("teal", ())
     scenes = [ONE, TWO, empty, *sample_scenes(5, 1)]
     images = render(scenes, list(range(8)))
@@ -285,7 +285,7 @@ def test_an_image_does_not_depend_on_what_is_rendered_beside_it():
     assert torch.equal(images, backwards.flip(0))
 
 
-def test_each_thing_said_is_to_be_seen():
+def test_each_attribute_changes_the_image():
     image = render([TWO], [0])[0]
     a, b = TWO.things
     changes = [
@@ -306,10 +306,10 @@ def test_each_thing_said_is_to_be_seen():
 
 
 def coverage(thing: Thing, seed: int) -> torch.Tensor:
-    """Which share of each pixel the object covers, `(64, 64)`.
+    """The share of each pixel that the object covers, `(64, 64)`.
 
-    The background shows through the rest: how much of the difference between two backgrounds is left.
-    Give a colour that no light makes brighter than an image can be, such as green.
+    The rest of the pixel shows the background: its share is what remains of the difference between two
+    backgrounds. The colour must stay below full brightness in any light, as green does.
     """
     lit = [render([Scene(b, (thing,)), Scene(b, ())], [seed, seed]) for b in ("navy", "gray")]
     left = (lit[1][0] - lit[0][0]) / (lit[1][1] - lit[0][1])
@@ -335,7 +335,7 @@ def on_circle(radius: float, degrees: float) -> tuple[float, float]:
     return radius * np.sin(np.radians(degrees)), -radius * np.cos(np.radians(degrees))
 
 
-# The shapes as anyone would say them, up to size, and after how many equal turns they look the same.
+# Simple definitions of the shapes, up to size, and the order of their rotational symmetry.
 REFERENCE = {
     "circle": (lambda x, y: x**2 + y**2 < 1, None),
     "square": (polygon((-1, -1), (1, -1), (1, 1), (-1, 1)), 4),
@@ -347,7 +347,7 @@ REFERENCE = {
 
 
 def moments(share: np.ndarray, x: np.ndarray, y: np.ndarray, fold: int | None):
-    """Area, centre, and the angle that a shape of that symmetry is turned by."""
+    """Area, centre, and rotation angle of a shape with that symmetry."""
     area = share.sum()
     cx, cy = (share * x).sum() / area, (share * y).sum() / area
     angle = 0.0 if fold is None else np.angle((share * (x - cx + 1j * (y - cy)) ** fold).sum()) / fold
@@ -355,9 +355,9 @@ def moments(share: np.ndarray, x: np.ndarray, y: np.ndarray, fold: int | None):
 
 
 def difference(thing: Thing, seed: int, shape: str) -> float:
-    """How far the rendered coverage is from the supersampled reference of `shape`, relative to its area.
+    """The distance of the rendered coverage from a supersampled reference of `shape`, relative to its area.
 
-    The reference is given the size, place and tilt of what was rendered.
+    The reference gets the size, place and tilt of the rendered shape.
     """
     inside, fold = REFERENCE[shape]
     rows = np.arange(64) + 0.5
@@ -372,7 +372,7 @@ def difference(thing: Thing, seed: int, shape: str) -> float:
     scale = np.sqrt(area / (unit[0] / 200**2))
     turn = 0.0
     if fold is not None:
-        # The nearest of the equal turns.
+        # The nearest of the equivalent angles.
         turn = (angle - unit[3] + np.pi / fold) % (2 * np.pi / fold) - np.pi / fold
     assert shape != thing.shape or abs(turn) < np.radians(9)
 
@@ -386,11 +386,11 @@ def difference(thing: Thing, seed: int, shape: str) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_agree_with_supersampled_references(shape):
-    # A pixel at the edge is off by little, and there is none elsewhere.
+    # Pixels differ only at the edge, and there only a little.
     for seed, size in ((0, "large"), (1, "small")):
         thing = Thing(shape, "green", size, "plain")
         assert difference(thing, seed, shape) < (0.03 if size == "large" else 0.05)
-    # Nothing else passes for it.
+    # No other shape fits.
     others = [difference(thing, 1, other) for other in SHAPES if other != shape]
     assert min(others) > 0.08
 
@@ -407,7 +407,7 @@ def test_objects_stand_as_their_relation_says():
         a, b = Thing("circle", "red", "large", "plain"), Thing("square", "blue", "large", "plain")
 
         def center(index: int, relation=relation, seed=seed, things=(a, b)) -> tuple[float, float]:
-            # What changes when one object changes colour is where it is.
+            # An object is where the image changes when its colour changes.
             other = list(things)
             other[index] = dataclasses.replace(things[index], color="green")
             pair = [Scene("teal", things, relation), Scene("teal", tuple(other), relation)]
@@ -426,7 +426,7 @@ def test_objects_stand_as_their_relation_says():
 
 
 class Answering(SceneReader):
-    """A reader that is certain of the given scenes (None: that it cannot tell), whatever it is shown."""
+    """A reader that always answers with the given scenes (None: cannot tell), for any images."""
 
     def __init__(self, scenes: list[Scene | None], probability: float = 0.999) -> None:
         super().__init__(width=8)
@@ -451,7 +451,7 @@ def black(n: int) -> torch.Tensor:
     return torch.zeros(n, 3, 64, 64)
 
 
-def test_what_a_perfect_reader_says_is_the_scene():
+def test_a_perfect_reader_reads_the_scene():
     scenes = sample_scenes(40, 0) + sample_scenes(10, 0, "unseen")
     assert Answering(scenes).read(black(50), batch_size=7) == [s.attributes() for s in scenes]
     result = prompt_accuracy(Answering(scenes), black(50), scenes)
@@ -463,7 +463,7 @@ def test_what_a_perfect_reader_says_is_the_scene():
         assert right.tolist() == pytest.approx(expected, nan_ok=True)
 
 
-def test_one_wrong_attribute_makes_an_image_wrong_and_is_counted_where_it_belongs():
+def test_one_wrong_attribute_makes_an_image_wrong_and_lowers_its_own_score():
     a, b = TWO.things
     shown = [
         TWO,
@@ -485,7 +485,7 @@ def test_a_missing_and_a_surplus_object_are_wrong():
     result = prompt_accuracy(Answering([single, TWO]), black(2), [TWO, single])
     assert result.all_right.tolist() == [False, False]
     assert result.by_attribute["count"].tolist() == [0.0, 0.0]
-    # Of the missing object, everything is wrong; what the surplus one looks like was not asked.
+    # All attributes of the missing object are wrong; those of the surplus object do not count.
     assert result.by_attribute["shape"].tolist() == [0.5, 1.0]
     assert result.by_attribute["relation"].tolist() == pytest.approx([0.0, float("nan")], nan_ok=True)
 
@@ -521,7 +521,7 @@ def test_an_untrained_reader_gives_well_formed_readings():
     assert reader.read(images[:0]) == []
 
 
-def test_images_that_the_reader_was_not_made_for_are_refused():
+def test_the_reader_refuses_images_of_another_size_or_type():
     reader = SceneReader(width=8)
     for shape in ((1, 3, 32, 32), (1, 1, 64, 64), (3, 64, 64), (1, 3, 64, 65)):
         with pytest.raises(ValueError, match=re.escape(f"not {shape}")):

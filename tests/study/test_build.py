@@ -62,8 +62,8 @@ def test_a_study_prunes_as_the_package_does(run, small):
             small.unet, 0.3, parts=["middle_block"]
         ),
         pruned("masked channels", 0.3): prune_structured(small.unet, 0.3),
-        pruned("masked channels", 0.3, importance="l1"): prune_structured(small.unet, 0.3, n=1),
-        pruned("removed", 0.3, importance="l1"): prune_structured(
+        pruned("masked channels", 0.3, criterion="l1"): prune_structured(small.unet, 0.3, n=1),
+        pruned("removed", 0.3, criterion="l1"): prune_structured(
             small.unet, 0.3, mode="remove", criterion="l1"
         ),
     }

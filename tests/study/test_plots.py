@@ -39,7 +39,7 @@ def test_a_method_that_failed_everywhere_draws_nothing():
     axis = Figure().add_subplot()
     error_band(axis, [], [], "failed")
     scatter(axis, [], [], "failed")
-    bits_map(axis, [], "failed", (0, 1))
+    bits_map(axis, [], (0, 1))
     assert not axis.lines or all(line.get_xdata().size == 0 for line in axis.lines)
 
 
@@ -109,7 +109,7 @@ def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_writes_its_values()
     axis = Figure().add_subplot()
     cells = {(3, 32): -2.0, (4, 32): -0.5, (3, 4): -31.26, (4, 4): -6.0}
     made = [{"variant": quantized("low_bits", w, a), "value": v} for (w, a), v in cells.items()]
-    bits_map(axis, made, "difference", (-20, 0))
+    bits_map(axis, made, (-20, 0))
     assert [text.get_text() for text in axis.get_xticklabels()] == ["full", "4"]
     assert [text.get_text() for text in axis.get_yticklabels()] == ["4", "3"]
     assert [text.get_text() for text in axis.texts] == ["-0.5", "-6.0", "-2.0", "-31.3"]

@@ -106,7 +106,6 @@ BAD = [
     (LOW_BITS, {"ladder": ["gptq"]}, "ladder must be one of symmetric, affine"),
     (LOW_BITS, {"norms": [0.5]}, "norms must be exponents between 1 and 16, or 0"),
     (LOW_BITS, {"k": 21}, "k must be at most steps, 20, not 21"),
-    (LOW_BITS, {"peers": ["openvino"]}, "peers must be one of quanto, torchao"),
     (LOW_BITS, {"sensitivity_layers": -1}, "sensitivity_layers must be between 0"),
     ("05_claims", {"reports": "README.md"}, "reports must be an existing folder"),
     ("05_claims", {"score": "FID"}, "score must be one of prompt accuracy, CLIP score"),

@@ -20,7 +20,7 @@ def variants(draw) -> Variant:
     if pruning := draw(st.sampled_from(PRUNINGS)):
         found |= {"pruning": pruning, "amount": draw(st.integers(1, 999)) / 1000}
         found |= {"scope": draw(st.sampled_from(["layer", "global"]))}
-        found |= {"importance": draw(st.sampled_from(["", "l1", "taylor"]))}
+        found |= {"criterion": draw(st.sampled_from(["", "l1", "l2"]))}
         found |= {"block": draw(st.sampled_from(["", "middle_block", "input_blocks.1"]))}
     found["recover_steps"] = draw(st.sampled_from([0, 1, 400]))
     if draw(st.booleans()):
@@ -45,7 +45,7 @@ def test_the_parameters_are_what_differs_from_the_baseline(variant):
 def test_without_quantization_only_the_pruning_is_left(variant):
     plain = variant.unquantized
     assert not plain.recipe and plain.execution == "fp32" and plain.act_bits == plain.weight_bits == 32
-    same = ("pruning", "amount", "scope", "importance", "block", "recover_steps")
+    same = ("pruning", "amount", "scope", "criterion", "block", "recover_steps")
     assert [getattr(plain, name) for name in same] == [getattr(variant, name) for name in same]
     assert set(plain.parameters) <= set(same)
 
@@ -59,7 +59,7 @@ REMOVED = pruned("removed", 0.25, recover_steps=400)
         (FP32, "fp32", "fp32", "fp32"),
         (pruned("unstructured", 0.475), "unstructured", "unstructured 47.5 %", "unstructured"),
         (
-            pruned("masked channels", 0.05, importance="l1"),
+            pruned("masked channels", 0.05, criterion="l1"),
             "masked channels",
             "masked channels 5 % by l1",
             "masked channels by l1",
@@ -106,7 +106,7 @@ def test_fields_that_contradict_each_other_are_refused(fields):
 
 
 def test_an_amount_of_nothing_is_the_baseline():
-    assert pruned("removed", 0, recover_steps=400, importance="l1") == FP32
+    assert pruned("removed", 0, recover_steps=400, criterion="l1") == FP32
     assert quantized("max", 8, 8, of=pruned("removed", 0.0)) == quantized("max", 8, 8)
 
 

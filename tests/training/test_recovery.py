@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.integer import to_packed
 from sdcomp.model.channels import keep_units, prune_groups
 from sdcomp.pruning import (
     channel_map,
@@ -145,7 +146,7 @@ def test_recovery_refuses_what_it_cannot_use(small):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"sampler": "euler"}, "sampler must be one of"),
         ({"unet": copy.deepcopy(small.unet).half()}, "trains in float32"),
-        ({"unet": QuantModel(small.unet, act_quant_params=None)}, "quantized already"),
+        ({"unet": to_packed(QuantModel(small.unet, act_quant_params=None))}, "quantized already"),
         ({"micro_batch": 3}, "micro_batch must divide batch_size"),
     ):
         arguments = {"unet": small.unet, "sd": small, "prompts": PROMPTS, "steps": 1, **SETTINGS}

@@ -1,4 +1,4 @@
-"""The training loop resumes exactly, averages as in the books and stops at a nan; the training set."""
+"""The training loop resumes exactly, averages correctly and stops at NaN; the training set."""
 
 import dataclasses
 import itertools
@@ -25,13 +25,13 @@ class Killed(Exception):
 
 
 def small_module() -> nn.Module:
-    """A module with batch statistics, whose buffers must be resumed too."""
+    """A module with batch statistics, so that buffers must be resumed too."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
 
 
 def noisy_loss(module: nn.Module, kill_at: int | None = None):
-    """A loss that uses both of its generators, and notes the parameters that each step starts from."""
+    """A loss that uses both generators, and records the parameters at the start of each step."""
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
         if len(loss.history) == kill_at:
@@ -63,9 +63,9 @@ def straight(**options):
 
 
 @pytest.mark.parametrize(("kill_at", "saved"), [(1, 0), (7, 4), (STEPS - 1, 8)])
-def test_a_killed_run_takes_up_bit_for_bit_where_it_stopped(tmp_path, monkeypatch, kill_at, saved):
+def test_a_killed_run_resumes_with_the_same_bits(tmp_path, monkeypatch, kill_at, saved):
     expected, module, _ = straight()
-    # A clock that moves a second at each look, so that only some steps are saved.
+    # A clock that moves one second at each reading, so that only some steps are saved.
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     checkpoint = tmp_path / "new" / "part.pt"
     options = {"checkpoint": checkpoint, "checkpoint_seconds": 3, **OPTIONS}
@@ -83,7 +83,7 @@ def test_a_killed_run_takes_up_bit_for_bit_where_it_stopped(tmp_path, monkeypatc
     assert_same(state(resumed.module), state(expected.module))
     assert [path.name for path in checkpoint.parent.iterdir()] == ["part.pt"]
 
-    # Finished: nothing is trained, and the result is the same.
+    # After the end nothing is trained, and the result is the same.
     third = small_module()
     loss = noisy_loss(third, kill_at=0)
     again = fit(third, loss, STEPS, **options)
@@ -118,11 +118,11 @@ def test_the_seed_decides_the_run():
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
-def test_the_result_is_the_moving_average_in_evaluation_mode(decay):
+def test_the_result_is_the_moving_average_in_eval_mode(decay):
     trained, module, loss = straight(ema_decay=decay)
     after = [*loss.history[1:], [p.detach() for p in module.parameters()]]
     for k, parameter in enumerate(trained.module.parameters()):
-        # The first parameters, then d times the average and 1 - d times the new ones.
+        # Start with the first parameters; then d times the average plus 1 - d times the new ones.
         average = after[0][k].double()
         for t, parameters in enumerate(after[1:], start=1):
             d = min(decay, (t + 1) / (t + 10))
@@ -172,7 +172,7 @@ def test_a_known_problem_is_solved():
 # The training set
 
 
-def test_the_training_set_is_families_of_training_scenes_and_their_images():
+def test_the_training_set_has_families_of_scenes_and_their_images():
     data = scene_set(24, 3, progress=False)
     assert len(data.scenes) == 24 and data.images.shape == (24, 3, 64, 64) and data.images.dtype == np.uint8
     assert {scene.split for scene in data.scenes} == {"train"}
@@ -180,7 +180,7 @@ def test_the_training_set_is_families_of_training_scenes_and_their_images():
         first, *others = (scene.attributes() for scene in data.scenes[i : i + 4])
         for other in others:
             assert other.keys() == first.keys() and other != first
-    # Each image is its scene's, off by rounding to 256 levels.
+    # Each image shows its scene, rounded to 256 levels.
     for i in (0, 13, 23):
         image = render([data.scenes[i]], [[3, i]])[0]
         batch = data.batch(np.array([i]))
@@ -207,7 +207,7 @@ def test_the_training_set_is_mapped_from_its_folder(tmp_path, monkeypatch):
     assert torch.equal(mapped.batch(rows), plain.batch(rows))
 
 
-def test_a_training_set_whose_writing_was_interrupted_is_made_anew(tmp_path, monkeypatch):
+def test_an_interrupted_training_set_is_made_again(tmp_path, monkeypatch):
     def interrupted(file, images):
         file.write(b"half")
         raise Killed
@@ -222,7 +222,7 @@ def test_a_training_set_whose_writing_was_interrupted_is_made_anew(tmp_path, mon
     assert np.array_equal(made.images, scene_set(8, 0, progress=False).images)
 
 
-def test_training_goes_on_from_given_weights(small):
+def test_training_continues_from_given_weights(small):
     data = scene_set(32, 0, progress=False)
     latents = Latents(torch.randn(32, 4, 16, 16), torch.full((32, 4, 16, 16), 0.1), 1.0, "random")
     clip = build_clip(dataclasses.replace(small.config, vision=TINY.vision))
@@ -231,7 +231,7 @@ def test_training_goes_on_from_given_weights(small):
     gone_on = train_unet(*parts, start=small.unet, progress=False).module
     anew = train_unet(*parts, progress=False).module
     name = "middle_block.0.in_layers.2.weight"
-    # One step of the warm-up moves no weight by more than about a hundredth of the rate.
+    # One warm-up step moves a weight by at most about a hundredth of the learning rate.
     assert 0 < (gone_on.get_parameter(name) - before[name]).abs().max() < 1e-4
     assert (anew.get_parameter(name) - before[name]).abs().max() > 0.01
     assert_same(state(small.unet), before)

@@ -1,4 +1,4 @@
-"""Files of weights: read as mapped tensors without executing anything, checked, given to modules, written."""
+"""Files of weights: read them as mapped tensors without executing anything, check, fill modules, write."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sdcomp.model.config import ModelConfig
 from sdcomp.settings import shown
 
 MOST_TEXT = 16 * 2**20
-"""Bytes of a JSON or text file at most. The largest that is real, a vocabulary, has one million."""
+"""The most bytes of a JSON or text file. The largest real one, a vocabulary, has one million."""
 _HEADER = 16 * 2**20
-"""Bytes of a safetensors file's header at most. That of Stable Diffusion 1.5 has 130,000."""
+"""The most bytes of a safetensors file's header. Stable Diffusion 1.5 has 130,000."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,7 +33,7 @@ class ModelError(UserError):
 
 @dataclass
 class Part:
-    """The tensors of one module under its own names, the file they come from and what they should fit."""
+    """The tensors of one module under its own names, their file, and what they should fit."""
 
     file: Path
     state: dict[str, Tensor]
@@ -42,11 +42,11 @@ class Part:
 
 @dataclass
 class Source:
-    """What the files of a model hold: its configuration, its parts, and where its tokenizer is.
+    """The content of a model's files: its configuration, its parts, and its tokenizer's folder.
 
-    The parts are `unet`, `encoder`, `decoder`, `text_encoder` or `clip`, and `reader` where there is one.
-    `origin` is where the configuration comes from; `channels` what was kept of a UNet that lost channels,
-    and `removed` the file that says so.
+    The parts are `unet`, `encoder`, `decoder`, `text_encoder` or `clip`, and maybe `reader`. `origin` is
+    the file or folder of the configuration. `channels` is the channel map of a UNet that lost channels, and
+    `removed` the file of that map.
     """
 
     config: ModelConfig
@@ -58,7 +58,7 @@ class Source:
 
 
 class _Inert:
-    """Stands for `ModelCheckpoint`, which the published checkpoint names but does not need."""
+    """Replaces `ModelCheckpoint`, which the published checkpoint names but does not need."""
 
 
 _STAND_INS = [
@@ -68,10 +68,10 @@ _STAND_INS = [
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch file by name, mapped from the file where its format allows.
+    """Read the tensors of a safetensors or PyTorch file by name, mapped from the file if its format allows.
 
-    What the file is, is told by its content. Of a pickle only tensors and plain containers are rebuilt.
-    Raises ModelError in one sentence for a file that is something else, damaged, or asks for more.
+    The content tells the format, not the file's name. From a pickle, only tensors and plain containers are
+    rebuilt. Raises ModelError for a file that is damaged, of another format, or needs other code.
     """
     try:
         with open(regular(file, ModelError), "rb") as opened:
@@ -95,7 +95,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(file: Path, error: type[UserError]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, mapped from it. Raises `error` for a file that is none."""
+    """Read the tensors of a safetensors file by name, mapped from it; raises `error` for any other file."""
     try:
         with open(regular(file, error), "rb") as opened:
             header = int.from_bytes(opened.read(8), "little")
@@ -104,7 +104,7 @@ def read_safetensors(file: Path, error: type[UserError]) -> dict[str, Tensor]:
         return load_file(file)
     except UserError:
         raise
-    except Exception as reason:  # a type of numbers that this PyTorch does not have, for example
+    except Exception as reason:  # of many kinds, for example for a dtype that this PyTorch does not have
         raise error(f"{file} is damaged or no safetensors file ({one_line(reason)}); copy it again") from None
 
 
@@ -115,7 +115,7 @@ def _read_pickle(file: Path, mapped: bool) -> dict[str, Tensor]:
                 entries = archive.infolist()
             if not any(entry.filename.endswith("data.pkl") for entry in entries):
                 raise ModelError(f"{file} is a zip archive without a PyTorch checkpoint; unpack it first")
-            # PyTorch never compresses; what does may unpack to more than any memory holds.
+            # PyTorch never compresses, and a compressed entry may unpack to more than the memory holds.
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ModelError(
                     f"{file} is a compressed archive, which PyTorch does not write; unpack it first"
@@ -132,7 +132,7 @@ def _read_pickle(file: Path, mapped: bool) -> dict[str, Tensor]:
         ) from None
     except ModelError:
         raise
-    except Exception as error:  # PyTorch and zipfile raise many kinds for a broken file
+    except Exception as error:  # of many kinds, from PyTorch and zipfile
         raise ModelError(
             f"{file} is damaged or truncated ({one_line(error)[:120]}); download it again"
         ) from None
@@ -151,7 +151,7 @@ def read_json(
     wrong: str,
     error: type[UserError] = ModelError,
 ) -> Any:
-    """The table in a JSON file, converted. Raises `error`, `wrong` saying what the file is not."""
+    """Read the table of a JSON file and convert it. Raises `error` with the words `wrong` if that fails."""
     regular(file, error, MOST_TEXT)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -160,14 +160,15 @@ def read_json(
         return convert(values)
     except KeyError as reason:
         raise error(f"{file} {wrong}: it has no {shown(reason.args[0])}") from None
-    except Exception as reason:  # whatever a setting of another kind leads to
+    except Exception as reason:  # of many kinds, since `convert` meets values of any type
         raise error(f"{file} {wrong}: {one_line(reason)}") from reason
 
 
 def check(module: nn.Module, part: Part) -> None:
-    """Raise ModelError unless the part's tensors are the module's in name, shape and kind.
+    """Raise ModelError unless the part's tensors have the names, shapes and types of the module's.
 
-    A linear layer's weight passes for that of a 1x1 convolution, which it is in other layouts.
+    The weight of a linear layer is accepted for a 1x1 convolution, and gets its shape: other formats store
+    these convolutions as linear layers.
     """
     wanted, state = module.state_dict(), part.state
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -196,10 +197,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give a module on the meta device its weights, in `dtype` on `device`; empties the part as it goes.
+    """Give a module on the meta device its weights, in `dtype` on `device`; this empties the part.
 
-    Weights that need no conversion stay mapped, and unread. Raises ModelError for those that do not fit,
-    and for those that are infinite or NaN after a conversion.
+    Weights that need no conversion stay mapped, and are not read. Raises ModelError for weights that do not
+    fit, and for weights that are infinite or NaN after a conversion.
     """
     check(module, part)
     filled = {}
@@ -207,7 +208,7 @@ def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: to
         tensor = part.state.pop(name)
         kind = dtype if wanted.is_floating_point() else wanted.dtype
         filled[name] = tensor.to(device=device, dtype=kind)
-        # To read a mapped tensor would take as long as the disk does; `generate` looks at what it gives.
+        # Mapped weights are not checked, since reading them takes long; `generate` checks its results.
         if kind.is_floating_point and kind != tensor.dtype and not finite(filled[name]):
             raise ModelError(
                 f"{part.file}: {name} has values that are infinite or NaN in {kind}; "
@@ -215,15 +216,15 @@ def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: to
             )
     module.load_state_dict(filled, assign=True)
     for owner in module.modules():
-        if getattr(owner, "position_ids", None) is not None:  # CLIP's, in no state dict and so still meta
+        if getattr(owner, "position_ids", None) is not None:  # CLIP's: not in the state dict, so still meta
             n = owner.position_ids.shape[-1]
             owner.position_ids = torch.arange(n, device=device).expand((1, -1))
 
 
 def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file, its floating-point tensors converted to `dtype` if given.
+    """Write a safetensors file; floating-point tensors are converted to `dtype` if it is given.
 
-    Raises UserError when it cannot be written.
+    Raises UserError if the file cannot be written.
     """
 
     def convert(tensor: Tensor) -> Tensor:
@@ -236,16 +237,16 @@ def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | Non
 
 def finite(tensor: Tensor) -> bool:
     """Whether all values are finite."""
-    # A sum takes a tenth of the time of `isfinite`, but may overflow where no value does.
+    # A sum takes a tenth of the time of `isfinite`, but it can overflow although all values are finite.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first three of some names that come from a file, fit for a sentence."""
+    """The first three of some names from a file, as text for a sentence."""
     return ", ".join(one_line(name)[:100] for name in names[:3])
 
 
 def one_line(error: Exception | str) -> str:
-    """What an error says, on one line of at most 300 characters that can all be printed."""
+    """The text of an error on one line: at most 300 characters, all of them printable."""
     text = "".join(c if c.isprintable() else " " for c in str(error))
     return " ".join(text.split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Configurations as diffusers and transformers write them, and ours.
+"""Convert between our configurations and those of diffusers and transformers.
 
-What we write is all that a part is built with; what is read must be what we would write for it, so that no
-setting of another architecture passes unnoticed.
+We write every setting that shapes a part. A configuration that we read must equal the one that we would
+write for it, so that no setting of another architecture is overlooked.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sdcomp.model.config import SD15, ModelConfig, ScheduleConfig, UNetConfig, V
 from sdcomp.settings import AnyOf, ListOf, OneOf, Text, Whole, check_settings, shown
 
 WANTED = "; give a folder of Stable Diffusion 1.x, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
-# Settings that say nothing about what is computed here.
+# Settings that change nothing in SD 1.x's computation.
 _FREE = {"sample_size", "upcast_attention", "addition_embed_type_num_heads", "force_upcast"}
-# What is looked at before one of our configurations checks it.
+# Rules for settings that are used before one of our configurations checks them.
 _WIDTHS, _KINDS = ListOf(Whole(1, 65_536), 1, 8), ListOf(Text(), 1, 8)
 _SPACING = OneOf("leading", "trailing", "linspace")
 
@@ -93,7 +93,7 @@ def schedule_settings(config: ScheduleConfig) -> dict[str, Any]:
 
 
 def unet_config(values: dict[str, Any]) -> UNetConfig:
-    """Our UNet's configuration for that of `UNet2DConditionModel`; ValueError if it cannot be ours."""
+    """Our configuration for the settings of `UNet2DConditionModel`; UserError for another architecture."""
     lists = {name: values[name] for name in ("block_out_channels", "down_block_types")}
     check_settings(lists, {"block_out_channels": _WIDTHS, "down_block_types": _KINDS})
     widths, heads = list(values["block_out_channels"]), values["attention_head_dim"]
@@ -117,7 +117,7 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
 
 
 def vae_config(values: dict[str, Any]) -> VAEConfig:
-    """Our VAE's configuration for the settings of `AutoencoderKL`; ValueError if it cannot be ours."""
+    """Our configuration for the settings of `AutoencoderKL`; UserError for another architecture."""
     check_settings({"block_out_channels": values["block_out_channels"]}, {"block_out_channels": _WIDTHS})
     widths = list(values["block_out_channels"])
     config = VAEConfig(
@@ -133,14 +133,14 @@ def vae_config(values: dict[str, Any]) -> VAEConfig:
 
 
 def latent_size(values: dict[str, Any]) -> int:
-    """The side of the latents that a `UNet2DConditionModel` was trained on; UserError where it is none."""
+    """The side of a `UNet2DConditionModel`'s training latents, in latent pixels; UserError if invalid."""
     size = values.get("sample_size")
     check_settings({"sample_size": size}, {"sample_size": AnyOf(OneOf(None), Whole(1, 4096))})
     return size or 64
 
 
 def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ValueError for the first setting that is not ours; what is off or unset does not count."""
+    """Raise UserError for the first setting that differs from ours; unknown settings may be off or unset."""
     for name, value in values.items():
         value = list(value) if isinstance(value, tuple) else value
         if (
@@ -155,7 +155,7 @@ def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def schedule_config(values: dict[str, Any]) -> ScheduleConfig:
-    """Our noise schedule for the settings of a scheduler; ValueError for a kind that is not ours."""
+    """Our noise schedule for the settings of a scheduler; UserError for another kind of schedule."""
     check_settings(
         {"timestep_spacing": values.get("timestep_spacing", "leading")}, {"timestep_spacing": _SPACING}
     )
@@ -183,12 +183,12 @@ def text_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def text_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Our text encoder's configuration for the settings of `CLIPTextConfig`; ValueError if it cannot be."""
+    """Our configuration for the settings of `CLIPTextConfig`; UserError for another text encoder."""
     full = CLIPTextConfig(**{k: v for k, v in values.items() if not k.startswith("_")})
     if full.layer_norm_eps != 1e-5:
         raise UserError(f"layer_norm_eps is {shown(full.layer_norm_eps)}, not 1e-05{WANTED}")
     check_settings({"vocab_size": full.vocab_size}, {"vocab_size": Whole(2, 1_000_000)})
-    # The published file numbers the special tokens otherwise, which only matters to the pooled output.
+    # The published file has other ids of special tokens; they matter only to the pooled output.
     last = full.vocab_size - 1
     ids = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
     settings = {name: getattr(full, name) for name in SD15.text} | ids

@@ -1,4 +1,4 @@
-"""A model as the folder that diffusers' `StableDiffusionPipeline` reads and writes."""
+"""Read and write a model as a folder of diffusers' `StableDiffusionPipeline`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 
 
 def hub_files(variant: str | None) -> list[str]:
-    """The files of a model on the hub that are read: of the weights only safetensors."""
+    """The files that are fetched from a model on the hub; weights only as safetensors."""
     end = f".{variant}.safetensors" if variant else ".safetensors"
     return ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/merges.txt"] + [
         f"{part}/{name}" for part, stem in _WEIGHTS.items() for name in ("config.json", stem + end)
@@ -53,7 +53,7 @@ def hub_files(variant: str | None) -> list[str]:
 
 
 def read_diffusers(folder: Path, variant: str | None = None) -> Source:
-    """The parts of a diffusers folder. Raises ModelError where it is incomplete or of another kind."""
+    """Read the parts of a diffusers folder. Raises ModelError if it is incomplete or holds another model."""
     wrong = "does not describe a model that can be loaded"
     index = read_json(folder / "model_index.json", dict, wrong)
     strange = {"text_encoder_2", "transformer", "prior", "controlnet"} & index.keys()
@@ -82,7 +82,7 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
         encoder = {vae_name(name, vae): name for name in VAEEncoder(vae).state_dict()}
     parts = {
         "unet": Part(files["unet"], _renamed(states["unet"], ours), "unet/config.json"),
-        # What belongs to neither is found to be unknown to the encoder.
+        # The encoder gets all tensors but the decoder's, so that `check` finds unknown ones.
         "encoder": Part(files["vae"], _renamed(states["vae"], encoder, besides=decoder), "vae/config.json"),
         "decoder": Part(
             files["vae"], _renamed(states["vae"], decoder, besides=states["vae"]), "vae/config.json"
@@ -97,7 +97,7 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
 def _renamed(
     state: dict[str, Tensor], names: dict[str, str], besides: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors under their names in `names`, or under the old ones where those are not `besides`."""
+    """Rename the tensors by `names`; one without a new name keeps its own, or is dropped if in `besides`."""
     return {names.get(name, name): t for name, t in state.items() if name in names or name not in besides}
 
 
@@ -119,12 +119,12 @@ def write_diffusers(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> Path:
-    """Write a folder for `StableDiffusionPipeline.from_pretrained`; `model_index.json` comes last."""
+    """Write a folder for `StableDiffusionPipeline.from_pretrained`, `model_index.json` last."""
     unet = {unet_name(name, config.unet): t for name, t in states["unet"].items()}
     vae = {
         vae_name(name, config.vae): t for part in ("encoder", "decoder") for name, t in states[part].items()
     }
-    # Linear layers there, 1x1 convolutions here.
+    # diffusers has linear layers where we have 1x1 convolutions.
     vae = {name: t.flatten(1) if ".attentions." in name and t.dim() == 4 else t for name, t in vae.items()}
     text = {f"text_model.{name}": t for name, t in states["text_encoder"].items()}
     for part, state in (("unet", unet), ("vae", vae), ("text_encoder", text)):

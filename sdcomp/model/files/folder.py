@@ -1,7 +1,7 @@
-"""A model as a folder of safetensors with its configuration and tokenizer: this repository's own format.
+"""Read and write a model in our own format: a folder of safetensors, configuration and tokenizer.
 
-The folder holds `config.json`; `unet`, `vae`, `clip` (or `text_encoder`) and, where there is one, `reader`
-as `.safetensors`; `unet_channels.json` for a UNet that lost channels; `vocab.json` and `merges.txt`.
+The folder holds `config.json`; `unet`, `vae`, `clip` (or `text_encoder`) and maybe `reader` as
+`.safetensors`; `vocab.json` and `merges.txt`; and `unet_channels.json` for a UNet that lost channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdcomp.model.text import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
 
-# Beside these, the UNet is quantized (`sdcomp.saving`).
+# The files of a quantized UNet (`sdcomp.saving`).
 _QUANTIZED = (
     "compression.json",
     *(f"{name}.{kind}" for name in ("int8", "packed", "quantization") for kind in ("json", "safetensors")),
@@ -29,10 +29,10 @@ _QUANTIZED = (
 
 
 def read_folder(folder: Path, needs_unet: bool = True) -> Source:
-    """The parts of a folder. Raises ModelError for a file that is missing or wrong."""
+    """Read the parts of a folder. Raises ModelError for a file that is missing or wrong."""
     origin, removed = folder / "config.json", folder / "unet_channels.json"
     config = read_json(origin, ModelConfig.from_dict, "is not a model configuration")
-    # A link that leads nowhere is no file that may be missing.
+    # A broken link counts as a file that is there: reading it raises an error.
     there = os.path.lexists(removed)
     channels = read_json(removed, dict, "is no record of a UNet's channels") if there else {}
     names = [
@@ -45,7 +45,7 @@ def read_folder(folder: Path, needs_unet: bool = True) -> Source:
     states = {name: read_tensors(file) for name, file in files.items()}
     vae = states.pop("vae")
     parts = {name: Part(files[name], state) for name, state in states.items()}
-    # What belongs to neither is found to be unknown to the encoder.
+    # The encoder gets all tensors but the decoder's, so that `check` finds unknown ones.
     parts["encoder"] = Part(files["vae"], {k: t for k, t in vae.items() if not k.startswith(_DECODER)})
     parts["decoder"] = Part(files["vae"], {k: t for k, t in vae.items() if k.startswith(_DECODER)})
     return Source(config, parts, tokenizer=folder, origin=origin, channels=channels, removed=removed)
@@ -59,12 +59,12 @@ def write_folder(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> Path:
-    """Write the folder, its configuration last. Raises UserError for a file that cannot be written."""
+    """Write the folder, `config.json` last. Raises UserError for a file that cannot be written."""
     others = {name: state for name, state in states.items() if name not in ("encoder", "decoder")}
     for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
         write_tensors(state, folder / f"{name}.safetensors", dtype)
     save_tokenizer(tokenizer, folder)
-    # What an earlier model left in the folder is not this one's.
+    # Remove the files of a quantized model that was saved here before.
     for name in _QUANTIZED:
         (folder / name).unlink(missing_ok=True)
     if channels:

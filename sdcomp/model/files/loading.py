@@ -1,4 +1,4 @@
-"""Loading and saving a model in every format: our folder, a single file, a diffusers folder, a hub name."""
+"""Load and save a model in every format: our folder, a single file, a diffusers folder, a hub name."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ def load(
 ) -> StableDiffusion:
     """Load a model: a folder of ours or of diffusers, a `.safetensors` or `.ckpt` file, or a hub name.
 
-    `path` may be relative to the working directory or to the repository; a name `owner/model` that is not
-    there is fetched from the Hugging Face hub (of its files only those needed). Weights are converted to
-    `dtype`; None leaves them as the UNet's are stored, or the VAE's where `unet` is given. Those that need
-    no conversion are mapped from the file, not copied. `tokenizer` (a folder or a `CLIPTokenizer`) replaces
-    the model's own; a single file takes the one beside it, else `data/clip_tokenizer`. `config` gives the
-    sizes of a single file, whose tensors must fit them. `variant` chooses among a diffusers folder's
-    weights, e.g. "fp16". `unet` takes the place of the files' own, which a folder of ours then need not
-    have.
+    - `path` is relative to the working directory or to the repository. If there is no such path, a name
+      `owner/model` is fetched from the Hugging Face hub, only the files that are needed.
+    - `dtype`: weights are converted to it; None keeps the stored type of the UNet, or of the VAE if `unet`
+      is given. Weights that need no conversion are mapped from the file, not copied.
+    - `tokenizer`, a folder or a `CLIPTokenizer`, replaces the model's own. A single file has the tokenizer
+      beside it, else `data/clip_tokenizer`.
+    - `config` gives the sizes of a single file; its tensors must fit them.
+    - `variant` chooses among the weights of a diffusers folder, e.g. "fp16".
+    - `unet` replaces the UNet of the files; a folder of ours then needs none.
 
-    Raises ModelError, a ValueError, in one sentence when something is missing, damaged, refused or of
-    another architecture; UserError for a `device` that is not there; TypeError for a `dtype` that is none.
+    Raises ModelError, a ValueError, for anything missing, damaged, unsafe or of another architecture,
+    UserError for a `device` that this machine does not have, and TypeError for another kind of `dtype`.
     """
     device = check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -70,7 +71,7 @@ def load(
         floats = (t.dtype for t in stored.values() if t.is_floating_point())
         dtype = next(floats, torch.float32)
     for name, part in source.parts.items():
-        # The reader only measures.
+        # The reader only judges images, so it always computes in float32.
         fill(modules[name], part, device=device, dtype=torch.float32 if name == "reader" else dtype)
         modules[name].eval()
     if "clip" in modules:
@@ -81,10 +82,10 @@ def load(
 def load_from_standard_weights(
     path: str | Path, *, config: ModelConfig = SD15, variant: str | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a model's parts, under the names of our modules, as they are stored.
+    """Load the state dicts of a model's parts, in their stored types, under the names of our modules.
 
-    `{"clip": CLIPTextModel, "encoder": VAEEncoder, "decoder": VAEDecoder, "diffusion": UNet}`: each loads
-    strictly. Arguments and errors are those of `load`.
+    The keys are "clip" (for a `CLIPTextModel`), "encoder" (`VAEEncoder`), "decoder" (`VAEDecoder`) and
+    "diffusion" (`UNet`); each state dict loads strictly. Arguments and errors are those of `load`.
     """
     source = _open(path, config, variant)
     modules = _build(source.config, source.origin, source.channels, source.removed)
@@ -99,15 +100,15 @@ def load_from_standard_weights(
 
 
 def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet: bool = True) -> Source:
-    """The model at a path or of a name, in whatever format."""
+    """Read the model with this path or name, in any format."""
     found = resolve_input(path)
     if not os.path.exists(found):
         if os.path.lexists(found):
-            regular(found, ModelError)  # says what is wrong with the link
+            regular(found, ModelError)  # raises the error that explains the broken link
         found = _download(str(path), variant)
     if not found.is_dir():
         return read_original(found, config)
-    # A file that is there but cannot be read is named by those who read it.
+    # lexists: for a file that is there but cannot be read, the reader raises an error with its name.
     if os.path.lexists(found / "model_index.json"):
         return read_diffusers(found, variant)
     if os.path.lexists(found / "config.json"):
@@ -116,7 +117,7 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
 
 
 def _download(name: str, variant: str | None) -> Path:
-    """The diffusers folder of that name in the hub's local cache, fetched if need be."""
+    """Fetch the diffusers folder of that name from the hub, or take it from the hub's local cache."""
     owner = name.partition("/")[0]
     local = os.path.exists(resolve_input(owner)) or name.endswith((".ckpt", ".safetensors"))
     if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
@@ -127,7 +128,7 @@ def _download(name: str, variant: str | None) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=hub_files(variant)))
-    except Exception as error:  # the hub's client raises its own kinds, its transport's and the system's
+    except Exception as error:  # of many kinds, from the hub's client, its transport and the system
         raise ModelError(
             f"model {name[:200]!r} does not exist here and cannot be fetched from the hub "
             f"({one_line(error)[:200]}); check name and connection, or give a local path"
@@ -137,9 +138,10 @@ def _download(name: str, variant: str | None) -> Path:
 def _build(
     config: ModelConfig, origin: Path, channels: dict[str, list[int]], removed: Path | None = None
 ) -> dict[str, nn.Module]:
-    """The parts of a model on the meta device. Raises ModelError for settings that do not go together.
+    """Build the parts of a model on the meta device.
 
-    `origin` and `removed` are the files that the configuration and the channels come from.
+    `origin` and `removed` are the files of the configuration and of the channel map, for error messages.
+    Raises ModelError for settings that do not fit together.
     """
     try:
         with torch.device("meta"):
@@ -154,7 +156,7 @@ def _build(
                 parts["text_encoder"] = build_text_encoder(config)
             if config.reader:
                 parts["reader"] = SceneReader()
-    except Exception as error:  # PyTorch and transformers raise many kinds for a bad setting
+    except Exception as error:  # of many kinds, from PyTorch and transformers
         raise ModelError(f"no model can be built from {origin}: {one_line(error)}") from error
     try:
         apply_channel_map(parts["unet"], channels)
@@ -164,7 +166,7 @@ def _build(
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> CLIPTokenizer:
-    """As `load_tokenizer`, but raises ModelError, also for ids that the text encoder does not know."""
+    """Load a tokenizer; raises ModelError, also for token ids that the text encoder does not have."""
     wrong = f"the tokenizer (vocab.json and merges.txt, or tokenizer.json) in {folder} is wrong"
     size = config.text["vocab_size"]
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
@@ -174,7 +176,7 @@ def _tokenizer(folder: Path, config: ModelConfig) -> CLIPTokenizer:
         tokenizer = load_tokenizer(folder, config)
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename} is missing; copy the whole model folder") from None
-    except Exception as error:  # tokenizers raises no narrower kind
+    except Exception as error:  # tokenizers raises no narrower class
         raise ModelError(f"{wrong}: {one_line(error)}") from error
     if set(tokenizer.get_vocab().values()) != set(range(size)):
         raise ModelError(f"{wrong}: its tokens must have the ids 0 to {size - 1}, each once")
@@ -187,22 +189,22 @@ def save(
     dtype: torch.dtype | None = None,
     format: str | None = None,
 ) -> Path:
-    """Write a model that `load` reads, its weights converted to `dtype` if given; returns the path.
+    """Write a model so that `load` can read it; return the path. `dtype` converts the written weights.
 
     `format` is one of
 
-    - "sdcomp", the default: our folder, with all parts and what was removed from the UNet; a model whose
-      UNet is None is saved without;
-    - "original", the default for a path ending in `.safetensors`: one file in the layout of SD 1.x's
+    - "sdcomp", the default: our folder, with all parts and the channel map of the UNet. If the UNet is
+      None, the folder has none;
+    - "original", the default for a path that ends in `.safetensors`: one file in the layout of SD 1.x's
       checkpoints, without tokenizer, image encoder and reader;
-    - "diffusers": a folder for `StableDiffusionPipeline.from_pretrained`, without the latter two.
+    - "diffusers": a folder for `StableDiffusionPipeline.from_pretrained`, without image encoder and reader.
 
-    Each file is written beside its place and renamed, so a killed save leaves whole files only. Raises
-    UserError for a file that cannot be written, and for a model that the format cannot hold.
+    Each file is written to a temporary place and renamed, so a killed save leaves only whole files. Raises
+    UserError for a file that cannot be written, and ModelError for a model that the format cannot hold.
     """
     path = Path(path)
     format = _format(path, format)
-    # What the model does not have any more is not promised.
+    # The configuration must not promise parts that this model does not have.
     config = dataclasses.replace(
         sd.config, vision=sd.config.vision if sd.clip is not None else None, reader=sd.reader is not None
     )
@@ -228,7 +230,7 @@ def save(
         )
     modules = _build(config, path, channels)
     for name, state in states.items():
-        # Modules that were wrapped, quantized for example, have their own way to be saved.
+        # A wrapped module, for example a quantized one, does not fit here; `sdcomp.save` handles it.
         check(modules[name], Part(Path(f"the model's {name}"), dict(state), "its configuration"))
     if format == "original":
         return write_original(states, path, dtype)
@@ -238,7 +240,7 @@ def save(
 
 
 def _format(path: Path, format: str | None) -> str:
-    """The format to save in, by default that of the path. Raises ModelError where the two do not fit."""
+    """The format to save in; the default depends on the path. Raises ModelError if the two do not fit."""
     if format is None:
         format = "original" if path.suffix == ".safetensors" else "sdcomp"
     if format not in ("sdcomp", "original", "diffusers"):
@@ -250,7 +252,7 @@ def _format(path: Path, format: str | None) -> str:
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """A short name for the very weights and buffers of some modules (12 hexadecimal digits of SHA-256)."""
+    """A short hash of all weights and buffers of some modules: 12 hexadecimal digits of their SHA-256."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""The names of parameters: Stable Diffusion's original ones, which are ours, as diffusers'."""
+"""Map original Stable Diffusion parameter names, which are used here, to diffusers' names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from sdcomp.model.config import UNetConfig, VAEConfig
 
-# Applied in turn, each wherever it matches; the numbered blocks are renamed before.
+# Applied one after the other, each wherever it matches. `unet_name` renames the numbered blocks before.
 _UNET = (
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
@@ -35,7 +35,7 @@ _VAE = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.norm_out\.", ".conv_norm_out."),
 )
-# How diffusers named the VAE's attention until 0.17, and files still do.
+# The VAE's attention had other names in diffusers before 0.17; many files still have them.
 _OLD_VAE = (
     (r"\.(q)uery\.|\.(k)ey\.|\.(v)alue\.", lambda m: f".to_{m[1] or m[2] or m[3]}."),
     (r"\.proj_attn\.", ".to_out.0."),
@@ -49,11 +49,11 @@ def _apply(rules: tuple, name: str) -> str:
 
 
 def unet_name(name: str, config: UNetConfig) -> str:
-    """The name in diffusers' `UNet2DConditionModel` of a parameter of our UNet."""
+    """Our UNet's parameter name -> the name in diffusers' `UNet2DConditionModel`."""
     block = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(op\.|conv\.)?", name)
     if block and block[0] != "input_blocks.0.0.":
         down = block[1] == "input"
-        # The original numbers the blocks through; diffusers counts levels, and layers within each.
+        # The original counts all blocks in one sequence; diffusers counts levels, and layers in a level.
         level, i = divmod(int(block[2]) - down, config.num_res_blocks + 1)
         if block[4]:
             kind = "downsamplers.0.conv" if down else "upsamplers.0.conv"
@@ -64,12 +64,12 @@ def unet_name(name: str, config: UNetConfig) -> str:
 
 
 def vae_name(name: str, config: VAEConfig) -> str:
-    """The name in diffusers' `AutoencoderKL` of a parameter of our encoder or decoder."""
+    """Our encoder's or decoder's parameter name -> the name in diffusers' `AutoencoderKL`."""
     last = len(config.channel_mult) - 1
     name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{last - int(m[1])}.", name)
     return _apply(_VAE, name)
 
 
 def modern_vae_name(name: str) -> str:
-    """A name in `AutoencoderKL` as diffusers spells it now."""
+    """An old or new parameter name of `AutoencoderKL` -> the new one."""
     return _apply(_OLD_VAE, name)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x in one file, in its original layout (`.ckpt` and `.safetensors`)."""
+"""Read and write Stable Diffusion 1.x as one file in its original layout (`.ckpt`, `.safetensors`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTEXT = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 _WANTED = "; give a checkpoint of Stable Diffusion 1.x, such as v1-5-pruned-emaonly.safetensors"
 _FOLDER = "; give the folder that has model_index.json"
-# What other files are known by. The first also have what looks like our UNet.
+# Names that identify other files. Other models may also have tensors with the names of our UNet.
 _OTHER_MODELS = (
     (r"conditioner\.embedders\.", "is an SDXL checkpoint" + _WANTED),
     (r"cond_stage_model\.model\.", "is a Stable Diffusion 2.x checkpoint" + _WANTED),
@@ -39,10 +39,10 @@ _OTHER_FILES = (
 
 
 def read_original(file: Path, config: ModelConfig = SD15) -> Source:
-    """The parts of a single-file checkpoint of the configuration's sizes.
+    """Read the parts of a checkpoint in one file; its sizes must be those of `config`.
 
-    Averages (`model_ema.*`), the schedule's buffers and training's leftovers are dropped. The tokenizer is
-    the one beside the file, else CLIP's own. Raises ModelError for the checkpoint of another model.
+    Averaged weights (`model_ema.*`), buffers of the schedule and other data of the training are dropped.
+    The tokenizer is the one beside the file, else CLIP's own. Raises ModelError for another model.
     """
     tensors = read_tensors(file)
     unet, vae, text = ({} for _ in range(3))
@@ -73,13 +73,13 @@ def read_original(file: Path, config: ModelConfig = SD15) -> Source:
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's tensors under the names that transformers has now; what it does not use is dropped."""
+    """Give a text encoder's tensors transformers' present names; unused tensors are dropped."""
     unused = ("position_ids", "text_projection.weight")
     return {name.removeprefix("text_model."): t for name, t in state.items() if not name.endswith(unused)}
 
 
 def _refuse_relatives(file: Path, unet: dict[str, Tensor], config: ModelConfig) -> None:
-    """Say which relative of SD 1.x a checkpoint with another input or text width is."""
+    """Raise ModelError, with the model's name, for a relative of SD 1.x with another input or text width."""
     first, context = unet.get("input_blocks.0.0.weight"), unet.get(_CONTEXT)
     if first is not None and first.dim() == 4 and (n := first.shape[1]) != config.unet.in_channels:
         kind = {8: "an image-editing (InstructPix2Pix)", 9: "an inpainting"}.get(n, "another")
@@ -99,7 +99,7 @@ def _tokenizer_for(file: Path) -> Path:
 
 
 def write_original(states: dict[str, dict[str, Tensor]], file: Path, dtype: torch.dtype | None) -> Path:
-    """Write the states of UNet, encoder, decoder and text encoder as one file in the original layout."""
+    """Write UNet, encoder, decoder and text encoder to one file in the original layout; return the file."""
     prefixes = {"unet": _UNET, "encoder": _VAE, "decoder": _VAE, "text_encoder": _TEXT + "text_model."}
     write_tensors(
         {prefix + name: t for part, prefix in prefixes.items() for name, t in states[part].items()},

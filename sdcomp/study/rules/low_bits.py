@@ -8,7 +8,6 @@ from typing import Any
 
 from sdcomp.quantization import PRESETS
 from sdcomp.study.low_bits import LADDER
-from sdcomp.study.peers import PEERS
 from sdcomp.study.rules.common import (
     BITS,
     CLIP,
@@ -63,7 +62,6 @@ STUDY = Study(
             unique=True,
         ),
         "sensitivity_layers": between(0, 10_000),
-        "peers": replace(one_of(*PEERS), unique=True),
         "n_calibration": COUNT,
         "prompts": PROMPT_SET,
         "clip_model": CLIP,

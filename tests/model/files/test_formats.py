@@ -1,4 +1,4 @@
-"""Every format in and out: the original single file, diffusers' folder, ours; and what is kept by which."""
+"""Load and save every format: the original single file, diffusers' folder, and ours."""
 
 import dataclasses
 import json
@@ -35,13 +35,13 @@ PARTS = ("unet", "encoder", "decoder", "text_encoder")
 
 @pytest.fixture(scope="module")
 def plain(small) -> StableDiffusion:
-    """A small model without image encoder and reader, as Stable Diffusion 1.x is."""
+    """A small model without image encoder and reader, like Stable Diffusion 1.x."""
     return small.replace(config=dataclasses.replace(small.config, vision=None, reader=False))
 
 
 @pytest.fixture(scope="module")
 def single(plain, tmp_path_factory) -> Path:
-    """A single file with its tokenizer beside it; nobody writes into it."""
+    """A single file with its tokenizer beside it; tests must not change it."""
     file = sdcomp.save(plain, tmp_path_factory.mktemp("single") / "model.safetensors")
     save_tokenizer(plain.tokenizer, file.parent)
     return file
@@ -49,13 +49,13 @@ def single(plain, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(plain, tmp_path_factory) -> Path:
-    """A diffusers folder; nobody writes into it."""
+    """A diffusers folder; tests must not change it."""
     return sdcomp.save(plain, tmp_path_factory.mktemp("made") / "model", format="diffusers")
 
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A diffusers folder to change."""
+    """A diffusers folder that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "model"))
 
 
@@ -83,7 +83,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_ckpt_with_all_that_published_ones_carry(plain, single, tmp_path, legacy, wrapped):
+def test_a_ckpt_with_everything_that_published_ones_hold(plain, single, tmp_path, legacy, wrapped):
     state = load_file(single)
     names = list(state)
     state |= {f"model_ema.{n.removeprefix('model.').replace('.', '')}": torch.zeros(2) for n in names[:9]}
@@ -95,7 +95,7 @@ def test_a_ckpt_with_all_that_published_ones_carry(plain, single, tmp_path, lega
     loaded = load(tmp_path / "model.ckpt", config=plain.config, tokenizer=plain.tokenizer)
     assert_same(states(loaded), states(plain))
     assert not any(m.training for part in PARTS for m in getattr(loaded, part).modules())
-    # Independent of batch size and layout in memory only within rounding.
+    # Batch size and memory format change images within rounding.
     torch.testing.assert_close(
         loaded.generate(PROMPTS, steps=2), plain.generate(PROMPTS, steps=2), atol=1e-4, rtol=0
     )
@@ -110,7 +110,7 @@ def test_text_encoder_with_and_without_its_prefix(plain, single, tmp_path):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-def test_weights_come_as_stored_or_as_asked_for(plain, tmp_path, stored):
+def test_weights_have_the_stored_or_the_given_type(plain, tmp_path, stored):
     file = sdcomp.save(plain, tmp_path / "model.safetensors", stored)
     options = {"config": plain.config, "tokenizer": plain.tokenizer}
     assert load(file, dtype=None, **options).unet.out[2].weight.dtype == stored
@@ -133,7 +133,7 @@ def test_diffusers_reads_the_single_file(plain, single, made, diffusers):
 # The diffusers folder
 
 
-def test_diffusers_generates_what_we_do_from_the_folder(plain, made, diffusers):
+def test_diffusers_generates_our_images_from_the_folder(plain, made, diffusers):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(made)
     ours = load(made)
     assert dataclasses.replace(ours.config, projection_dim=128, guidance_scale=4.0) == plain.config
@@ -161,7 +161,7 @@ def test_original_to_diffusers_to_original_gives_the_same_bytes(plain, single, t
     a = load(single, config=plain.config)
     b = load(sdcomp.save(a, tmp_path / "ours", format="diffusers"))
     assert sdcomp.save(b, tmp_path / "b.safetensors").read_bytes() == single.read_bytes()
-    # And through diffusers' own hands, as it and transformers write today.
+    # Also after diffusers and transformers have loaded and saved it.
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     c = load(tmp_path / "theirs")
@@ -170,7 +170,7 @@ def test_original_to_diffusers_to_original_gives_the_same_bytes(plain, single, t
     assert torch.equal(tokenize(c.tokenizer, PROMPTS), tokenize(plain.tokenizer, PROMPTS))
 
 
-def test_the_spellings_of_older_folders(plain, folder):
+def test_older_folders_with_other_names_load(plain, folder):
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, name in old.items():
@@ -187,7 +187,7 @@ def test_the_spellings_of_older_folders(plain, folder):
     assert_same(states(load(folder)), states(plain))
 
 
-def test_safetensors_before_bin_and_the_variant_that_is_asked_for(plain, folder):
+def test_safetensors_come_before_bin_and_the_variant_is_respected(plain, folder):
     for part, stem, old in (
         ("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model"),
@@ -201,7 +201,7 @@ def test_safetensors_before_bin_and_the_variant_that_is_asked_for(plain, folder)
     assert_same(states(load(folder, dtype=None)), states(plain))
     for file in folder.glob("*/*model.safetensors"):
         file.unlink()
-    # What is left of safetensors, then what is left.
+    # First the other safetensors, then the other files.
     assert_same(states(load(folder, dtype=None)), half)
     for file in folder.glob("*/*.safetensors"):
         file.unlink()
@@ -285,7 +285,7 @@ def test_standard_weights_load_strictly(plain, single, made, kind, tmp_path, sma
 # Saving
 
 
-def test_saving_over_the_file_that_a_model_is_mapped_from(single, plain, tmp_path):
+def test_a_model_can_be_saved_over_the_file_it_is_mapped_from(single, plain, tmp_path):
     file = Path(shutil.copy(single, tmp_path))
     options = {"config": plain.config, "tokenizer": plain.tokenizer}
     sd = load(file, **options)
@@ -329,7 +329,7 @@ def test_a_unet_that_lost_channels_comes_back_from_our_folder(plain, tmp_path):
     assert sum(p.numel() for p in loaded.unet.parameters()) < sum(p.numel() for p in plain.unet.parameters())
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 24, 32)
     torch.testing.assert_close(loaded.unet(x, 5, context), unet(x, 5, context), atol=1e-5, rtol=1e-4)
-    # A whole model over it leaves no record behind.
+    # A whole model saved over it leaves no channel map behind.
     sdcomp.save(plain, tmp_path / "a")
     assert_same(states(load(tmp_path / "a")), states(plain))
     sdcomp.save(sd, tmp_path / "a")
@@ -338,7 +338,7 @@ def test_a_unet_that_lost_channels_comes_back_from_our_folder(plain, tmp_path):
         load(tmp_path / "a")
 
 
-def test_a_model_without_its_image_encoder_is_saved_without(small, randomize, tmp_path):
+def test_a_model_that_lost_its_image_encoder_is_saved_without_it(small, randomize, tmp_path):
     clip = randomize(build_clip(small.config), 5)
     config = dataclasses.replace(small.config, reader=False)
     whole = small.replace(config=config, clip=clip, text_encoder=clip.text_model)
@@ -363,7 +363,7 @@ def test_an_empty_configuration_is_refused_before_anything_is_allocated(plain, t
 
 def test_the_tokenizer_of_a_single_file(plain, single, tmp_path):
     file = Path(shutil.copy(single, tmp_path / "model.safetensors"))
-    # None beside it: CLIP's own, which this small text encoder does not know.
+    # Without one beside the file it is CLIP's own, which does not fit this small text encoder.
     with pytest.raises(ModelError, match="49408 tokens, but the text encoder knows 627"):
         load(file, config=plain.config)
     expected = tokenize(plain.tokenizer, PROMPTS)
@@ -406,7 +406,7 @@ def test_a_name_is_fetched_from_the_hub_unless_it_is_a_path(made, monkeypatch):
     assert not asked
 
 
-def test_offline_a_name_is_one_sentence(monkeypatch, tmp_path):
+def test_offline_a_hub_name_is_an_error_of_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="cannot be fetched from the hub") as caught:
@@ -434,7 +434,7 @@ def test_our_unet_in_diffusers_pipeline(plain, made, diffusers):
         torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
 
-def test_the_bridge_takes_what_sd_has_and_refuses_the_rest(plain):
+def test_the_bridge_accepts_the_inputs_of_sd_and_refuses_others(plain):
     unet = as_diffusers_unet(plain.unet, plain.config)
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32)
     expected = plain.unet(x, 7, context)
@@ -446,7 +446,7 @@ def test_the_bridge_takes_what_sd_has_and_refuses_the_rest(plain):
         unet(x, 7, context, class_labels=torch.zeros(2))
 
 
-def test_diffusers_unet_as_ours(made, diffusers):
+def test_a_unet_of_diffusers_becomes_ours(made, diffusers):
     theirs = diffusers.UNet2DConditionModel.from_pretrained(made / "unet").eval()
     ours = from_diffusers_unet(theirs)
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 32)
@@ -461,7 +461,7 @@ def test_diffusers_unet_as_ours(made, diffusers):
 # Memory
 
 
-def test_lent_weights_come_back(plain):
+def test_a_module_gets_its_own_weights_back(plain):
     before = dict(plain.unet.named_parameters())
     with (
         pytest.raises(KeyError),
@@ -475,7 +475,7 @@ def test_lent_weights_come_back(plain):
     assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
 
 
-def test_an_offloaded_model_lends_one_part_at_a_time(plain, monkeypatch):
+def test_an_offloaded_model_copies_one_part_at_a_time(plain, monkeypatch):
     expected = plain.generate(PROMPTS, steps=2, batch_size=1)
     names = {id(getattr(plain, part)): part for part in PARTS}
     used = []
@@ -492,12 +492,12 @@ def test_an_offloaded_model_lends_one_part_at_a_time(plain, monkeypatch):
     once = [name for i, (name, _) in enumerate(used) if i == 0 or used[i - 1][0] != name]
     assert once == ["text_encoder", "unet", "decoder", "text_encoder", "encoder", "unet", "decoder"]
     assert {device for _, device in used} == {"cpu"}
-    # Kept by what is made of it, ended by `to`.
+    # `replace` keeps offloading, and `to` ends it.
     assert sd.replace(unet=plain.unet).offloaded_to == torch.device("cpu")
     assert sd.to("cpu").offloaded_to is None and plain.offloaded_to is None
 
 
-def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
+def test_large_images_are_computed_one_at_a_time(plain, monkeypatch):
     seen = []
     plain.decoder.register_forward_pre_hook(hook := lambda m, args: seen.append(len(args[0])) or None)
     handle = plain.unet.register_forward_pre_hook(hook)
@@ -505,7 +505,7 @@ def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
         plain.generate(PROMPTS, steps=1, guidance_scale=1)
         assert seen == [16, 16]
         seen.clear()
-        # The least size that fills the memory of one image of 512x512 with two rows.
+        # As for images of which two fit into the memory of one 512x512 image.
         monkeypatch.setattr(pipeline, "rows_at_once", lambda n, pixels: 2)
         plain.decode_latents(torch.zeros(6, 4, 16, 16))
         assert seen == [2, 2, 2]
@@ -514,7 +514,7 @@ def test_large_images_are_taken_one_at_a_time(plain, monkeypatch):
         plain.decoder._forward_pre_hooks.clear()
 
 
-def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single, plain):
+def test_the_first_use_converts_convolutions_and_keeps_them_trainable(single, plain):
     sd = load(single, config=plain.config)
     weight = sd.decoder.decoder.conv_in.weight
     mapped = sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr()
@@ -523,7 +523,7 @@ def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single,
     convolutions = [m.weight for m in sd.decoder.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
     assert sd.decoder.decoder.conv_in.weight is weight and not weight.is_contiguous()
-    assert sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr() == mapped  # as fast as it is, on a CPU
+    assert sd.unet.input_blocks[1][0].in_layers[2].weight.data_ptr() == mapped  # a CPU needs no other format
     for part, arguments in ((sd.unet, (5, torch.randn(1, 24, 32))), (sd.decoder, ())):
         part(torch.randn(1, 4, 16, 16), *arguments).sum().backward()
         assert all(p.grad is not None for p in part.parameters())
@@ -533,7 +533,7 @@ def test_convolutions_are_laid_out_at_first_use_and_can_still_be_trained(single,
     ("n", "size", "rows"),
     [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
 )
-def test_rows_divide_the_batch(n, size, rows):
+def test_rows_at_once_divide_the_batch(n, size, rows):
     assert pipeline.rows_at_once(n, (size, size)) == rows
 
 

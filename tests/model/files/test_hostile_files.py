@@ -1,4 +1,4 @@
-"""Files that are not what they seem: nothing in them runs, and one sentence says what they are."""
+"""Files with hostile or unexpected content: none of it runs, and one sentence says what they are."""
 
 import builtins
 import io
@@ -24,7 +24,7 @@ from sdcomp.model.files.checkpoint import read_tensors
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """What a single file of another size holds."""
+    """The content of a single file whose sizes are wrong."""
     return {
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
         "first_stage_model.encoder.conv_in.weight": torch.zeros(128, 3, 3, 3),
@@ -37,13 +37,13 @@ def refused(file: Path) -> str:
         load(file)
     message = str(caught.value)
     assert str(file) in message and "\n" not in message and len(message) < 500
-    # PyTorch's own advice would be to switch the protection off.
+    # PyTorch's own message advises to switch the protection off.
     assert "weights_only" not in message
     return message
 
 
 class _Calls:
-    """Pickled, this is a call of a function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -72,7 +72,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_pickle_that_calls_is_refused_and_named(tmp_path, state, name, legacy):
+def test_a_pickle_that_calls_a_function_is_refused_with_its_name(tmp_path, state, name, legacy):
     canary = tmp_path / "canary"
     file = tmp_path / "model.ckpt"
     held = {"state_dict": state, "callbacks": HOSTILE[name](str(canary))}
@@ -102,7 +102,7 @@ def test_a_plain_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_path, state, package):
     def write(name: str, file: Path) -> None:
-        # A pickle names a class by its module; torch.save writes what it finds there.
+        # A pickle stores a class by its module and name, so both must exist while it is written.
         path = f"{package}.callbacks.model_checkpoint"
         kind = type(name, (), {"__module__": path})
         with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +121,7 @@ def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_
     assert not any(
         name.startswith(("pytorch_lightning", "lightning")) for name in sys.modules.keys() - before
     )
-    # Accepted here only, and only this class.
+    # Only our reader accepts it, and only this class.
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "model.ckpt", weights_only=True)
     write("EarlyStopping", tmp_path / "model.ckpt")
@@ -132,7 +132,7 @@ def test_the_callback_of_the_published_file_is_accepted_without_its_package(tmp_
 
 
 class _Rebuilt:
-    """Pickled, this is a tensor that declares another shape than its storage has."""
+    """An object whose pickle is a tensor with a larger shape than its storage."""
 
     def __init__(self, shape, stride, offset=0):
         storage = torch.zeros(4).untyped_storage()
@@ -172,6 +172,10 @@ def test_an_absurd_safetensors_header_is_refused(tmp_path):
         assert "damaged or no safetensors file" in refused(file)
     file.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     assert "damaged or no safetensors file" in refused(file)
+    # A valid header that only takes too long to parse.
+    header = b'{"__metadata__": {"a": "' + b"x" * 2**24 + b'"}}'
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    assert f"a header of {len(header)} bytes" in refused(file)
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path, state):
@@ -222,7 +226,7 @@ def test_files_that_are_something_else_are_named(tmp_path, state):
     assert "is a pipe, a socket or a device, not a file" in refused(file)
 
 
-def test_what_would_block_or_fill_the_memory_is_not_opened(tmp_path):
+def test_files_that_would_block_or_fill_the_memory_are_not_opened(tmp_path):
     file = tmp_path / "file"
     for make, words in (
         (os.mkfifo, "a pipe, a socket or a device"),
@@ -245,7 +249,7 @@ def test_what_would_block_or_fill_the_memory_is_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "data/" + "y/" * 3000])
-def test_a_path_that_cannot_be_is_one_sentence(name):
+def test_an_impossible_path_is_an_error_of_one_sentence(name):
     with pytest.raises(ModelError, match="does not exist") as caught:
         load(name)
     assert "\n" not in str(caught.value)
@@ -293,14 +297,14 @@ def test_relatives_are_recognized_by_their_shapes(tmp_path, state, name, shape, 
     assert words in refused(tmp_path / "model.safetensors")
 
 
-def test_parts_that_are_not_there_are_named(tmp_path, state):
+def test_missing_parts_are_named(tmp_path, state):
     for prefix, what in (("first_stage_model", "autoencoder"), ("cond_stage_model", "text encoder")):
         rest = {name: t for name, t in state.items() if not name.startswith(prefix)}
         save_file(rest, tmp_path / "model.safetensors")
         assert f"has no {what}" in refused(tmp_path / "model.safetensors")
 
 
-def test_weights_that_are_no_floating_point_numbers_are_refused(small, tmp_path):
+def test_weights_of_other_types_are_refused(small, tmp_path):
     folder = sdcomp.save(small.replace(), tmp_path / "model", format="diffusers")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     good = {name: t.clone() for name, t in load_file(file).items()}

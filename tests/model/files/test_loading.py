@@ -1,4 +1,4 @@
-"""Model folders: what is saved comes back bit for bit, and what is wrong with one is said in a sentence."""
+"""Model folders: saved models come back bit for bit, and wrong folders are refused in one sentence."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ PARTS = ("unet", "encoder", "decoder", "text_encoder", "clip", "reader")
 
 
 def complete(sd: StableDiffusion, randomize) -> StableDiffusion:
-    """The model with an image encoder and a reader, whose batch statistics are not the initial ones."""
+    """The model with an image encoder, and with a reader that has other than initial batch statistics."""
     clip, reader = randomize(build_clip(sd.config), 5), randomize(SceneReader(), 6)
     for module in reader.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -50,13 +50,13 @@ def whole(small, randomize):
 
 @pytest.fixture(scope="module")
 def saved(whole, tmp_path_factory) -> Path:
-    """A good folder; nobody writes into it."""
+    """A good folder; tests must not change it."""
     return save(whole, tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    """A good folder to break: replace its files, do not write into them."""
+    """A good folder that a test may break: replace its files, since their content is shared."""
     return Path(shutil.copytree(saved, tmp_path / "model", copy_function=os.link))
 
 
@@ -80,10 +80,10 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-# What is saved comes back
+# Saved models come back
 
 
-def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
+def test_a_model_of_the_tiny_models_size_comes_back_bit_for_bit(tiny, randomize, tmp_path):
     sd = complete(tiny, randomize)
     assert sdcomp.save(sd, tmp_path / "a" / "b") == tmp_path / "a" / "b"
     loaded = sdcomp.load(tmp_path / "a" / "b")
@@ -93,7 +93,7 @@ def test_a_model_of_the_base_models_size_comes_back_bit_for_bit(tiny, randomize,
     assert_same(states(loaded), states(sd))
     assert torch.equal(tokenize(loaded.tokenizer, PROMPTS), tokenize(sd.tokenizer, PROMPTS))
 
-    # Convolutions of the same memory format, so that the same kernels run.
+    # Give both models the same memory format, so that the same kernels run.
     same = sd.replace(**{name: copy.deepcopy(getattr(sd, name)) for name in ("unet", "encoder", "decoder")})
     for part in (same.unet, same.encoder, same.decoder):
         part.to(memory_format=torch.channels_last)
@@ -126,12 +126,12 @@ def test_half_precision_halves_the_files_and_rounds_once(whole, saved, tmp_path)
 
     sd = load(saved, dtype=torch.float16)
     assert {p.dtype for part in PARTS[:-1] for p in getattr(sd, part).parameters()} == {torch.float16}
-    # The reader only measures: it is as it was trained.
+    # The reader only judges images: it keeps its type.
     assert_same(sd.reader.state_dict(), whole.reader.state_dict())
     assert sd.generate(PROMPTS, steps=1, batch_size=1).dtype == torch.float32
 
 
-def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tmp_path):
+def test_a_model_without_image_encoder_and_reader_has_no_files_for_them(small, tmp_path):
     config = dataclasses.replace(small.config, vision=None, reader=False)
     sd = small.replace(config=config)
     folder = sdcomp.save(sd, tmp_path)
@@ -143,7 +143,7 @@ def test_a_model_without_image_encoder_and_reader_has_no_files_of_them(small, tm
     assert_same(states(loaded), states(sd))
 
 
-def test_files_can_be_read_by_whom_the_umask_lets(saved):
+def test_saved_files_have_the_permissions_of_the_umask(saved):
     umask = os.umask(0)
     os.umask(umask)
     for path in saved.iterdir():
@@ -153,14 +153,14 @@ def test_files_can_be_read_by_whom_the_umask_lets(saved):
 # Saving over a folder
 
 
-def test_saving_over_the_folder_that_a_model_came_from_leaves_the_model_usable(folder):
+def test_a_model_stays_usable_when_it_is_saved_over_its_own_folder(folder):
     sd = load(folder)
     before = {name: tensor.clone() for name, tensor in states(sd).items()}
     pruned = sd.replace(unet=prune_unstructured(sd.unet, 0.5))
     sdcomp.save(pruned, folder, torch.float16)
     assert_same(states(sd), before)
     assert sd.generate(PROMPTS, steps=1, batch_size=1).isfinite().all()
-    # Over itself.
+    # A model can be saved over itself.
     sdcomp.save(sd, folder)
     assert_same(states(load(folder)), before)
     assert {path.name for path in folder.iterdir()} == FILES
@@ -182,7 +182,7 @@ def test_a_save_that_fails_is_one_sentence_and_leaves_whole_files_only(whole, fo
     # A file stands where the folder should be.
     with pytest.raises(UserError, match="cannot be written"):
         sdcomp.save(other, folder / "config.json")
-    # The configuration is the last that is written.
+    # The configuration is written last.
     assert (folder / "config.json").read_bytes() == good["config.json"]
     assert_same(states(load(folder)), states(whole))
 
@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
 
     def full(state, path, metadata):
         Path(path).write_bytes(b"half")
-        # As safetensors says it.
+        # The error that safetensors raises.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
-def test_a_text_encoder_that_clip_does_not_know_is_not_lost_silently(whole, tmp_path):
+def test_a_replaced_text_encoder_is_not_lost_silently(whole, tmp_path):
     other = whole.replace(text_encoder=copy.deepcopy(whole.text_encoder))
     with pytest.raises(ModelError, match="the text encoder was replaced, but clip was not"):
         sdcomp.save(other, tmp_path)
@@ -226,7 +226,7 @@ def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatc
 # Paths
 
 
-def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, tmp_path, monkeypatch):
+def test_a_relative_path_is_found_here_or_in_the_repository(folder, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resolve_input("data/prompts") == ROOT / "data" / "prompts"
@@ -244,7 +244,7 @@ def test_a_relative_path_is_looked_for_here_and_then_in_the_repository(folder, t
     assert load("data/mine").config.guidance_scale == 2.5
 
 
-def test_home_is_understood(tmp_path, monkeypatch):
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_input("~/model") == tmp_path / "model"
     assert resolve_input("~no_such_user/model") == Path("~no_such_user/model")
@@ -253,21 +253,21 @@ def test_home_is_understood(tmp_path, monkeypatch):
 # Devices and types
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read():
+def test_a_missing_device_is_refused_before_anything_is_read():
     for device in ("hpu", "gpu", 3, *([] if torch.cuda.is_available() else ["cuda"])):
         with pytest.raises(UserError, match="device") as caught:
             load("data/no_such_model", device=device)
         assert repr(device) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_stored_type_is_kept_where_another_unet_is_given(whole, tmp_path):
+def test_with_another_unet_the_stored_type_is_kept(whole, tmp_path):
     folder = sdcomp.save(whole, tmp_path, torch.float16)
     unet = nn.Identity()
     sd = load(folder, dtype=None, unet=unet)
     assert sd.unet is unet and sd.dtype == torch.float16
 
 
-# What is wrong is said in one sentence
+# Errors are one sentence
 
 
 def assert_refused(path: Path | str, *words: object) -> None:
@@ -280,7 +280,7 @@ def assert_refused(path: Path | str, *words: object) -> None:
     assert caught.value._render_traceback_() == [f"ModelError: {message}"]
 
 
-def test_a_folder_that_is_not_there_or_holds_no_model(tmp_path, saved):
+def test_a_missing_folder_or_one_without_a_model_is_named(tmp_path, saved):
     assert_refused("data/no_such_model", "'data/no_such_model' does not exist")
     assert_refused(tmp_path, tmp_path, "no config.json")
     assert_refused(saved / "unet.safetensors", saved / "unet.safetensors", "no config.json")
@@ -299,16 +299,16 @@ def test_a_truncated_weight_file_is_named(folder, name):
     assert_refused(folder, file, "damaged")
 
 
-def test_a_file_that_holds_no_weights_is_named(folder):
+def test_a_file_without_weights_is_named(folder):
     file = folder / "unet.safetensors"
     good = file.read_bytes()
     contents = [
         b"",
         good[:40],
         b"\xff" * 500,
-        # What a failed download often leaves.
+        # A failed download often leaves this.
         b"<!DOCTYPE html>\n<html>\n<body>not found</body>\n</html>\n",
-        # A header of the right length that is no JSON.
+        # A header of the right length that is not JSON.
         good[:8] + b"\n" * int.from_bytes(good[:8], "little") + good[8:],
     ]
     for content in contents:
@@ -320,7 +320,7 @@ def test_a_file_that_holds_no_weights_is_named(folder):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_of_another_architecture_are_named_with_the_first_that_differs(folder, name):
+def test_for_another_architecture_the_first_different_weight_is_named(folder, name):
     file = folder / f"{name}.safetensors"
     good = {key: tensor.clone() for key, tensor in load_file(file).items()}
     first = sorted(good)[0]
@@ -387,7 +387,7 @@ def test_a_broken_configuration_is_named(folder, content):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part, setting, value, word):
+def test_impossible_settings_are_refused_with_their_file(folder, part, setting, value, word):
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     (config if part is None else config[part])[setting] = value
@@ -395,7 +395,7 @@ def test_settings_that_no_model_can_have_are_refused_with_the_file(folder, part,
     assert_refused(folder, file, word)
 
 
-def test_values_that_are_not_finite_are_refused_where_they_are_converted(whole, folder, tmp_path):
+def test_a_conversion_refuses_values_that_are_not_finite(whole, folder, tmp_path):
     file = folder / "unet.safetensors"
     good = {key: tensor.clone() for key, tensor in load_file(file).items()}
     name = "middle_block.0.in_layers.2.weight"
@@ -406,9 +406,9 @@ def test_values_that_are_not_finite_are_refused_where_they_are_converted(whole, 
         save_file({**good, name: bad}, file)
         with pytest.raises(ModelError, match=f"{name} has values that are infinite or NaN in torch.float16"):
             load(folder, dtype=torch.float16)
-        # What stays mapped is not read: `generate` tells.
+        # Mapped weights are not read; `generate` checks its results.
         assert load(folder).unet.get_parameter(name).isfinite().all() == (value == 1e6)
-    # A sum that overflows is no value that does.
+    # The sum overflows, but no value does.
     file.unlink()
     save_file({**good, name: torch.full_like(good[name], 3e38).bfloat16()}, file)
     assert load(folder).unet.get_parameter(name).min() > 2e38
@@ -449,7 +449,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder):
 )
 def test_a_broken_tokenizer_file_is_named(folder, name, content):
     if content is None:
-        # A copy that stopped half-way: the first merges would be found, and most words fall apart.
+        # A copy that stopped half-way: with only the first merges, most words would fall apart.
         good = (folder / name).read_bytes()
         content = good[: good.index(b"\n", len(good) // 2) + 1]
     replace_file(folder / name, content)

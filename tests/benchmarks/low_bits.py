@@ -1,0 +1,176 @@
+"""Images of the tiny model at few bits: this package's recipes beside optimum-quanto, torchao and NNCF.
+
+    python tests/benchmarks/low_bits.py --images 256 --out reports/benchmarks/low_bits.csv
+
+The same weights, prompts and initial noise for all (20 DDIM steps); differences are to the unquantized UNet,
+with 95 % intervals. `megabytes` is the size of our packed file. A peer that is not installed, or fails, has
+a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import sdcomp
+from sdcomp.evaluation import Clip, clip_scores, load_prompts, paired_difference, psnr
+from sdcomp.quantization import PRESETS, Calibrator, QuantModel, build, quantize
+from sdcomp.scenes import prompt_accuracy
+
+COLUMNS = (
+    "variant", "split", "n", "accuracy", "accuracy_difference", "low", "high", "clip_difference", "psnr",
+    "megabytes",
+)  # fmt: skip
+
+
+def ours(sd: sdcomp.StableDiffusion, calibration: list[str]) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield the recipes, one for each budget."""
+
+    def made(recipe: str, weight_bits: int, act_bits: int = 8, **changes: object) -> QuantModel:
+        chosen = replace(PRESETS[recipe], **changes)
+        return quantize(sd, chosen, calibration, weight_bits=weight_bits, act_bits=act_bits, seed=1)
+
+    def published(recipe: str, weight_bits: int, act_bits: int) -> QuantModel:
+        q = build(recipe, sd.unet, weight_bits, act_bits)
+        return Calibrator(sd, q, **PRESETS[recipe].calibrator).calibrate(calibration, steps=20, seed=1)
+
+    yield "sdcomp mse W8A8", lambda: published("mse", 8, 8)
+    yield "sdcomp mse W4A8", lambda: published("mse", 4, 8)
+    yield "sdcomp mse W4A4", lambda: published("mse", 4, 4)
+    yield "sdcomp weights_gptq W4", lambda: made("weights_gptq", 4)
+    yield "sdcomp weights_gptq_groups W3 g64", lambda: made("weights_gptq_groups", 3)
+    yield "sdcomp low_bits W8A8", lambda: made("low_bits", 8, 8)
+    yield "sdcomp low_bits W4A8", lambda: made("low_bits", 4, 8)
+    yield "sdcomp low_bits W4A4", lambda: made("low_bits", 4, 4)
+    yield "sdcomp low_bits W4A4, all layers at 4 bits", lambda: made("low_bits", 4, 4, model={})
+    yield "sdcomp low_bits W3A6", lambda: made("low_bits", 3, 6)
+
+
+def peers(
+    sd: sdcomp.StableDiffusion, calibration: list[str]
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield what the peers offer for a plain PyTorch module on a CPU."""
+
+    def quanto(weights: str, activations: str | None = None) -> nn.Module:
+        from optimum import quanto
+
+        unet = copy.deepcopy(sd.unet)
+        chosen = None if activations is None else quanto.qtypes[activations]
+        quanto.quantize(unet, weights=quanto.qtypes[weights], activations=chosen)
+        if activations is not None:
+            with quanto.Calibration():
+                sd.replace(unet=unet).generate(calibration[:16], steps=20, seed=1)
+        quanto.freeze(unet)
+        return unet
+
+    def torchao(config: str, **arguments: object) -> nn.Module:
+        import torchao.quantization as ao
+
+        unet = copy.deepcopy(sd.unet)
+        ao.quantize_(unet, getattr(ao, config)(**arguments))
+        return unet
+
+    def torchao_groups(bits: str) -> nn.Module:
+        from torchao.quantization.granularity import PerGroup
+
+        return torchao("IntxWeightOnlyConfig", weight_dtype=getattr(torch, bits), granularity=PerGroup(16))
+
+    def nncf(**arguments: object) -> nn.Module:
+        import nncf
+
+        latents, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, sd.config.unet.context_dim)
+        example = (latents, torch.tensor([500, 500]), context)
+        mode = nncf.CompressWeightsMode.INT4_SYM
+        data = nncf.Dataset([example])
+        return nncf.compress_weights(copy.deepcopy(sd.unet), mode=mode, dataset=data, **arguments)
+
+    yield "optimum-quanto W8A8", lambda: quanto("qint8", "qint8")
+    yield "optimum-quanto W4A8", lambda: quanto("qint4", "qint8")
+    yield "optimum-quanto W4", lambda: quanto("qint4")
+    yield "optimum-quanto W2", lambda: quanto("qint2")
+    yield "torchao W8A8 dynamic, linear layers", lambda: torchao("Int8DynamicActivationInt8WeightConfig")
+    yield "torchao W4 g16, linear layers", lambda: torchao_groups("int4")
+    yield "torchao W3 g16, linear layers", lambda: torchao_groups("int3")
+    yield "NNCF W4 g16", lambda: nncf(group_size=16)
+
+
+def megabytes(sd: sdcomp.StableDiffusion, unet: nn.Module) -> float | str:
+    """Return the size of a packed file of the UNet; unknown for peers."""
+    if not isinstance(unet, QuantModel):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = sdcomp.save(sd.replace(unet=unet), Path(folder) / "model", format="packed")
+        return round((saved / "packed.safetensors").stat().st_size / 1e6, 2)
+
+
+def main() -> None:
+    """Measure every variant and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="data/tiny")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--splits", nargs="+", default=["test"])
+    parser.add_argument("--only", default="", help="a part of the names of the variants to run")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sd = sdcomp.load(args.model)
+    clip = Clip.of(sd)
+    calibration = load_prompts(sd, "calibration", args.calibration).texts
+    sets = {split: load_prompts(sd, split, args.images) for split in args.splits}
+    baselines = {split: sd.generate(prompts.texts) for split, prompts in sets.items()}
+    rows = []
+    for name, make in [*ours(sd, calibration), *peers(sd, calibration)]:
+        if args.only not in name:
+            continue
+        try:
+            unet = make()
+            for split, prompts in sets.items():
+                images = sd.replace(unet=unet).generate(prompts.texts)
+                rows.append(
+                    {"variant": name, "split": split, **judge(sd, clip, images, baselines[split], prompts)}
+                )
+                rows[-1]["megabytes"] = megabytes(sd, unet)
+        except Exception as error:
+            # A peer may fail in any way; the others are measured all the same.
+            if name.startswith("sdcomp"):
+                raise
+            rows.append({"variant": f"{name}: {type(error).__name__}"})
+        print(rows[-1], flush=True)
+        if args.out:
+            with args.out.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def judge(sd, clip, images, baseline, prompts) -> dict[str, object]:
+    """Score images beside the baseline's."""
+    right, before = (
+        prompt_accuracy(sd.reader, some, prompts.scenes).all_right for some in (images, baseline)
+    )
+    change = paired_difference(right, before, prompts.groups)
+    texts = prompts.texts
+    cosine = (clip_scores(clip, images, texts) - clip_scores(clip, baseline, texts)).mean().item()
+    return {
+        "n": len(images),
+        "accuracy": round(100 * right.double().mean().item(), 1),
+        "accuracy_difference": round(change.value, 1),
+        "low": round(change.low, 1),
+        "high": round(change.high, 1),
+        "clip_difference": round(cosine, 2),
+        "psnr": round(psnr(images, baseline, prompts.groups).value, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
