@@ -6,6 +6,7 @@ from sdcomp.evaluation.distances import frechet_distance, kid_values
 from sdcomp.evaluation.images import load_images
 from sdcomp.evaluation.metrics import UNITS, clip_scores, psnr, scores, ssim
 from sdcomp.evaluation.noise import noise_mse
+from sdcomp.evaluation.path import PathErrors, layer_errors, output_errors, path_errors, thinned
 from sdcomp.evaluation.precision import fix_precision, precision_facts
 from sdcomp.evaluation.profile import (
     component_times,
@@ -22,6 +23,7 @@ __all__ = [
     "UNITS",
     "Clip",
     "Estimate",
+    "PathErrors",
     "Prompts",
     "applicable",
     "bootstrap",
@@ -34,6 +36,7 @@ __all__ = [
     "frechet_distance",
     "interleaved_times",
     "kid_values",
+    "layer_errors",
     "layer_profile",
     "load_images",
     "load_prompts",
@@ -41,11 +44,14 @@ __all__ = [
     "macs",
     "median",
     "noise_mse",
+    "output_errors",
     "paired_difference",
+    "path_errors",
     "peak_memory",
     "precision_facts",
     "psnr",
     "scores",
     "ssim",
+    "thinned",
     "weight_bytes",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -10,7 +12,7 @@ from sdcomp.model import StableDiffusion, Trace
 
 
 @torch.no_grad()
-def noise_mse(
+def predictions(
     sd: StableDiffusion,
     unet: nn.Module,
     prompts: list[str],
@@ -20,12 +22,12 @@ def noise_mse(
     negative_prompt: str = "",
     batch_size: int | None = None,
     progress: bool = False,
-) -> Tensor:
-    """Mean squared error of guided noise predictions for each step and image, `(S, N)`.
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Yield a UNet's guided noise predictions along a trace: step, rows, found and wanted `(rows, C, h, w)`.
 
-    `trace` is that of `sd.generate(prompts, ...)` with the full UNet. `unet` predicts the noise of the same
-    latents, so errors do not add up over the steps. The default `batch_size` is the model's own. Raises
-    ValueError unless there is one prompt for each image of the trace.
+    `trace` is that of `sd.generate(prompts, ...)` with the full UNet, which predicted `wanted`. `unet`
+    predicts the noise of the same latents, so errors do not add up over the steps. The default `batch_size`
+    is the model's own. Raises ValueError unless there is one prompt for each image of the trace.
     """
     steps, n = trace.latents.shape[:2]
     if len(prompts) != n:
@@ -35,21 +37,28 @@ def noise_mse(
     batch_size = batch_size or sd.batch_size
     scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     variant = sd.replace(unet=unet)
-    errors = []
-    bar = tqdm(total=-(-n // batch_size) * steps, desc="noise MSE", disable=not progress)
-    for start in range(0, n, batch_size):
-        rows = slice(start, start + batch_size)
-        texts = prompts[rows]
-        if scale != 1:
-            texts = [negative_prompt] * len(texts) + texts
-        context = sd.encode_prompts(texts)
-        batch = []
-        for timestep, latents, wanted in zip(
-            trace.timesteps.tolist(), trace.latents, trace.noise_predictions, strict=True
-        ):
-            found = variant.predict_noise(latents[rows].to(sd.device), timestep, context, scale)
-            batch.append((found.float().cpu() - wanted[rows]).square().mean((1, 2, 3)))
-            bar.update()
-        errors.append(torch.stack(batch))
-    bar.close()
-    return torch.cat(errors, dim=1)
+    with tqdm(total=-(-n // batch_size) * steps, desc="noise predictions", disable=not progress) as bar:
+        for start in range(0, n, batch_size):
+            rows = slice(start, start + batch_size)
+            texts = prompts[rows]
+            if scale != 1:
+                texts = [negative_prompt] * len(texts) + texts
+            context = sd.encode_prompts(texts)
+            for step, timestep in enumerate(trace.timesteps.tolist()):
+                latents = trace.latents[step, rows].to(sd.device)
+                found = variant.predict_noise(latents, timestep, context, scale)
+                yield step, rows, found.float().cpu(), trace.noise_predictions[step, rows]
+                bar.update()
+
+
+def noise_mse(
+    sd: StableDiffusion, unet: nn.Module, prompts: list[str], trace: Trace, **settings: object
+) -> Tensor:
+    """Mean squared error of guided noise predictions for each step and image, `(S, N)`.
+
+    The arguments and errors are those of `predictions`.
+    """
+    errors = torch.empty(trace.latents.shape[:2])
+    for step, rows, found, wanted in predictions(sd, unet, prompts, trace, **settings):
+        errors[step, rows] = (found - wanted).square().mean((1, 2, 3))
+    return errors

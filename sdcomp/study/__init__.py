@@ -4,7 +4,18 @@ from sdcomp.study.build import Builder, as_executed, calibration_settings
 from sdcomp.study.paired import PairedStudy, reference_images
 from sdcomp.study.parameters import ParameterError, read_parameters
 from sdcomp.study.plan import as_list, bit_pairs, check_calibration, needs_intervals, pruned_variants
-from sdcomp.study.plots import error_band, heat_map, image_grid, label_ends, plot_front, scatter, style
+from sdcomp.study.plots import (
+    bits_map,
+    difference_bars,
+    error_band,
+    error_dots,
+    heat_map,
+    image_grid,
+    label_ends,
+    plot_front,
+    scatter,
+    style,
+)
 from sdcomp.study.run import Run
 from sdcomp.study.times import PairedTimes
 from sdcomp.study.variants import FP32, Variant, pruned, quantized
@@ -20,9 +31,12 @@ __all__ = [
     "as_executed",
     "as_list",
     "bit_pairs",
+    "bits_map",
     "calibration_settings",
     "check_calibration",
+    "difference_bars",
     "error_band",
+    "error_dots",
     "heat_map",
     "image_grid",
     "label_ends",

@@ -23,6 +23,7 @@ from sdcomp.quantization import (
     load_quant_model,
     save_quant_model,
 )
+from sdcomp.study.rounding import KeptRounding
 from sdcomp.study.variants import Variant
 from sdcomp.training import recover
 
@@ -41,7 +42,7 @@ def calibration_settings(
     p, own = run.parameters, run.generation(sd)
     return {
         "prompts": load_prompts(sd, prompts, p["n_calibration"]).texts,
-        "steps": p["calibration_steps"],
+        "steps": p.get("calibration_steps") or p["steps"],
         "sampler": p.get("calibration_sampler", "ddpm"),
         "guidance_scale": own["guidance_scale"],
         "negative_prompt": negative_prompt,
@@ -52,7 +53,11 @@ def calibration_settings(
 
 
 class Builder:
-    """Builds the UNets of variants. It keeps the last simulation, because int8 is made from it."""
+    """Builds the UNets of variants.
+
+    It keeps the last simulation, because int8 is made from it, and the last second-order rounding, because
+    variants that differ in their activations alone share it.
+    """
 
     def __init__(
         self,
@@ -63,13 +68,17 @@ class Builder:
         model: Mapping[str, Any] | None = None,
         calibrator: Mapping[str, Any] | None = None,
         weights: Mapping[str, Any] | None = None,
+        recipes: Mapping[str, Recipe] = PRESETS,
     ) -> None:
         """`calibration` are arguments of `sd.generate`; None: activations are not calibrated.
 
-        `model`, `calibrator` and `weights` replace arguments of a preset (see `sdcomp.quantization.Recipe`).
+        `model`, `calibrator` and `weights` replace arguments of a recipe (see `sdcomp.quantization.Recipe`).
+        `recipes` are those that variants name.
         """
         self.run, self.sd, self.calibration = run, sd, calibration
         self.model, self.calibrator, self.weights = model or {}, calibrator or {}, weights or {}
+        self.recipes = recipes
+        self.rounding = KeptRounding()
         self._last: tuple[Variant, QuantModel] | None = None
 
     def build(self, variant: Variant) -> nn.Module:
@@ -113,10 +122,10 @@ class Builder:
         )
 
     def recipe(self, variant: Variant) -> Recipe:
-        """The variant's preset, with this study's arguments."""
-        preset = PRESETS[variant.recipe]
-        weights, calibrator = {**preset.weights, **self.weights}, {**preset.calibrator, **self.calibrator}
-        return replace(preset, weights=weights, calibrator=calibrator)
+        """The variant's recipe, with this study's arguments."""
+        named = self.recipes[variant.recipe]
+        weights, calibrator = {**named.weights, **self.weights}, {**named.calibrator, **self.calibrator}
+        return replace(named, weights=weights, calibrator=calibrator)
 
     def calibrated(self, variant: Variant) -> QuantModel:
         """The calibrated simulation of a variant. 32 bits mean no quantization."""
@@ -132,14 +141,17 @@ class Builder:
     def _calibrate(self, variant: Variant, made: QuantModel, prompts: list[str], **settings: Any) -> None:
         sd = self.sd.replace(unet=made)
         progress = settings.pop("progress", False)
+        recipe = self.recipe(variant)
+        known = self.rounding.take(made, variant.unquantized, recipe)
         apply_recipe(
             made,
-            self.recipe(variant),
+            replace(recipe, methods=()) if known else recipe,
             lambda: sd.generate(prompts, progress=progress, **settings),
             checkpoint=self._checkpoint(variant),
             inputs=f"{prompts} {settings}",
             progress=progress,
         )
+        self.rounding.keep(made, variant.unquantized, recipe)
         made.calibration |= {"prompts": len(prompts), **settings}
 
     def _checkpoint(self, variant: Variant) -> Path:

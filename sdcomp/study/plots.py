@@ -131,6 +131,44 @@ def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figu
     return figure
 
 
+def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], limits: tuple[float, float]) -> None:
+    """Draw results (rows of `Run.results`) by bits of weights, down, and of activations, across.
+
+    The values stand in the cells. Colours end at the `limits`. Without rows, nothing is drawn.
+    """
+    if not rows:
+        axis.set_axis_off()
+        return
+    cells = [(row["variant"].weight_bits, row["variant"].act_bits, row["value"]) for row in rows]
+    table = pd.DataFrame(cells, columns=["weights", "activations", "value"])
+    table = table.pivot(index="weights", columns="activations", values="value")
+    table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
+    table = table.rename(columns={32: "full"})
+    low, high = limits
+    colours = {"cmap": "viridis", "vmin": low, "vmax": high, "cbar_kws": {"extend": "both"}}
+    sns.heatmap(table, ax=axis, annot=True, fmt=".1f", linewidths=1, **colours)
+    axis.set(xlabel="bits of activations", ylabel="bits of weights")
+    axis.tick_params(axis="y", rotation=0)
+
+
+def difference_bars(axis: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], color: Any) -> None:
+    """Draw paired differences (rows of `Run.results`) with their intervals, from top to bottom."""
+    places = range(len(rows), 0, -1)
+    axis.axvline(0, color="0.6", linewidth=1)
+    axis.hlines(places, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color)
+    axis.plot([row["value"] for row in rows], places, "o", color=color)
+    axis.set_yticks(list(places), names)
+    axis.set_ylim(0.5, len(rows) + 0.5)
+
+
+def error_dots(
+    axis: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]], label: str, color: Any
+) -> None:
+    """Draw results (rows of `Run.results`) over `x` as dots with their intervals, without a line."""
+    axis.vlines(x, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color, alpha=0.5)
+    axis.plot(x, [row["value"] for row in rows], "o", markersize=4, color=color, label=label)
+
+
 def plot_front(axis: Axes, points: pd.DataFrame, cost: str, packed: bool = False) -> None:
     """Draw the `quality` of all `points` (`sdcomp.study.pareto.measured`) over their column `cost`.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 from torch import nn
 
 from sdcomp.evaluation import weight_bytes
-from sdcomp.integer import Int8Model
+from sdcomp.integer import Int8Model, packed_files, save_packed, to_packed
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import QuantLayer, QuantModel
 
@@ -41,3 +44,13 @@ def stored_bytes(unet: nn.Module) -> tuple[int, bool]:
     if packed < weight_bytes(unet):
         return packed, False
     return disk_sizes(unet)["dense"], True
+
+
+def packed_file_bytes(model: QuantModel) -> int:
+    """Bytes of the file of tensors that `sdcomp.save(..., format="packed")` writes for a UNet.
+
+    Raises what `sdcomp.to_packed` raises.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_packed(to_packed(model), folder)
+        return (Path(folder) / packed_files.TENSORS).stat().st_size

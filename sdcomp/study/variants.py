@@ -30,7 +30,7 @@ class Variant:
     recover_steps: int = 0
     """Training steps after the pruning."""
     recipe: str = ""
-    """How it is quantized, a name in `PRESETS`; empty: not at all."""
+    """How it is quantized: a name in `PRESETS`, or one that the study defines; empty: not at all."""
     weight_bits: int = 32
     act_bits: int = 32
     k: int = 0

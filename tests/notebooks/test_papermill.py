@@ -44,6 +44,7 @@ BAD = [
     ("03_profiling", ("-y", "amounts: [1.5]"), "amounts must be a fraction from 0 to below 1"),
     ("04_combined", ("-p", "dtype", "float16", "-p", "recover_steps", "9"), "recovery trains in float32"),
     ("05_claims", ("-p", "seed", "1"), "there is no parameter 'seed'"),
+    ("06_low_bits", ("-p", "k", "30"), "k must be at most steps, 20, not 30"),
 ]
 
 

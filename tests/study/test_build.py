@@ -149,3 +149,34 @@ def test_the_methods_of_a_preset_are_applied(run, small, monkeypatch):
     weights = [[layer.fake_weight() for layer in m.quantized_layers()] for m in (made, by_hand, nearest)]
     assert all(map(torch.equal, weights[0], weights[1]))
     assert not all(map(torch.equal, weights[0], weights[2]))
+
+
+def test_variants_whose_weights_are_rounded_alike_share_the_rounding(run, small):
+    builder = Builder(run, small, CALIBRATION)
+    first = builder.build(quantized("low_bits", 4, 8))
+    assert not builder.rounding.reused
+    for variant, alike in (
+        (quantized("low_bits", 4, 4), True),
+        (quantized("weights_gptq", 4), True),
+        (quantized("timestep_low_bits", 4, 6, 2), True),
+        (quantized("mse", 4, 4), False),
+        (quantized("low_bits", 4, 32), True),
+        (quantized("low_bits", 3, 8), False),
+        (quantized("low_bits", 4, 8), False),
+    ):
+        made = builder.build(variant)
+        assert builder.rounding.reused == alike, variant.label
+        by_itself = Builder(run, small, CALIBRATION).build(variant)
+        assert made.calibration == by_itself.calibration
+        pairs = zip(made.quantized_layers(), by_itself.quantized_layers(), strict=True)
+        for one, other in pairs:
+            assert torch.equal(one.fake_weight(), other.fake_weight())
+            assert one.act_scale is other.act_scale is None or torch.equal(one.act_scale, other.act_scale)
+    assert all(layer.weight_integers is not None for layer in first.quantized_layers())
+
+
+def test_a_study_may_name_recipes_of_its_own(run, small):
+    own = replace(PRESETS["mse"], inputs={"symmetric": False})
+    made = Builder(run, small, CALIBRATION, recipes={"affine": own}).build(quantized("affine", 8, 4))
+    assert not made.act_quantizer.symmetric and made.act_quantizer.n_bits == 4
+    assert made.calibration["act_scale_policy"] == "mse"

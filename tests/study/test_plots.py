@@ -5,7 +5,19 @@ from dataclasses import replace
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sdcomp.study import FP32, error_band, heat_map, label_ends, plot_front, pruned, scatter
+from sdcomp.study import (
+    FP32,
+    bits_map,
+    difference_bars,
+    error_band,
+    error_dots,
+    heat_map,
+    label_ends,
+    plot_front,
+    pruned,
+    quantized,
+    scatter,
+)
 from sdcomp.study.pareto import group
 from sdcomp.study.variants import PUBLISHED
 
@@ -27,6 +39,7 @@ def test_a_method_that_failed_everywhere_draws_nothing():
     axis = Figure().add_subplot()
     error_band(axis, [], [], "failed")
     scatter(axis, [], [], "failed")
+    bits_map(axis, [], (0, 1))
     assert not axis.lines or all(line.get_xdata().size == 0 for line in axis.lines)
 
 
@@ -90,3 +103,32 @@ def test_a_front_labels_its_points_the_baseline_and_the_published_combination():
     on_files = {"fp32", "removed 10 %", "unstructured 20 %, timestep_mse k10 W8A8 (published)"}
     assert labels(packed=False) == on_files
     assert labels(packed=True) == on_files | {"unstructured 90 %"}
+
+
+def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_writes_its_values():
+    axis = Figure().add_subplot()
+    cells = {(3, 32): -2.0, (4, 32): -0.5, (3, 4): -31.26, (4, 4): -6.0}
+    made = [{"variant": quantized("low_bits", w, a), "value": v} for (w, a), v in cells.items()]
+    bits_map(axis, made, (-20, 0))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["full", "4"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["4", "3"]
+    assert [text.get_text() for text in axis.texts] == ["-0.5", "-6.0", "-2.0", "-31.3"]
+    assert axis.collections[0].get_clim() == (-20, 0)
+
+
+def test_differences_stand_from_top_to_bottom_with_their_intervals():
+    axis = Figure().add_subplot()
+    difference_bars(axis, rows([1.0, -3.0]), ["upper", "lower"], "C0")
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["upper", "lower"]
+    dots = axis.lines[-1].get_xydata().tolist()
+    assert dots == [[1.0, 2.0], [-3.0, 1.0]]
+    ends = [segment[:, 0].tolist() for segment in axis.collections[0].get_segments()]
+    assert ends == [[0.0, 3.0], [-4.0, -1.0]]
+
+
+def test_dots_have_intervals_and_no_line():
+    axis = Figure().add_subplot()
+    error_dots(axis, [0.0, 5.0], rows([1.0, 2.0]), "name", "C1")
+    (line,) = axis.lines
+    assert line.get_linestyle() == "None" and line.get_xydata().tolist() == [[0.0, 1.0], [5.0, 2.0]]
+    assert [s[:, 1].tolist() for s in axis.collections[0].get_segments()] == [[0.0, 3.0], [1.0, 4.0]]

@@ -50,6 +50,7 @@ def test_the_profile_of_the_published_setting_passes():
 
 
 QUANTIZATION, PRUNING, PROFILING, COMBINED = "01_quantization", "02_pruning", "03_profiling", "04_combined"
+LOW_BITS = "06_low_bits"
 BAD = [
     ("00_base_model", {"train_images": 257}, "train_images must be a multiple of 4"),
     ("00_base_model", {"n_images": 257}, "n_images must be between 1 and 256"),
@@ -97,6 +98,15 @@ BAD = [
     (COMBINED, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length"),
     (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp32 bytes"),
     (COMBINED, {"recovered_amounts": [0.1], "dtype": "float16"}, "recovery trains in float32"),
+    (LOW_BITS, {"act_bits": [9]}, "act_bits must be between 2 and 8, or 32"),
+    (LOW_BITS, {"act_bits": [4, 32]}, "the last of act_bits is that of the ladder"),
+    (LOW_BITS, {"act_bits": [4, 4]}, "act_bits must name each of its values once"),
+    (LOW_BITS, {"weight_bits": []}, "weight_bits must not be an empty list"),
+    (LOW_BITS, {"methods": ["weights_gptq"], "act_bits": [4]}, "weights_gptq leaves activations in full"),
+    (LOW_BITS, {"ladder": ["gptq"]}, "ladder must be one of symmetric, affine"),
+    (LOW_BITS, {"norms": [0.5]}, "norms must be exponents between 1 and 16, or 0"),
+    (LOW_BITS, {"k": 21}, "k must be at most steps, 20, not 21"),
+    (LOW_BITS, {"sensitivity_layers": -1}, "sensitivity_layers must be between 0"),
     ("05_claims", {"reports": "README.md"}, "reports must be an existing folder"),
     ("05_claims", {"score": "FID"}, "score must be one of prompt accuracy, CLIP score"),
     ("05_claims", {"seed": 1}, "there is no parameter 'seed'"),
@@ -121,6 +131,9 @@ GOOD = [
     (PRUNING, {"dtype": "bfloat16", "batch_size": 4}),
     (COMBINED, {"k": 30, "method": "mse", "remove_amounts": []}),
     (COMBINED, {"method": "weights_only", "backends": ["simulated"]}),
+    (LOW_BITS, {"methods": ["low_bits", "weights_gptq_groups"], "norms": [], "ladder": []}),
+    (LOW_BITS, {"k": 21, "norms": []}),
+    (LOW_BITS, {"act_bits": [4], "norms": [1.0, 0.0]}),
 ]
 
 

@@ -1,12 +1,14 @@
 """Bytes of compressed UNets, by hand and against files that are really written."""
 
+import pytest
 import torch
 from torch import nn
 
+import sdcomp
 from sdcomp.integer import save_int8, to_int8
 from sdcomp.pruning import disk_sizes, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
-from sdcomp.study.sizes import packed_bytes, stored_bytes
+from sdcomp.study.sizes import packed_bytes, packed_file_bytes, stored_bytes
 
 
 def layer(*weights):
@@ -46,3 +48,13 @@ def test_an_int8_model_takes_its_file(small, tmp_path):
     int8 = to_int8(simulated)
     size, real = stored_bytes(int8)
     assert real and size == (save_int8(int8, tmp_path) / "int8.safetensors").stat().st_size
+
+
+def test_a_packed_file_has_the_bits_of_its_weights(small, tmp_path):
+    simulated = QuantModel(small.unet, weight_quant_params={"n_bits": 3}, act_quant_params=None)
+    sdcomp.save(small.replace(unet=simulated), tmp_path, format="packed")
+    assert packed_file_bytes(simulated) == (tmp_path / "packed.safetensors").stat().st_size
+    more = QuantModel(small.unet, weight_quant_params={"n_bits": 8}, act_quant_params=None)
+    weights = sum(layer.weight.numel() for layer in simulated.quantized_layers())
+    saved = packed_file_bytes(more) - packed_file_bytes(simulated)
+    assert saved == pytest.approx(weights * 5 / 8, rel=0.02)

@@ -1,6 +1,6 @@
 """The values that each notebook's parameters may have: one module for each study."""
 
-from sdcomp.study.rules import base_model, claims, combined, profiling, pruning, quantization
+from sdcomp.study.rules import base_model, claims, combined, low_bits, profiling, pruning, quantization
 from sdcomp.study.rules.common import Rule, Study
 
 STUDIES: dict[str, Study] = {
@@ -10,6 +10,7 @@ STUDIES: dict[str, Study] = {
     "03_profiling": profiling.STUDY,
     "04_combined": combined.STUDY,
     "05_claims": claims.STUDY,
+    "06_low_bits": low_bits.STUDY,
 }
 """The rules of each study, by the name of its notebook."""
 
