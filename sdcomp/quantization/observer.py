@@ -1,4 +1,4 @@
-"""What a quantized model's layers see while it runs: histograms of their inputs, and the ranges of these."""
+"""Observe a quantized model while it runs: histograms of its layers' inputs, and their ranges."""
 
 from __future__ import annotations
 
