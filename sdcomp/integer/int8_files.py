@@ -50,7 +50,8 @@ _SETTINGS: dict[str, Rule] = {
 def save_int8(model: Int8Model, folder: str | Path) -> Path:
     """Write `int8.json` and `int8.safetensors` into a folder; returns it.
 
-    Integers, scales, and what is not quantized in the model's `dtype`: about a quarter of float32.
+    The files hold integers and scales, and everything else in the model's `dtype`: a quarter of the bytes of
+    float32.
     `load_int8` reads them. Raises UserError where the folder cannot be written.
     """
     folder = Path(folder).expanduser()
@@ -80,7 +81,7 @@ def load_int8(
     are chosen together, see `to_int8`; the model's text and its `execution` say which it is.
 
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module;
-    UserError where the kernels are wanted and cannot be had.
+    UserError for "kernels" where they are not available.
     """
     check_device(device)
     folder = resolve_input(folder)

@@ -112,7 +112,7 @@ class PrepackedConv2d(Prepacked):
 
 
 class PrepackedConvAsMatmul(PrepackedLinear):
-    """A `PrepackedConv2d` of stride 1 as one product with the matrix of what each output pixel sees."""
+    """A convolution of stride 1 as one matrix product with the patches of its input (im2col)."""
 
     def __init__(self, weight: Tensor, scale: Tensor, padding: tuple[int, int]) -> None:
         self._in, self._kernel, self._padding = weight.shape[1], weight.shape[2:], padding
@@ -143,7 +143,7 @@ class PrepackedConvAsMatmul(PrepackedLinear):
 
 @functools.cache
 def missing() -> str | None:
-    """Why the integer kernels cannot be used here, None where they can: they are tried on a small case."""
+    """Try the integer kernels on a small case; return why they cannot be used here, or None if they can."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.5, 2.0, 1.0, 0.25])
     weight = torch.randint(-127, 128, (4, 8, 3, 3), generator=generator, dtype=torch.int8)

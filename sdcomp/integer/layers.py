@@ -19,7 +19,7 @@ _WIDE = 1024
 8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
-"""What an integer layer is made of."""
+"""The tensors of an integer layer."""
 
 
 @dataclass(eq=False)
@@ -92,7 +92,8 @@ class Int8Layer(nn.Module):
     ) -> Tensor:
         """The output in `dtype` (default: that of `x`).
 
-        Packed layers add it to `accumulate`, in place, if that is given.
+        Packed layers add it to `accumulate`, in place, if that is given. Layers that are not packed ignore
+        `accumulate` and `dtype`.
         """
         grids = self.input_grids()
         parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
@@ -149,7 +150,7 @@ class Int8Linear(Int8Layer):
 
 
 class Int8GatedLinear(Int8Linear):
-    """An `Int8Linear` with values and then gates as outputs; packed as two layers, which run apart."""
+    """An `Int8Linear` whose outputs are values, then gates. Packed, it is two layers, one for each half."""
 
     def pack(self) -> None:
         if not self._packed:

@@ -61,8 +61,8 @@ _SETTINGS: dict[str, Rule] = {
 def save_packed(model: PackedModel, folder: str | Path) -> Path:
     """Write `packed.json` and `packed.safetensors` into a folder; returns it.
 
-    The weights take n bits each. All other tensors are stored in float16 where that holds them exactly, as it
-    does what comes from float16 files, and else as they are. `load_packed` reads the files.
+    The weights take n bits each. All other tensors are stored in float16 if that holds them exactly, as for
+    weights of float16 files, and otherwise in their own type. `load_packed` reads the files.
 
     Raises UserError where the folder cannot be written.
     """
@@ -104,7 +104,7 @@ def load_packed(
 
     The weights are mapped from the file, and read when they are used. `module`: one of the same architecture,
     whose weights do not matter, or the configuration of our UNet. Our UNet's files name theirs, pruned
-    channels included, so it may be left out. `dtype` is what the model computes in, by default as saved.
+    channels included, so it may be left out. The model computes in `dtype`, by default as saved.
 
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module.
     """
