@@ -26,8 +26,8 @@ def allocate(curves: Mapping[Name, Curve], total: float) -> dict[Name, int]:
 
     Returns the index of a level for each curve. Takes steps along the lower convex hulls in the order of
     error per saving. After each step the result is optimal for what it saves (Lagrange multipliers; Shoham &
-    Gersho 1988); between two steps it saves more than asked for. Raises ValueError for a total beyond what
-    all curves can save.
+    Gersho 1988). If the total lies between two steps, the result saves more than the total. Raises ValueError
+    for a total beyond what all curves can save.
     """
     levels = dict.fromkeys(curves, 0)
     for name, level, _ in _steps(curves, total):
