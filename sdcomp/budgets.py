@@ -1,4 +1,4 @@
-"""How much to save at each layer, so that a total is reached at least error."""
+"""How much to save at each layer: a total is reached, and the summed error is the smallest."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Curve:
 
 
 def allocate(curves: Mapping[Name, Curve], total: float) -> dict[Name, int]:
-    """Choose a level for each curve that together save at least `total`, at least summed error.
+    """Choose levels that together save `total` or more, with the smallest summed error.
 
-    Takes steps along the lower convex hulls in the order of error per saving. After each step the result is
-    optimal for what it saves (Lagrange multipliers; Shoham & Gersho 1988); between two steps it saves more
-    than asked for. Raises ValueError for a total beyond what all curves can save.
+    Returns the index of a level for each curve. Takes steps along the lower convex hulls in the order of
+    error per saving. After each step the result is optimal for what it saves (Lagrange multipliers; Shoham &
+    Gersho 1988). If the total lies between two steps, the result saves more than the total. Raises ValueError
+    for a total beyond what all curves can save.
     """
     levels = dict.fromkeys(curves, 0)
     for name, level, _ in _steps(curves, total):
@@ -35,7 +36,7 @@ def allocate(curves: Mapping[Name, Curve], total: float) -> dict[Name, int]:
 
 
 def divide(curves: Mapping[Name, Curve], total: float) -> dict[Name, float]:
-    """Choose what each curve saves, `total` together, at least summed error.
+    """Choose what each curve saves, `total` together, with the smallest summed error.
 
     As `allocate`, but the last step is taken in part: between two levels a curve counts as a line.
     """

@@ -23,6 +23,7 @@ from sdcomp.files import resolve_input, write_text
 from sdcomp.integer import (
     Int8Model,
     PackedModel,
+    int8_files,
     load_int8,
     load_packed,
     packed_files,
@@ -30,15 +31,14 @@ from sdcomp.integer import (
     save_packed,
     to_packed,
 )
-from sdcomp.integer import files as int8_files
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.channels import apply_channel_map, channel_map
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
 from sdcomp.quantization.layers import is_quantizable
 
 RECORD = "compression.json"
 _Integers = Int8Model | PackedModel
-"""UNets whose files hold all of them, so that no plain weights stand beside."""
+"""UNets that have files of their own, without plain weights beside them."""
 
 
 def save(
@@ -50,13 +50,14 @@ def save(
 ) -> Path:
     """Write a model, whose UNet may be plain, pruned, quantized, packed or int8; returns the path.
 
-    `format` is "sdcomp", "original" or "diffusers", see `sdcomp.model.save`, or "packed". A UNet that is
-    quantized in any way takes the first one only, and keeps its type. "packed" is for a quantized or packed
-    UNet: its weights are written with n bits each, see `sdcomp.to_packed`, whose errors these may be.
-    `dtype` is the type of the plain weights. `record` is whatever should be known of the model later, ready
-    for JSON: where it comes from, the evaluation that it passed.
+    `format` is "sdcomp", "original" or "diffusers", see `sdcomp.model.save`, or "packed". "sdcomp" holds
+    every UNet, and a quantized one keeps its type. "packed" is for a quantized or packed UNet: it writes the
+    weights with n bits each. "original" and "diffusers" hold plain UNets only. `dtype` is the type of the
+    plain weights. `record` says more about the model, ready for JSON: its origin, the evaluation that it
+    passed.
 
-    Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold.
+    Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold, and
+    for "packed" what `sdcomp.to_packed` raises.
     """
     path, unet = Path(path).expanduser(), sd.unet
     if format == "packed":
@@ -92,14 +93,16 @@ def save(
 
 
 def load(path: str | Path, *, execution: str = "auto", **options: Any) -> StableDiffusion:
-    """Load any model: see `sdcomp.model.load`, whose arguments and errors these are.
+    """Load any model. `options` are the other arguments of `sdcomp.model.load`.
 
     A folder that `sdcomp.save` wrote gives the quantized, packed or int8 UNet that it was written with. An
-    int8 UNet keeps the type that it was saved in, `dtype` is then of the other parts; `device` and
+    int8 UNet keeps the type that it was saved in, and `dtype` is for the other parts; `device` and
     `execution` choose how it runs, see `sdcomp.integer.execution.choose_execution`. The weights of a packed
-    UNet are mapped from the file; it computes in `dtype`, None for the type that it was saved in.
+    UNet are mapped from the file. It computes in `dtype`, or in the type that it was saved in if that is
+    None.
 
-    Raises UserError for an execution that cannot be had there, or of a model that is not int8.
+    Raises what `sdcomp.model.load` raises, and UserError for an `execution` that the device does not have,
+    or that is given for a model without int8 weights.
     """
     folder = resolve_input(path)
     # Where one of the two is missing, loading says so.

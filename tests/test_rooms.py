@@ -13,7 +13,7 @@ LEVELS = (
     {"settings"},
     {"scenes"},
     {"model"},
-    {"budgets", "observation", "second_order"},
+    {"budgets", "column_sweep", "moments"},
     {"quantization", "pruning"},
     {"training"},
     {"integer"},

@@ -32,8 +32,8 @@ def cached_images(
 
     A file is used again only for the same weights, configuration, prompts, settings, device, number of
     threads, rounding, PyTorch version and source code of everything that makes images. A damaged file is
-    made again. Raises UserError if the folder cannot be written to, before anything is generated; if the
-    disk is full only later, after that.
+    made again. Raises UserError if the folder cannot be written to, before anything is generated, or if the
+    disk is full, after the generation.
     """
     path = folder / f"{_key(sd, prompts, settings)}.safetensors"
     return _cached(path, lambda: {"images": sd.generate(prompts, progress=progress, **settings)})["images"]

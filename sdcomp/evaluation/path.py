@@ -1,4 +1,4 @@
-"""What errors of a compressed UNet do along the sampling path, and which layers they come from.
+"""The errors of a compressed UNet along the sampling path, and of its single layers.
 
 The squared error of a single noise prediction does not tell whether errors cancel or add up on the way to an
 image. So there are other measures beside `noise_mse`: the signed error along the prediction, the error of the
@@ -94,8 +94,8 @@ def output_errors(
 ) -> dict[str, float]:
     """Return the squared error of each layer's output, relative to the output's square, by its name.
 
-    Each layer sees the input that it has in the full-precision model: what a calibration of single layers
-    can see. The arguments and errors are those of `predictions`.
+    Each layer sees the input that it has in the full-precision model, so a calibration of single layers can
+    measure this error. The arguments and errors are those of `predictions`.
     """
     state = model.state
     switches = state.weights, state.activations

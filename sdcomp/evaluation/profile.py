@@ -122,7 +122,8 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
     `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). The row
     of an attention covers only its products of queries, keys and values: its time minus the time of its
     linear layers. The row `rest` covers everything else: activations, additions, concatenations. The clock
-    waits for the device of the first tensor in `args`. Raises ValueError for fewer than one repeat.
+    waits for the device of the first tensor in `args`. `module` must be in floating point. Raises ValueError
+    for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")

@@ -101,9 +101,9 @@ def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estima
 def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of `values - baseline`, image by image; for bool scores in percentage points.
 
-    If no answer differs, a bootstrap has no spread. Each end of the interval is then the largest rate of an
-    event that stays unseen in n groups with a probability of 2.5 %. Raises ValueError unless both have the
-    same shape, and the errors of `bootstrap`.
+    If no answer differs, a bootstrap has no spread. The interval then reaches as far on each side as the
+    largest rate of an event that n groups all miss with a probability of 2.5 %. Raises ValueError unless both
+    have the same shape, and the errors of `bootstrap`.
     """
     if values.shape != baseline.shape:
         raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")

@@ -2,8 +2,8 @@
 
 from sdcomp.integer.conversion import to_int8
 from sdcomp.integer.execution import choose_execution
-from sdcomp.integer.files import load_int8, save_int8
-from sdcomp.integer.model import Int8Model
+from sdcomp.integer.int8_files import load_int8, save_int8
+from sdcomp.integer.int8_model import Int8Model
 from sdcomp.integer.packed import PackedModel, to_packed
 from sdcomp.integer.packed_files import load_packed, save_packed
 

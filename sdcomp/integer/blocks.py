@@ -40,9 +40,9 @@ def layer_kind(module: nn.Module, name: str, split: int | None) -> type[Int8Laye
 
 
 def specialize(module: nn.Module) -> nn.Module:
-    """Put the blocks below in the places of those that they specialize; returns the module.
+    """Replace the blocks of a module, in place, by the integer blocks below; returns the module.
 
-    The new blocks hold the same layers. A module that is such a block itself is returned as a new one.
+    The new blocks hold the same layers. If the module itself is such a block, the new block is returned.
     """
     for name, child in module.named_children():
         setattr(module, name, specialize(child))
@@ -50,7 +50,7 @@ def specialize(module: nn.Module) -> nn.Module:
 
 
 class _SpecialBlock(nn.Module):
-    """A block with the layers and numbers of the plain one that it is made of."""
+    """A block that takes over the layers and other attributes of a plain block."""
 
     def __init__(self, block: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -87,7 +87,7 @@ class Int8ResBlock(_SpecialBlock, ResBlock):
 
     @staticmethod
     def _convolve(layers: nn.Sequential, x: Tensor, accumulate: Tensor | None = None) -> Tensor:
-        """The convolution of what the norm and the activation before it give."""
+        """Apply norm, activation and convolution; add the result to `accumulate`, if given, in place."""
         norm, conv = layers[0], layers[-1]
         if x[0].numel() < _LARGE or not isinstance(conv, Int8Conv2d) or conv.split is not None:
             h = silu(norm(x), inplace=True)

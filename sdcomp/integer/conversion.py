@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution
+from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.layers import TENSORS
-from sdcomp.integer.model import Int8Model, float_tensors
 from sdcomp.integer.nbit import NBitLayer
 from sdcomp.integer.packed import PackedModel
 from sdcomp.quantization.layers import QuantLayer
@@ -23,10 +23,10 @@ def to_int8(
 ) -> Int8Model:
     """Turn a calibrated model, simulated or packed, into one with int8 weights; `model` stays as it is.
 
-    Weights and activations of any number of bits up to 8 run on the 8-bit kernels. `dtype`, float32,
-    bfloat16 or float16, is what is between them: norms, activation functions, layers left out; by default
-    the model's own. Attention's products stay in float32 in our UNet: CPUs without matrix units are no
-    faster in bfloat16. On identical inputs a float32 layer agrees with its simulation to 1e-5 relative.
+    Weights and activations of any number of bits up to 8 run on the 8-bit kernels. Everything between them
+    (norms, activation functions, layers left out) computes in `dtype`: float32, bfloat16 or float16, by
+    default the model's own. Attention's products stay in float32 in our UNet: CPUs without matrix units are
+    no faster in bfloat16. On identical inputs a float32 layer agrees with its simulation to 1e-5 relative.
 
     `execution`: see `sdcomp.integer.execution.choose_execution`. By default a CPU that has the integer
     kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
@@ -34,8 +34,8 @@ def to_int8(
 
     Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor.
 
-    Raises UserError where the kernels are wanted and cannot be had, and for a model that is not calibrated,
-    whose weights or activations are not quantized, or whose grids integer products do not take; ValueError
+    Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
+    not quantized or have other grids, and (NotCalibratedError) for a model that is not calibrated; ValueError
     for another dtype or execution.
     """
     if model.weight_quantizer is None or model.act_quantizer is None:

@@ -9,7 +9,7 @@ from sdcomp.integer import kernels as int8_kernels
 
 EXECUTIONS = ("auto", "kernels", "dequantized")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The types that a model may compute in what is not quantized."""
+"""The types in which a model may compute everything that is not quantized."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -25,9 +25,9 @@ def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str
 
     "kernels": oneDNN multiplies integers; saves memory and time; needs a CPU, float32 or bfloat16.
     "dequantized": each layer turns its int8 weight into `dtype` when it runs; saves memory, no time; runs
-    on every device. "auto" takes the kernels where they can be had.
+    on every device. "auto" takes the kernels where they are available.
 
-    Raises ValueError for another name or type, UserError where the kernels are wanted and cannot be had.
+    Raises ValueError for another name or type, UserError for "kernels" where they are not available.
     """
     if wanted not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, not {wanted!r}")
@@ -43,7 +43,7 @@ def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the int8 kernels cannot be had there, None where they can."""
+    """Return the reason why the int8 kernels are not available there, or None if they are."""
     if device.type != "cpu":
         return f"the int8 kernels run on CPUs only, not on {device}"
     if dtype not in _KERNEL_DTYPES:

@@ -37,14 +37,14 @@ def quantize(x: Tensor, grid: InputGrid) -> Tensor:
     return integers.clamp_(int(grid.low), int(grid.high)).view(torch.uint8).bitwise_xor_(ZERO)
 
 
-class Packed:
+class Prepacked:
     """A weight as oneDNN lays it out, which never changes, so that copies can share it."""
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Packed:
+    def __deepcopy__(self, memo: dict[int, object]) -> Prepacked:
         return self
 
 
-class PackedLinear(Packed):
+class PrepackedLinear(Prepacked):
     """An int8 weight `(out, in)` with its scales `(out,)`, as oneDNN lays it out."""
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
@@ -77,7 +77,7 @@ class PackedLinear(Packed):
         )
 
 
-class PackedConv2d(Packed):
+class PrepackedConv2d(Prepacked):
     """An int8 weight `(out, in / groups, kh, kw)` with its scales `(out,)`, as oneDNN lays it out."""
 
     def __init__(self, weight: Tensor, scale: Tensor, *geometry: list[int] | int) -> None:
@@ -111,8 +111,8 @@ class PackedConv2d(Packed):
         )
 
 
-class PackedConvAsMatmul(PackedLinear):
-    """A `PackedConv2d` of stride 1 as one product with the matrix of what each output pixel sees."""
+class PrepackedConvAsMatmul(PrepackedLinear):
+    """A convolution of stride 1 as one matrix product with the patches of its input (im2col)."""
 
     def __init__(self, weight: Tensor, scale: Tensor, padding: tuple[int, int]) -> None:
         self._in, self._kernel, self._padding = weight.shape[1], weight.shape[2:], padding
@@ -130,7 +130,7 @@ class PackedConvAsMatmul(PackedLinear):
         dtype: torch.dtype,
         accumulate: Tensor | None = None,
     ) -> Tensor:
-        """As `PackedConv2d`."""
+        """As `PrepackedConv2d`."""
         (kh, kw), (ph, pw) = self._kernel, self._padding
         x = x.permute(0, 2, 3, 1)
         if ph or pw:
@@ -143,7 +143,7 @@ class PackedConvAsMatmul(PackedLinear):
 
 @functools.cache
 def missing() -> str | None:
-    """Why the integer kernels cannot be used here, None where they can: they are tried on a small case."""
+    """Try the integer kernels on a small case; return why they cannot be used here, or None if they can."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.5, 2.0, 1.0, 0.25])
     weight = torch.randint(-127, 128, (4, 8, 3, 3), generator=generator, dtype=torch.int8)
@@ -159,7 +159,10 @@ def missing() -> str | None:
             q = quantize(x, grid)
             x = (q.float() - ZERO) * 0.02
             tokens = x.permute(0, 2, 3, 1)
-            conv, linear = PackedConv2d(weight, scale, [2, 2], [1, 1], [1, 1], 1), PackedLinear(narrow, scale)
+            conv, linear = (
+                PrepackedConv2d(weight, scale, [2, 2], [1, 1], [1, 1], 1),
+                PrepackedLinear(narrow, scale),
+            )
             wrong = f"PyTorch {torch.__version__}'s integer operators give wrong results here"
             pixels, products = q.permute(0, 2, 3, 1), F.linear(tokens, exact[:, :, 0, 0])
             cases = [(conv, q, F.conv2d(x, exact, stride=2, padding=1)), (linear, pixels, products)]

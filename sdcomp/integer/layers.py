@@ -19,7 +19,7 @@ _WIDE = 1024
 8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
-"""What an integer layer is made of."""
+"""The tensors of an integer layer."""
 
 
 @dataclass(eq=False)
@@ -92,7 +92,8 @@ class Int8Layer(nn.Module):
     ) -> Tensor:
         """The output in `dtype` (default: that of `x`).
 
-        Packed layers add it to `accumulate`, in place, if that is given.
+        Packed layers add it to `accumulate`, in place, if that is given. Layers that are not packed ignore
+        `accumulate` and `dtype`.
         """
         grids = self.input_grids()
         parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
@@ -141,15 +142,15 @@ class Int8Linear(Int8Layer):
 
     _channels = -1
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PackedLinear:
-        return kernels.PackedLinear(weight, scale)
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PrepackedLinear:
+        return kernels.PrepackedLinear(weight, scale)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
 
 
 class Int8GatedLinear(Int8Linear):
-    """An `Int8Linear` with values and then gates as outputs; packed as two layers, which run apart."""
+    """An `Int8Linear` whose outputs are values, then gates. Packed, it is two layers, one for each half."""
 
     def pack(self) -> None:
         if not self._packed:
@@ -187,12 +188,12 @@ class Int8Conv2d(Int8Layer):
         self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
         self._padding = layer.padding if self._inside else (0, 0)
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Packed:
+    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Prepacked:
         plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
         if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return kernels.PackedConvAsMatmul(weight, scale, self._padding)
+            return kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
         geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
-        return kernels.PackedConv2d(weight, scale, *geometry)
+        return kernels.PrepackedConv2d(weight, scale, *geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._inside:

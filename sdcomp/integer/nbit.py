@@ -16,7 +16,7 @@ from sdcomp.quantization.quantizer import Grid, UniformQuantizer
 from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
 
 TENSORS = ("packed_weight", "weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "bias")
-"""What an n-bit layer is made of."""
+"""The tensors of an n-bit layer."""
 
 
 class Workspace:
@@ -53,8 +53,8 @@ class NBitLayer(nn.Module):
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
     `sdcomp.integer.packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
     `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales may be float16 where that
-    holds them exactly. What the spec does not ask for is None. `shape`: the shape of the dense weight. With
-    `to` the bias changes its type and nothing else does.
+    holds them exactly. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
+    `to` changes the type of the bias alone.
     """
 
     packed_weight: Tensor
@@ -219,6 +219,6 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
 
 
 def narrow(tensor: Tensor) -> Tensor:
-    """Return a tensor in float16 where that holds it exactly, as it does what comes from float16 files."""
+    """Return a tensor in float16 if that holds all its values exactly, as for weights of float16 files."""
     half = tensor.half()
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor

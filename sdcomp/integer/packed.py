@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import check_dtype
-from sdcomp.integer.model import assemble, call_in, float_tensors
+from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.nbit import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.layers import QuantLayer
@@ -99,7 +99,7 @@ class PackedModel(QuantizedWrapper):
             self.state.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModel:
-        # What `to` makes of a floating-point tensor, asked before the first of the model's changes.
+        # Ask what `to` makes of a floating-point tensor, before any tensor of the model changes.
         dtype = check_dtype(fn(torch.empty(0, dtype=self.dtype)).dtype)
         super()._apply(fn, recurse)
         self.dtype = dtype
@@ -118,9 +118,9 @@ class PackedModel(QuantizedWrapper):
 def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedModel:
     """Pack the weights of a quantized model, n bits each, on the same device; `model` stays as it is.
 
-    `dtype`, float32, bfloat16 or float16, is what the packed model computes in, by default the model's own.
-    Inputs are rounded as in the simulation: calibrated ones by their grids, those with a grid for each token
-    anew at each call, and none at all where the model's activations are switched off.
+    The packed model computes in `dtype`: float32, bfloat16 or float16, by default the model's own. It rounds
+    inputs as the simulation does: to calibrated grids, or to a grid for each token that each call finds anew.
+    If the model's activations are switched off, it rounds none.
 
     Raises UserError for a model or a layer whose weights are not quantized; NotCalibratedError where inputs
     have no scales yet; ValueError for another dtype.

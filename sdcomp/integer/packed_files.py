@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES
-from sdcomp.integer.model import float_tensors
+from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
 from sdcomp.integer.nbit import NBitLayer, narrow
 from sdcomp.integer.packed import PackedModel, Timesteps
 from sdcomp.integer.packing import packed_shape
-from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
-from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
 from sdcomp.quantization.specs import parameters_of, quantizer_of
@@ -61,8 +61,8 @@ _SETTINGS: dict[str, Rule] = {
 def save_packed(model: PackedModel, folder: str | Path) -> Path:
     """Write `packed.json` and `packed.safetensors` into a folder; returns it.
 
-    The weights take n bits each. All other tensors are stored in float16 where that holds them exactly, as it
-    does what comes from float16 files, and else as they are. `load_packed` reads the files.
+    The weights take n bits each. All other tensors are stored in float16 if that holds them exactly, as for
+    weights of float16 files, and otherwise in their own type. `load_packed` reads the files.
 
     Raises UserError where the folder cannot be written.
     """
@@ -104,7 +104,7 @@ def load_packed(
 
     The weights are mapped from the file, and read when they are used. `module`: one of the same architecture,
     whose weights do not matter, or the configuration of our UNet. Our UNet's files name theirs, pruned
-    channels included, so it may be left out. `dtype` is what the model computes in, by default as saved.
+    channels included, so it may be left out. The model computes in `dtype`, by default as saved.
 
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module.
     """

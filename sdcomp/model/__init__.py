@@ -2,8 +2,8 @@
 
 from sdcomp.model.bridge import as_diffusers_unet, from_diffusers_unet
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
-from sdcomp.model.files.checkpoint import ModelError
 from sdcomp.model.files.loading import load, load_from_standard_weights, save, weights_digest
+from sdcomp.model.files.tensors import ModelError
 from sdcomp.model.pipeline import StableDiffusion, Trace
 from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.model.config import SD15, ModelConfig
-from sdcomp.model.files.checkpoint import ModelError, Part, check, one_line
 from sdcomp.model.files.diffusers_config import unet_config, unet_settings
 from sdcomp.model.files.names import unet_name
+from sdcomp.model.files.tensors import ModelError, Part, check, one_line
 from sdcomp.model.unet import UNet
 
 

@@ -210,7 +210,7 @@ class StableDiffusion:
         if a step gives infinite values or NaN. Warns of prompts that are cut or hold unknown words.
         """
         asked = check_request(
-            self.config, prompts, negative_prompt=negative_prompt, steps=steps, sampler=sampler,
+            self.config, prompts, negative_prompt=negative_prompt, steps=steps,
             guidance_scale=guidance_scale, seed=seed, image=image, strength=strength, size=size,
             batch_size=batch_size,
         )  # fmt: skip

@@ -26,7 +26,6 @@ class Request:
     prompts: list[str]
     negatives: list[str]
     seeds: list[int]
-    sampler: str
     steps: int
     first: int
     scale: float
@@ -49,7 +48,6 @@ def check_request(
     *,
     negative_prompt: str | Sequence[str],
     steps: int,
-    sampler: str,
     guidance_scale: float | None,
     seed: int | Sequence[int],
     image: Tensor | None,
@@ -78,7 +76,6 @@ def check_request(
         prompts=prompts,
         negatives=negatives,
         seeds=_row_seeds(seed, prompts),
-        sampler=sampler,
         steps=steps,
         first=0 if image is None else steps - max(1, min(int(steps * strength), steps)),
         scale=scale,

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdcomp.model.channels import PruneGroup
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
+from sdcomp.model.prune_groups import PruneGroup
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:

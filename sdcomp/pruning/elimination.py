@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.observation import weight_matrix
-from sdcomp.second_order import inverse_factor
+from sdcomp.column_sweep import inverse_factor
+from sdcomp.moments import weight_matrix
 
 STEPS = 64
 """The most steps in which `removal_levels` removes the units of a group."""
@@ -35,9 +35,10 @@ def removal_levels(
 ) -> tuple[Levels, list[float]]:
     """Remove the input units of a weight matrix `(out, columns)` step by step, and measure the error.
 
-    `covariance` is of the inputs, `(columns, columns)`; `gradients` `(out,)` weighs the outputs' squared
-    errors. A step removes the unit that costs least at its turn, or several if there are more than `steps`.
-    Returns the units kept at each level, and the error there, with the other weights corrected.
+    `units`: how many there are; each has the same number of consecutive columns. `covariance` is of the
+    inputs, `(columns, columns)`; `gradients` `(out,)` weighs the outputs' squared errors. A step removes the
+    unit that costs least at its turn, or several if there are more than `steps`. Returns the units kept at
+    each level, and the error there, with the other weights corrected.
     """
     factor = inverse_factor(covariance, damping)
     inverse, weight = factor.T @ factor, weight.float().clone()

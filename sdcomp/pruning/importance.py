@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.observation import input_columns, second_moments, weight_matrix
+from sdcomp.moments import input_columns, second_moments, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
 
 RIDGE = 0.05
@@ -169,7 +169,7 @@ def _summing(found: dict[str, Tensor], name: str, anchor: Tensor) -> Callable[..
 
 
 def check_importance(importance: str, calibration: object) -> None:
-    """Raise ValueError for an unknown importance, and for data where none or some is needed."""
+    """Raise ValueError for an unknown importance, and for one that needs a calibration and has none."""
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, not {importance!r}")
     if importance != "magnitude" and calibration is None:
@@ -185,7 +185,7 @@ def gather(
     parts: Sequence[str] | None,
     gradients: bool,
 ) -> Calibration | None:
-    """The calibration itself, or what is found while a callable runs the module."""
+    """Return the calibration itself, or gather one while the callable runs the module."""
     if calibration is None or isinstance(calibration, Calibration):
         return calibration
     return calibrate(module, calibration, parts=parts, gradients=gradients)

@@ -1,4 +1,4 @@
-"""The layers that pruning works on, and checks of what it is asked for."""
+"""The layers that pruning changes, and checks of its arguments."""
 
 from __future__ import annotations
 

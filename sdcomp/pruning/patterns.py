@@ -1,4 +1,4 @@
-"""N:M sparsity: of every m consecutive inputs of a weight matrix at most n are not zero.
+"""N:M sparsity: at most n of every m consecutive inputs of a weight matrix are not zero.
 
 NVIDIA's tensor cores since Ampere multiply 2:4 matrices at up to twice the speed (Mishra et al. 2021). As in
 NVIDIA's ASP, the inputs of a convolution are its channels, at each position of the kernel by itself.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdcomp.budgets import Curve, allocate
 from sdcomp.errors import UserError
-from sdcomp.observation import weight_matrix
+from sdcomp.moments import weight_matrix
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer
@@ -30,12 +30,12 @@ def prune_n_m(
     parts: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Keep the `n` weights of most importance of every `m` consecutive inputs; the others become zero.
+    """Keep the `n` most important weights of every `m` consecutive inputs; the others become zero.
 
     Prunes the weights of the convolutions and linear layers below `parts` (default: the UNet's blocks) that
     tensor cores take: `takes_pattern`. Other layers and biases stay whole. `n` (1 to m) may be a mapping from
-    names of layers, for example of `n_m_budgets`; layers without an entry stay whole. Of weights that tie the
-    first go. For `importance` and `calibration` see `prune_unstructured`.
+    names of layers, for example of `n_m_budgets`; layers without an entry stay whole. Of tied weights the
+    first become zero. For `importance` and `calibration` see `prune_unstructured`.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for n or m out of range, an
     unknown importance, part or layer, and for missing data; UserError for a quantized module, for weights or
@@ -68,7 +68,7 @@ def n_m_budgets(
     calibration: Calibration | Callable[[], object],
     parts: Sequence[str] | None = None,
 ) -> dict[str, int]:
-    """Choose n for each layer, so that at most the share `kept` of all weights stays at least output error.
+    """Choose n for each layer: at most the share `kept` of all weights stays, with the smallest output error.
 
     Each layer is pruned by second order to each of the `choices` (m, a whole layer, is always one); its error
     is that of its outputs times their `Calibration.gradients`. `allocate` then divides the budget. With

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from sdcomp.budgets import Curve, allocate, lower_hull
-from sdcomp.model.channels import PruneGroup, keep_units, prune_groups
+from sdcomp.model.prune_groups import PruneGroup, keep_units, prune_groups
 from sdcomp.pruning.elimination import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers
@@ -29,7 +29,7 @@ def remove_cheapest(
     parts: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Remove at least the share `amount` of a module's cost, where it adds least error to the output.
+    """Remove the share `amount` of a module's cost, or a little more, where it adds the least output error.
 
     Units of all groups (channels of residual blocks, heads, gated pairs) and whole blocks compete. The error
     of a removal is the error of the group's last layer, after its other weights and its bias were corrected
@@ -37,9 +37,8 @@ def remove_cheapest(
 
     `costs` gives the cost of each layer by name, for example the seconds or operations of
     `sdcomp.evaluation.layer_profile`; by default the number of its parameters. The total is the sum of all
-    costs. Widths are multiples of `multiple`, by
-    default 8 on CUDA and 1 elsewhere. Only groups below `parts` lose units. `calibration` is of the layers
-    below `parts`, or a callable that runs `module`.
+    costs. Widths are multiples of `multiple`, by default 8 on CUDA and 1 elsewhere. Only groups below `parts`
+    lose units. `calibration` is of the layers below `parts`, or a callable that runs `module`.
 
     Returns a smaller copy, or `module` itself with `inplace`; `channel_map` says what was kept. Raises
     ValueError for an amount out of range or that removal cannot reach, an unknown part, and a module without
@@ -153,7 +152,7 @@ def _nested(
 
 
 def _saved(module: nn.Module, group: PruneGroup, kept: int, costs: Mapping[str, float]) -> float:
-    """What a group saves with so many of its units."""
+    """The cost that a group saves if it keeps `kept` units."""
     # The block's own cost is that of the products of an attention.
     names = {"", *group.rows, group.columns}
     if kept == 0:

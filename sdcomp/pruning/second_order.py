@@ -1,6 +1,6 @@
 """Second-order pruning of one layer: set weights to zero, correct those that stay (SparseGPT).
 
-Rules for `sdcomp.second_order.sweep` say which weights of a column become zero. With `quantize` a rule also
+Rules for `sdcomp.column_sweep.sweep` say which weights of a column become zero. With `quantize` a rule also
 rounds the weights that stay: one sweep prunes and rounds, and later columns take up the error of both
 (Frantar & Alistarh 2023, section 3.5).
 """
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from sdcomp.observation import weight_matrix
-from sdcomp.second_order import inverse_factor, sweep
+from sdcomp.column_sweep import inverse_factor, sweep
+from sdcomp.moments import weight_matrix
 
 Quantize = Callable[[Tensor, int], Tensor]
 """Rounds a column `(out,)` of the weight matrix, given its index."""

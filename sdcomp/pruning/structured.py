@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.channels import PruneGroup, keep_units
+from sdcomp.model.prune_groups import PruneGroup, keep_units
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 from sdcomp.pruning.removal import group_levels, groups_below, remove_units
@@ -40,7 +40,7 @@ def prune_structured(
     units of least importance go, and at least one stays. The result is smaller and faster, and `channel_map`
     says what was kept. To remove units where it costs least, see `remove_cheapest`.
 
-    The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all that goes with it.
+    The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all its weights.
     The other kinds need a `calibration`, or a callable that runs `module`. For "wanda" and "gradient" a unit
     counts as the sum over its inputs to the group's last layer. "second_order" removes one unit after the
     other and corrects the weights that stay (`sdcomp.pruning.elimination`).

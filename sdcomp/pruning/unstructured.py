@@ -27,13 +27,13 @@ def prune_unstructured(
     parts: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Set the share `amount` (0 to below 1) of least importance to zero.
+    """Set the share `amount` (0 to below 1) of the least important weights to zero.
 
     Prunes every convolution and linear layer below `parts` (submodule names; by default the UNet's blocks, or
     everything in a module that has none). With scope "layer" the entries of one tensor compete, with "global"
     those of all layers. `amount` may also map names of layers to amounts (scope "layer"); layers without an
-    entry stay whole. Exactly round(amount * count) entries go. Of entries that tie for the last place the
-    first go. Parameters that layers share count once.
+    entry stay whole. Exactly round(amount * count) entries go. Where entries tie for the last
+    place, the first ones go. Parameters that layers share count once.
 
     With `importance` "magnitude" weights and biases are pruned, as `torch.nn.utils.prune.l1_unstructured`
     and `global_unstructured` do. The other kinds (`sdcomp.pruning.importance`) prune weights only and need a
@@ -70,7 +70,7 @@ def prune_unstructured(
 def layer_amounts(
     layers: Mapping[str, nn.Conv2d | nn.Linear], amount: float, calibration: Calibration
 ) -> dict[str, float]:
-    """Divide a global amount of zeros among layers, at least error in the module's output.
+    """Divide a global amount of zeros among layers, with the smallest error in the module's output.
 
     Each layer is pruned by second order to each of `AMOUNTS`; its error is that of its outputs, weighted by
     their `Calibration.gradients`. `divide` then chooses. Together round(amount * count) weights go. Raises
@@ -147,7 +147,7 @@ def _zero(
 
 
 def smallest(entries: Entries, scores: Callable[[str, Tensor], Tensor], k: int) -> Iterator[Tensor]:
-    """Yield masks of exactly the `k` smallest scores of all tensors; of ties the first.
+    """Yield masks of exactly the `k` smallest scores of all tensors; of tied scores, the first ones.
 
     Scores are computed three times, rather than kept: those of a large model take gigabytes. Tensors may be
     changed as soon as their mask is there.

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 class Calibrator:
     """Finds a quantized model's activation ranges while the model runs.
 
-    `act_scale_policy`: the range of an input, "max" all of it, "mse" the range with the least L_p error
-    (default: the model's `act_quant_params`' `scale_method`). `act_update_policy`: how the calls of an
-    interval are put together. "maximum" takes the largest range of a call; "momentum" the exponential average
-    of the calls' ranges, `momentum` of the old one and the rest of the new, started with the first call's;
-    "merged" the range of all calls' values together. `quantized_inputs=True` lets later layers see the
-    outputs of earlier ones that are quantized as far as they are calibrated; by default all layers see the
-    full-precision model.
+    `act_scale_policy` chooses the range of an input: "max" covers all values, "mse" has the least L_p error.
+    By default it is the `scale_method` of the model's `act_quant_params`. `act_update_policy` combines the
+    calls of an interval: "maximum" takes the largest range of a call; "momentum" takes the exponential
+    average of the calls' ranges, in which a new range has the weight 1 - `momentum`; "merged" takes the range
+    of all calls' values together. With `quantized_inputs=True`, later layers see the outputs of earlier
+    layers that are quantized to the ranges found so far; by default all layers see the full-precision model.
 
-    `sd` may be None for `observe`, which runs any callable.
+    `sd` may be None for `observe`, which runs any callable. Raises TypeError for a model that is not a
+    `QuantModel`, ValueError for an unknown policy and for a momentum out of range.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Calibrator:
                 )
 
     def _finish(self) -> None:
-        """Hand each layer its scales, and name those that are short of some."""
+        """Give each layer its scales, and warn of layers that lack some."""
         short = []
         for layer in self.model.quantized_layers():
             if not layer.spec.calibrated:

@@ -29,8 +29,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def published_filters(module: nn.Module) -> list[str]:
-    """What published work leaves out: time embedding, first two blocks, bottleneck, last block, output.
+    """Return filters for the layers that published work leaves out.
 
+    These are the time embedding, the first two blocks, the bottleneck, the last block and the output layer.
     For our UNet and diffusers' `UNet2DConditionModel`, of any depth. Raises ValueError for other modules.
     """
     if hasattr(module, "output_blocks"):

@@ -20,16 +20,16 @@ def optimal_groups(costs: np.ndarray, k: int) -> list[int]:
     """Where to cut a row of n items into `k` contiguous groups so that the sum of their costs is least.
 
     `costs[i, j]` is the cost of a group of items i to j, both included, `(n, n)`. Returns the first item
-    of each group, ascending. Exact, by dynamic programming (Bellman 1961); of equal sums the cuts that
-    come first. Raises ValueError for `k` out of 1 to n.
+    of each group, ascending. Exact, by dynamic programming (Bellman 1961). Where sums are equal, the
+    earliest cuts are taken. Raises ValueError for `k` out of 1 to n.
     """
     n = len(costs)
     if not 1 <= k <= n:
         raise ValueError(f"{n} items cannot be cut into {k} groups")
-    least = costs[0].astype(np.float64)  # of the first j + 1 items in one group
+    least = costs[0].astype(np.float64)  # least[j]: items 0 to j in one group
     cuts = []
     for groups in range(1, k):
-        # totals[i, j]: one more group, of items i to j, after the least for those before i.
+        # totals[i, j]: the least cost of items 0 to j if the last group has items i to j.
         totals = np.full((n, n), np.inf)
         for i in range(groups, n):
             totals[i, i:] = least[i - 1] + costs[i, i:]
@@ -43,9 +43,10 @@ def optimal_groups(costs: np.ndarray, k: int) -> list[int]:
 
 
 def group_costs(steps: Sequence[Histogram], qmax: int, policy: str) -> np.ndarray:
-    """What it costs to quantize an input at one range from step i to step j, for all i <= j: `(n, n)`.
+    """The cost of quantizing an input with one range from step i to step j: `(n, n)`, infinite for i > j.
 
-    `steps` are the histograms of the n calibration steps. A group's range is the one that `policy`
+    `steps` are the histograms of the n calibration steps. Grids are symmetric, with the largest integer
+    `qmax`. A group's range is the one that `policy`
     chooses for its merged histogram; its cost is the squared error relative to the power of the
     activations, at each step, summed over its steps. Errors are linear in the counts, so those of all
     groups are differences of cumulative sums.

@@ -155,7 +155,7 @@ class QuantLayer(nn.Module):
         keep = not (weight.is_inference() or torch.compiler.is_compiling())
         if keep and self._fake_weight is not None:
             made_of, version, made = self._fake_weight
-            # A tensor of its own, not only a version: `weights_on` puts others in the weight's place.
+            # The tensor is compared too, not only its version: `weights_on` replaces the weight.
             if made_of() is weight and version == weight._version:
                 return made
         with normal_tensors():

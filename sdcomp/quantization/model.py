@@ -42,9 +42,9 @@ class QuantModel(QuantizedWrapper):
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
 
-    Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for a module
-    without skip concatenations that are known, for one that is quantized already, and for weights that are
-    not finite, whose layer it names.
+    Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
+    `split_shortcuts` of a module whose skip concatenations are unknown, for a module that is quantized
+    already, and for weights that are not finite.
     """
 
     train_timesteps = 1000
@@ -105,7 +105,7 @@ class QuantModel(QuantizedWrapper):
         return self._starts
 
     def set_starts(self, starts: Sequence[int]) -> None:
-        """Move the intervals, whose number stays; the scales are calibrated anew for them."""
+        """Move the intervals; their number stays. The scales must then be calibrated again."""
         self.interval_starts.copy_(torch.tensor(starts))
         self._starts = list(starts)
 
@@ -114,9 +114,10 @@ class QuantModel(QuantizedWrapper):
         return [layer for layer in self.module.modules() if isinstance(layer, QuantLayer)]
 
     def set_use_quant(self, weights: bool = True, activations: bool = True) -> QuantModel:
-        """Switch what was built to be quantized on and off; with both off the plain module runs.
+        """Switch the quantization of weights and of activations on or off.
 
-        Without `weights` the rounded ones are freed.
+        With both off the plain module runs. Switching `weights` off frees the rounded weights. Returns the
+        model.
         """
         self.state.weights, self.state.activations = bool(weights), bool(activations)
         if not weights:
@@ -125,9 +126,9 @@ class QuantModel(QuantizedWrapper):
 
     @contextmanager
     def only(self, layer: str) -> Iterator[None]:
-        """Quantize one layer alone while this context is entered, to see what that layer costs.
+        """Quantize one layer alone while this context is entered, to measure its share of the error.
 
-        Raises ValueError for a name that is not one of a quantized layer.
+        Raises ValueError for a name that no quantized layer has.
         """
         if layer not in {known.name for known in self.quantized_layers()}:
             raise ValueError(f"there is no quantized layer {layer!r}")
@@ -252,7 +253,7 @@ def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
 
 
 def _left_out(filters: list[str], layers: list[str]) -> dict[str, str]:
-    """The layers that filters leave out, each with the first filter that does."""
+    """The layers that filters leave out, each with the first filter that matches it."""
     left_out = {name: pattern for pattern in reversed(filters) for name in layers if matches(pattern, name)}
     for pattern in filters:
         if not any(matches(pattern, name) for name in layers):

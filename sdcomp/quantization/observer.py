@@ -1,4 +1,4 @@
-"""What a quantized model's layers see while it runs: histograms of their inputs, and the ranges of these."""
+"""Observe a quantized model while it runs: histograms of its layers' inputs, and their ranges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.observation import LastInput
+from sdcomp.moments import LastInput
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import UniformQuantizer

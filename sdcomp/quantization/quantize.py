@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.observation import MomentObserver, can_observe, weight_matrix
+from sdcomp.moments import MomentObserver, can_observe, weight_matrix
 from sdcomp.quantization.calibration import Calibrator
-from sdcomp.quantization.checkpoint import RoundingCheckpoint
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.recipes import Recipe, build, recipe_of
+from sdcomp.quantization.resume import RoundingCheckpoint
 
 MEMORY = 8 * 2**30
 """Bytes of second moments that are gathered in one pass by default."""
@@ -38,12 +38,12 @@ def quantize(
     progress: bool = False,
     **overrides: object,
 ) -> QuantModel:
-    """Quantize a model's UNet by a recipe, by its name or itself; returns the calibrated `QuantModel`.
+    """Quantize a model's UNet by `recipe`, a `Recipe` or the name of a preset; returns the `QuantModel`.
 
     The model generates images of the calibration `prompts` (see `StableDiffusion.generate` for the
     arguments), and the layers' inputs are observed on the way. `overrides` are arguments of the model class,
     see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments give the same
-    model.
+    model. Raises what `build`, `generate` and `apply_recipe` raise.
     """
     model = build(recipe, sd.unet, weight_bits, act_bits, **overrides)
     quantized = sd.replace(unet=model)
@@ -73,9 +73,9 @@ def apply_recipe(
 ) -> QuantModel:
     """Calibrate a model that `build` made, and apply the recipe's methods; returns the model.
 
-    `run` is any callable that calls the model, with quantization switched off for the time. It is called
-    once, and once more for each further `memory` bytes that the second moments of all layers take: a layer
-    with n columns takes 4 n^2. The result does not depend on `memory`. Layers without second moments (see
+    `run` is any callable that calls the model. Quantization is switched off while it runs. It is called once,
+    and again for each further `memory` bytes of second moments; those of a layer with n columns take 4 n^2
+    bytes. The result does not depend on `memory`. Layers without second moments (see
     `can_observe`) keep weights rounded to nearest.
 
     A killed call goes on from the file `checkpoint`, with the same result; `inputs` says what `run` computes,

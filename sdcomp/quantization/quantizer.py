@@ -31,7 +31,7 @@ class Grid(NamedTuple):
 
 
 def fake_quantize(x: Tensor, scale: Number, high: Number, low: Number | None = None) -> Tensor:
-    """Round `x` to the multiples of `scale` from `low` (default: -`high`) to `high` times it.
+    """Round `x` to integer multiples of `scale`, and clip the integers to `low` (default: -`high`) to `high`.
 
     The result has the type and memory format of `x`. It is bit for bit that of PyTorch's
     `fake_quantize_per_tensor_affine` and `_per_channel_affine` with zero point 0: the product with the
@@ -55,8 +55,8 @@ class UniformQuantizer:
 
     `granularity`: one scale for the whole "tensor"; for each "channel", a slice along the first dimension;
     for each "group" of `group_size` consecutive columns of a weight as a matrix `(out, columns)`; or for
-    each "token", a slice along the last dimension. The last one is for inputs and is found anew at each
-    call.
+    each "token", a slice along the last dimension. Token scales are for inputs, and each call finds them
+    anew.
 
     `scale_method`: "max" covers all values. "mse" takes the range with the least L_p error, p = `norm`.
     Where everything is zero the scale is 1.

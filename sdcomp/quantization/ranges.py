@@ -17,7 +17,7 @@ from torch import Tensor
 
 BINS = 2048
 NORM = 2.4
-"""The exponent p of the L_p error: between 2, which keeps outliers, and more, which serves only them."""
+"""The exponent p of the L_p error. A larger p clips fewer outliers, since it weighs large errors more."""
 
 CANDIDATES = 1.02 ** -torch.arange(256, dtype=torch.float64)
 """Clipping ranges that are tried, as shares of R: from 1 down to 0.6 % in steps of 2 %."""
@@ -39,7 +39,7 @@ def error_table(qmax: int, norm: float = NORM, device: str = "cpu") -> Tensor:
 
 
 def best_clip(counts: Tensor, qmax: int, norm: float = NORM) -> Tensor:
-    """The candidate with the least L_p error for histograms `(..., BINS)`: `(...)` indices."""
+    """Return the indices in `CANDIDATES`, `(...)`, with the least L_p error for histograms `(..., BINS)`."""
     errors = counts.float() @ error_table(qmax, norm, str(counts.device)).T
     return errors.argmin(dim=-1)
 
@@ -61,7 +61,7 @@ def channel_clips(magnitudes: Tensor, qmax: int, norm: float = NORM) -> Tensor:
 def search_ranges(
     rows: Tensor, low: Tensor, high: Tensor, simulate: Callable[[Tensor, Tensor, Tensor], Tensor], norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the ranges of rows `(rows, n)` on both sides alike to where the L_p error is least.
+    """Shrink the range of each row `(rows, n)` by one factor at both ends, to where the L_p error is least.
 
     `low` and `high` `(rows,)` are the whole ranges; `simulate(rows, low, high)` rounds rows to a range.
     Returns the lower and the upper ends, `(rows,)` each. For few values a row; see `Histogram` for many.
@@ -127,7 +127,7 @@ class Histogram:
         return made
 
     def at(self, exponent: int) -> Tensor:
-        """Return the counts over the range [0, 2^exponent), at least the own one: `(2, BINS)` int64."""
+        """Return the counts over [0, 2^exponent), which holds the own range: `(2, BINS)` int64."""
         if self.exponent is None or exponent == self.exponent:
             return self.counts
         merged = 2 ** (exponent - self.exponent)
@@ -197,7 +197,7 @@ class Histogram:
 
 
 def _best_end(values: Tensor, counts: Tensor, low: Tensor, highs: Tensor, qmax: int, norm: float) -> Tensor:
-    """Of some upper ends, the one with the least L_p error of an affine grid that begins at `low`."""
+    """The upper end among `highs` with the least L_p error of an affine grid that begins at `low`."""
     scale = ((highs - low) / qmax)[:, None]
     zero = (-low / scale).round_()
     error = (values / scale).round_().clamp_(-zero, qmax - zero).mul_(scale).sub_(values).abs_().pow_(norm)

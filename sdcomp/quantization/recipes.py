@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sdcomp.quantization.methods import SecondOrderRounding
+from sdcomp.quantization.methods import Method, SecondOrderRounding
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 
 _TIMESTEP_ONLY = ("timesteps", "k", "boundaries", "timestep_arg", "train_timesteps")
@@ -30,7 +30,7 @@ class Recipe:
     inputs: Mapping[str, object] = field(default_factory=dict)
     model: Mapping[str, object] = field(default_factory=dict)
     calibrator: Mapping[str, str] = field(default_factory=dict)
-    methods: Sequence[SecondOrderRounding] = ()
+    methods: Sequence[Method] = ()
 
 
 _MAX = {"act_scale_policy": "max", "act_update_policy": "maximum"}
@@ -115,7 +115,7 @@ def build(
     intervals (`timesteps`, `k`, `boundaries`, ...) are for timestep-aware recipes; the others ignore them, so
     that one call serves all. `sdcomp.quantization.quantize` builds, calibrates and applies the methods.
 
-    Raises ValueError for a name that is none of `PRESETS`.
+    Raises ValueError for an unknown name, and what the model class raises.
     """
     recipe = recipe_of(recipe)
     params = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.observation import LastInput
+from sdcomp.moments import LastInput
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class NotCalibratedError(UserError, RuntimeError):
-    """A layer is to quantize its input and has no scale for it."""
+    """A layer must quantize its input, but has no scale for it."""
 
 
 class InputGrid(NamedTuple):
@@ -33,10 +33,10 @@ class InputGrid(NamedTuple):
 class QuantState:
     """What the quantized layers of one model share: switches, the timestep's interval, the last input.
 
-    While training, `operands(layer, input)` returns the input and the weight to multiply.
-    `only` names the one layer that is quantized for the time; None stands for all of them.
-    While calibrating there is an `observer(layer, input)`. It sees each layer's input and returns the grids
-    to round it to, one for each part, or None to leave it as it is.
+    `only`: the name of the one layer that is quantized, or None for all layers. `observer(layer, input)` is
+    set during a calibration: it sees each layer's input, and returns the grids to round it to, one for each
+    part, or None to leave it as it is. `operands(layer, input)` is set during training: it returns the input
+    and the weight to multiply.
     """
 
     weights: bool = True

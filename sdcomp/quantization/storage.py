@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
-from sdcomp.model.files.checkpoint import listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.quantizer import GRANULARITIES, SCALE_METHODS
@@ -90,7 +90,7 @@ _LARGEST = {"weight_zero_point": 255, "act_zero_point": 255}
 
 
 def starts_rule(train_timesteps: int) -> Rule:
-    """What the first timesteps of the intervals must be; the first of all is 0."""
+    """The rule for the first timesteps of the intervals: ascending, starting with 0."""
     return ListOf(Whole(0, train_timesteps - 1), 1, _INTERVALS, ascending=True, first=0)
 
 

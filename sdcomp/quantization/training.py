@@ -18,7 +18,7 @@ from sdcomp.quantization.quantizer import Grid, Number
 
 
 def straight_through(x: Tensor, scale: Tensor, high: Number, low: Number) -> Tensor:
-    """Compute `fake_quantize`, differentiable in `x` and `scale`; values beyond the range get no gradient."""
+    """Compute `fake_quantize`, differentiable in `x` and `scale`; beyond the range `x` gets no gradient."""
     # clamp passes no gradient to values that it changes.
     multiples = (x * (1 / scale)).clamp(low, high)
     return (multiples + (multiples.round() - multiples).detach()) * scale

@@ -1,4 +1,4 @@
-"""What simulated and integer models have in common: they stand for a module and know each call's interval."""
+"""The base of simulated and integer models: called like the module, they find each call's interval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 class TimestepArgument:
     """Where a module's `forward` takes its timesteps: by position, by name, or both.
 
-    No position: a name that `forward` does not have, so the wrapper takes this argument for itself.
+    `position` is None for a name that `forward` does not have; the wrapper takes this argument for itself.
     """
 
     given: int | str

@@ -130,7 +130,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Published:
-    """Published figures, rows of `data/published.csv`: those of a variant, and `about` what they are."""
+    """The figures of one variant in `data/published.csv`; `about` selects among its rows."""
 
     label: str
     study: str

@@ -1,4 +1,4 @@
-"""The recipes that 06_low_bits compares, and what it records of them beyond the paired protocol."""
+"""The recipes that 06_low_bits compares, and results that the paired protocol does not record."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def range_recipe(norm: float, *, symmetric: bool = False, timestep_aware: bool =
 def range_variants(
     norms: Sequence[float], k: int, weight_bits: int, act_bits: int
 ) -> tuple[list[Variant], dict[str, Recipe]]:
-    """Return variants that differ in the ranges of their inputs alone, and their recipes by name.
+    """Return variants that differ only in the ranges of their inputs, and their recipes by name.
 
     Each norm is taken with affine grids; with symmetric ones; and, for k above 1, in `k` timestep intervals.
     """
@@ -66,7 +66,7 @@ def range_variants(
 
 
 def record_path(run: Run, variant: Variant, errors: PathErrors, groups: Sequence[object]) -> None:
-    """Record the means of a variant's `PathErrors`, which calibration objectives could look at."""
+    """Record the means of a variant's `PathErrors`: candidates for the objective of a calibration."""
     for metric, values in (
         ("step error", errors.step.mean(0)),
         ("gain", 100 * errors.gain.mean(0)),

@@ -1,4 +1,4 @@
-"""What a study is going to run, and whether it can: asked before hours of work."""
+"""The variants that a study will run, and checks that it can run them, before hours of work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pruned_variants(
 
 
 def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[tuple[int, int]]:
-    """Bits of weights and of activations, pair by pair; a single number goes along with each of a list."""
+    """Bits of weights and of activations, pair by pair; a single number is paired with each of a list."""
     pairs = np.broadcast_arrays(np.atleast_1d(weight_bits), np.atleast_1d(act_bits))
     return [(int(w), int(a)) for w, a in zip(*pairs, strict=True)]
 

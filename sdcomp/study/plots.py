@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sdcomp.study.front import GROUPS, pareto_front
+from sdcomp.study.pareto import GROUPS, pareto_front
 from sdcomp.study.variants import PUBLISHED
 
 
@@ -170,7 +170,7 @@ def error_dots(
 
 
 def plot_front(axis: Axes, points: pd.DataFrame, cost: str, packed: bool = False) -> None:
-    """Draw the `quality` of all `points` (`sdcomp.study.front.measured`) over their column `cost`.
+    """Draw the `quality` of all `points` (`sdcomp.study.pareto.measured`) over their column `cost`.
 
     Filled dots are real files (`file`), hollow dots are packed sizes that nothing writes. A solid line is
     the front of the real files; with `packed`, a dotted line is the front of all. Colours tell the `group`.

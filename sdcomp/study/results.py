@@ -105,7 +105,7 @@ def read_reports(folder: str | Path, model: str) -> list[Row]:
 
 
 def select(rows: Iterable[Row], about: dict[str, Any] | None = None, **columns: Any) -> list[Row]:
-    """The rows with these columns (`variant` is one) and, where `about` is given, these parameters in it."""
+    """The rows whose columns (or `variant`) have these values, and whose own `about` contains `about`."""
     return [
         row
         for row in rows

@@ -11,7 +11,7 @@ _BUFFERS = ("weight_scale", "weight_zero_point", "weight_integers")
 
 
 class KeptRounding:
-    """Keeps the weights that a recipe's methods rounded last, for models that round the same weights alike.
+    """Keeps the last weights that a recipe's methods rounded, for models that round them in the same way.
 
     The methods see the inputs of the full-precision model, so what they do to weights does not depend on how
     activations are quantized.
@@ -24,9 +24,9 @@ class KeptRounding:
         self._methods: list[str] = []
 
     def take(self, model: QuantModel, of: Variant, recipe: Recipe) -> bool:
-        """Give a model the kept weights if they are its own too, and say whether they are.
+        """Give a model the kept weights if it would round the same; return whether it would.
 
-        `of` is the variant without its quantization, and so names the weights.
+        `of` is the variant without its quantization; it identifies the weights.
         """
         self.reused = bool(recipe.methods) and self._key == _key(model, of, recipe)
         if self.reused:
@@ -50,6 +50,6 @@ class KeptRounding:
 
 
 def _key(model: QuantModel, of: Variant, recipe: Recipe) -> str:
-    """All that decides about rounded weights, as text."""
+    """Everything that rounded weights depend on, as text."""
     layers = [(layer.name, layer.split, layer.weight_quantizer) for layer in model.quantized_layers()]
     return f"{of} {recipe.methods} {layers}"

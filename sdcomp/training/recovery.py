@@ -129,7 +129,7 @@ class _Recorder(nn.Module):
 
 
 class _NoImages(nn.Module):
-    """In place of a decoder whose images nobody looks at: gray ones, at no cost."""
+    """Replaces the decoder where nobody needs the images: returns gray ones, at no cost."""
 
     def __init__(self, decoder: nn.Module, downsampling: int) -> None:
         super().__init__()

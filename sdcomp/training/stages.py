@@ -20,7 +20,7 @@ from sdcomp.scenes import VOCABULARY
 from sdcomp.scenes.reader import SceneReader
 from sdcomp.training.data import SceneSet
 from sdcomp.training.loop import Trained, fit
-from sdcomp.training.recipes import clip_loss, diffusion_loss, reader_loss, vae_loss
+from sdcomp.training.losses import clip_loss, diffusion_loss, reader_loss, vae_loss
 
 
 def caption_tokenizer(config: ModelConfig) -> CLIPTokenizer:

@@ -111,7 +111,7 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     product = to_int8(q).module
     kinds = [type(module._packed[0]).__name__ for module in (convolution, product)]
     plain = name not in ("strided", "dilated", "grouped")
-    assert kinds == ["PackedConv2d", "PackedConvAsMatmul" if plain else "PackedConv2d"]
+    assert kinds == ["PrepackedConv2d", "PrepackedConvAsMatmul" if plain else "PrepackedConv2d"]
     assert torch.equal(product.integer_weight(), convolution.integer_weight())
     assert relative(product(x), convolution(x)) < 1e-6
     assert product(x).is_contiguous(memory_format=torch.channels_last)
@@ -196,7 +196,7 @@ def test_specialized_blocks_compute_what_the_plain_ones_do(small, monkeypatch):
         q = calibrate(build(small.unet, kind), *calls)
         m = to_int8(q)
         with monkeypatch.context() as patch:
-            patch.setattr("sdcomp.integer.model.specialize", lambda module: module)
+            patch.setattr("sdcomp.integer.int8_model.specialize", lambda module: module)
             plain = to_int8(q)
 
         def compare(block, args, out, special):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.observation import input_columns
+from sdcomp.moments import input_columns
 from sdcomp.pruning import Calibration, calibrate, prune_structured, prune_unstructured
 
 

@@ -9,7 +9,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from sdcomp.budgets import divide
 from sdcomp.errors import UserError
-from sdcomp.observation import input_columns
+from sdcomp.moments import input_columns
 from sdcomp.pruning import (
     Calibration,
     Curve,

@@ -6,7 +6,7 @@ from torch import nn
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.observation import second_moments
+from sdcomp.moments import second_moments
 from sdcomp.quantization import PRESETS, QuantModel, Recipe, apply_recipe, load_quant_model, quantize
 from sdcomp.quantization.methods import SecondOrderRounding
 
@@ -89,7 +89,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
     settings = {"weight_bits": 4, "act_bits": 4, "steps": 2}
     expected = quantize(small, RECIPE, PROMPTS, **settings).state_dict()
     file, rounded = tmp_path / "quantize.ckpt", []
-    monkeypatch.setattr("sdcomp.quantization.checkpoint._EVERY", 0)
+    monkeypatch.setattr("sdcomp.quantization.resume._EVERY", 0)
     plain = SecondOrderRounding.__call__
 
     def killed_at_the_tenth(self, layer, moments):

@@ -18,7 +18,7 @@ from sdcomp.study import (
     quantized,
     scatter,
 )
-from sdcomp.study.front import group
+from sdcomp.study.pareto import group
 from sdcomp.study.variants import PUBLISHED
 
 

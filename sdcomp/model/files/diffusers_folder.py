@@ -14,15 +14,6 @@ from transformers import CLIPTokenizer
 from sdcomp.errors import UserError
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
-from sdcomp.model.files.checkpoint import (
-    ModelError,
-    Part,
-    Source,
-    one_line,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
 from sdcomp.model.files.diffusers_config import (
     WANTED,
     latent_size,
@@ -36,7 +27,16 @@ from sdcomp.model.files.diffusers_config import (
     vae_settings,
 )
 from sdcomp.model.files.names import modern_vae_name, unet_name, vae_name
-from sdcomp.model.files.original import text_state
+from sdcomp.model.files.single_file import text_state
+from sdcomp.model.files.tensors import (
+    ModelError,
+    Part,
+    Source,
+    one_line,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 from sdcomp.model.text import save_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder

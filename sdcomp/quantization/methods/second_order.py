@@ -1,8 +1,8 @@
 """Second-order rounding: GPTQ (Frantar et al. 2023) for convolutions and linear layers.
 
-Rounding to nearest changes each weight by itself. What a layer's output loses is tr(D H D^T), with D the
-change of the weight matrix and H the second moments of the inputs. The columns are rounded in order, and the
-columns after each take up as much of its error as they can: see `sdcomp.second_order`.
+Rounding to nearest changes each weight by itself. A change D of the weight matrix costs the layer's output
+the squared error tr(D H D^T), with H the second moments of the inputs. The columns are rounded in order, and
+the columns after each compensate for as much of its error as they can: see `sdcomp.column_sweep`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdcomp.observation import weight_matrix
+from sdcomp.column_sweep import descend, inverse_factor, sweep
+from sdcomp.moments import weight_matrix
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
-from sdcomp.second_order import descend, inverse_factor, sweep
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class SecondOrderRounding:
 
     `rows`: inputs of a layer that each call of the model contributes to H. `damping`: added to the diagonal
     of H, as a share of its mean. `passes`: how often each column is chosen once more (Behdin et al. 2023).
-    The grids of groups of columns are found when their turn comes, from weights that have taken up the errors
-    of the columns before; the others stay as they are.
+    The grid of a group of columns is found when the sweep reaches it, from weights that compensate for the
+    columns before; other grids stay as they are.
     """
 
     rows: int = 1024
@@ -43,7 +43,7 @@ class SecondOrderRounding:
 
 
 class _Rounding:
-    """The `sdcomp.second_order.Rule` that rounds columns to a layer's grids."""
+    """The `sdcomp.column_sweep.Rule` that rounds columns to a layer's grids."""
 
     def __init__(self, layer: QuantLayer) -> None:
         self.quantizer: UniformQuantizer = layer.weight_quantizer

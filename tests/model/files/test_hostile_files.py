@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import sdcomp
 from sdcomp.files import regular
 from sdcomp.model import ModelError, load
-from sdcomp.model.files.checkpoint import read_tensors
+from sdcomp.model.files.tensors import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 Let H = mean of x x^T over the rows x that a weight matrix W multiplies. Then the squared error of the
 output is tr(D H D^T) for a change D of W. Optimal Brain Surgeon (Hassibi & Stork 1993, equation 5) changes
 one weight and moves all others to where this error is least. GPTQ (Frantar et al. 2023, algorithm 1) and
-SparseGPT (Frantar & Alistarh 2023, algorithm 1) do this for all rows of W at once, column by column: what a
-column's change costs in the output is taken up by the columns after it. Afterwards each column can be chosen
-once more, given all the others: coordinate descent (QuantEase, Behdin et al. 2023, algorithm 1).
+SparseGPT (Frantar & Alistarh 2023, algorithm 1) do this for all rows of W at once, column by column: the
+columns after a changed column compensate for its error. Afterwards each column can be chosen once more, given
+all the others: coordinate descent (QuantEase, Behdin et al. 2023, algorithm 1).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Rule(Protocol):
 def inverse_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
     """Return the upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32.
 
-    With J the reversal of rows, J H J = L L^T (Cholesky) gives H = R R^T for the upper triangular
-    R = J L J, so U = R^-1. Inputs that are always zero get a diagonal of 1: their weights do not matter.
+    `moments` is H, `(columns, columns)`. With J the reversal of rows, J H J = L L^T (Cholesky) gives H = R
+    R^T for the upper triangular R = J L J, so U = R^-1. Inputs that are always zero get a diagonal of 1:
+    their weights do not matter.
 
     Raises UserError where H is not positive definite even with damping.
     """
@@ -58,9 +59,9 @@ def inverse_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
 def sweep(weight: Tensor, factor: Tensor, rule: Rule, *, block: int = 128) -> Tensor:
     """Return a weight matrix `(out, columns)`, float32, whose columns `rule` has changed one by one.
 
-    `factor` is the `inverse_factor` of the second moments. Errors of a column are passed on at once within
-    its block of `block` columns, and to the columns behind it when the block is done: the same result,
-    with less memory traffic.
+    `factor` is the `inverse_factor` of the second moments. A column's error corrects the columns of its own
+    block of `block` columns at once, and all columns behind the block when the block is done. The result is
+    the same, with less memory traffic.
     """
     weight = weight.float().clone()
     count = weight.shape[1]
@@ -94,7 +95,8 @@ def descend(
 ) -> Tensor:
     """Lower the error of a matrix that `sweep` made: choose each column anew, given all the others.
 
-    With D = changed - weight, the error tr(D H D^T) is least where column j of D is -(sum over i != j of
+    `weight` and `changed`: `(out, columns)`; `moments`: H, `(columns, columns)`. With D = changed - weight,
+    the error tr(D H D^T) is least where column j of D is -(sum over i != j of
     D_i H_ij) / H_jj; `rule.column` takes that value to an allowed one nearby. Never raises the error if the
     rule takes the nearest allowed value. `rule.begin` is not called. Returns a new matrix; stops early when a
     pass changes nothing.

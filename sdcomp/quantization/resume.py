@@ -1,4 +1,4 @@
-"""Where the rounding of many layers goes on after a kill."""
+"""Checkpoints from which a killed rounding of many layers resumes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RoundingCheckpoint:
         return done
 
     def keep(self, model: QuantModel, done: set[str], now: bool = False) -> None:
-        """Write the state, unless that was done a short while ago."""
+        """Write the state, unless it was written a short while ago; `now` writes it in any case."""
         if self.path is None or not (now or time.monotonic() - self._saved > _EVERY):
             return
         tensors = {name: t.detach().cpu().contiguous() for name, t in quantization_state(model).items()}

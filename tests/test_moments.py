@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.observation import LastInput, second_moments, weight_matrix
+from sdcomp.moments import LastInput, second_moments, weight_matrix
 
 
 class Shared(nn.Module):

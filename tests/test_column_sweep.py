@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from sdcomp.column_sweep import descend, inverse_factor, sweep
 from sdcomp.errors import UserError
-from sdcomp.second_order import descend, inverse_factor, sweep
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

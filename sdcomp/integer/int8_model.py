@@ -20,8 +20,8 @@ from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 class Int8Model(QuantizedWrapper):
     """A quantized model with int8 weights, called like the module; made by `to_int8`.
 
-    `execution` is "kernels" or "dequantized": see `sdcomp.integer.execution.choose_execution`. All but
-    the quantized layers is computed in `dtype`: floating-point arguments of two and more dimensions are
+    `execution` is "kernels" or "dequantized": see `sdcomp.integer.execution.choose_execution`. Everything but
+    the quantized layers computes in `dtype`: floating-point arguments of two and more dimensions are
     converted to it, and results back to the type of the first of them. `to` changes both, within what the
     execution allows. The scales are those of the timestep's interval where the model is timestep-aware;
     calls raise what `TimeStepCalibratedQuantModel` raises. For inference only.
@@ -31,7 +31,10 @@ class Int8Model(QuantizedWrapper):
     what is not quantized is finite, which the constructor checks: norms, softmax and bounded integer
     products stay finite.
 
-    Raises UserError for tensors that are not finite, which it names.
+    `integers`: the tensors of each quantized layer by its name, see `Int8Layer`; the dictionary is emptied.
+    `floats`: all other tensors by name. `settings`: as `to_int8` writes them.
+
+    Raises UserError for tensors that are not finite.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Int8Model(QuantizedWrapper):
         return out
 
     def _require(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Raise UserError where the model cannot compute as it is laid out."""
+        """Raise UserError if this model's execution does not run on a device in a type."""
         reason = why_no_kernels(device, dtype) if self.execution == "kernels" else None
         if reason is not None:
             raise UserError(
@@ -85,7 +88,7 @@ class Int8Model(QuantizedWrapper):
         choose_execution(device, dtype, self.execution)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Model:
-        # What `to` makes of a floating-point tensor, asked before the first of the model's changes.
+        # Ask what `to` makes of a floating-point tensor, before any tensor of the model changes.
         made = fn(torch.empty(0, dtype=self.dtype))
         self._require(made.device, made.dtype)
         super()._apply(fn, recurse)

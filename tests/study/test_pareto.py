@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdcomp.study import FP32, pruned, quantized
-from sdcomp.study.front import measured, pareto_front, recommend
+from sdcomp.study.pareto import measured, pareto_front, recommend
 from sdcomp.study.results import typed
 
 numbers = st.integers(0, 5).map(float)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdcomp.files import resolve_input
 from sdcomp.model.config import SD15, ModelConfig
-from sdcomp.model.files.checkpoint import ModelError, Part, Source, read_tensors, write_tensors
+from sdcomp.model.files.tensors import ModelError, Part, Source, read_tensors, write_tensors
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."

@@ -1,8 +1,8 @@
-"""What layers see while a model runs: the second moments of their inputs.
+"""The second moments of layers' inputs, gathered while a model runs.
 
 Second-order methods (OBS: Hassibi & Stork 1993; GPTQ: Frantar et al. 2023; SparseGPT: Frantar & Alistarh
 2023) need H = mean of x x^T over the rows x that a weight matrix multiplies. A convolution is the product of
-its weight, as a matrix `(out, in * kh * kw)`, with the patches of its input (im2col), so it has one too.
+its weight, as a matrix `(out, in * kh * kw)`, with the patches of its input (im2col), so it has an H too.
 """
 
 from __future__ import annotations

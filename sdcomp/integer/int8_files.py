@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES, choose_execution
+from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
-from sdcomp.integer.model import Int8Model, float_tensors
-from sdcomp.model.channels import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
-from sdcomp.model.files.checkpoint import finite, listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
 from sdcomp.model.layers import Linear
+from sdcomp.model.prune_groups import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantConv2d, QuantLinear
 from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
@@ -50,7 +50,8 @@ _SETTINGS: dict[str, Rule] = {
 def save_int8(model: Int8Model, folder: str | Path) -> Path:
     """Write `int8.json` and `int8.safetensors` into a folder; returns it.
 
-    Integers, scales, and what is not quantized in the model's `dtype`: about a quarter of float32.
+    The files hold integers and scales, and everything else in the model's `dtype`: a quarter of the bytes of
+    float32.
     `load_int8` reads them. Raises UserError where the folder cannot be written.
     """
     folder = Path(folder).expanduser()
@@ -80,7 +81,7 @@ def load_int8(
     are chosen together, see `to_int8`; the model's text and its `execution` say which it is.
 
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module;
-    UserError where the kernels are wanted and cannot be had.
+    UserError for "kernels" where they are not available.
     """
     check_device(device)
     folder = resolve_input(folder)

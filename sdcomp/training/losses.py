@@ -17,9 +17,12 @@ from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import BACKGROUNDS, Scene, caption, render
 from sdcomp.scenes.reader import SceneReader, head_targets
 from sdcomp.training.data import FAMILY, SceneSet
+from sdcomp.training.loop import Loss
 
 
-def vae_loss(vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32, kl_weight: float = 2e-4):
+def vae_loss(
+    vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32, kl_weight: float = 2e-4
+) -> Loss:
     """L1 + 2 MSE on random crops, and a small Kullback-Leibler penalty (Kingma & Welling 2014).
 
     `vae` holds "encoder" and "decoder". Crops teach the same local code as whole images at a quarter of the
@@ -44,7 +47,7 @@ def vae_loss(vae: nn.ModuleDict, data: SceneSet, batch: int = 64, crop: int = 32
     return loss
 
 
-def clip_loss(clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet, families: int = 32):
+def clip_loss(clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet, families: int = 32) -> Loss:
     """Symmetric contrastive loss (Radford et al. 2021, figure 3) over whole families of scenes.
 
     The scenes of a family differ in one point, so the model must learn every attribute of every object.
@@ -76,7 +79,7 @@ def diffusion_loss(
     batch: int = 32,
     drop_text: float = 0.1,
     gamma: float = 5.0,
-):
+) -> Loss:
     """Noise prediction (Ho et al. 2020, equation 14) with weights min(SNR, gamma) / SNR (Hang et al. 2023).
 
     `latents`: scaled means and standard deviations of the encoded training images, each `(N, 4, h, w)`.
@@ -102,7 +105,7 @@ def diffusion_loss(
     return loss
 
 
-def reader_loss(reader: SceneReader, data: SceneSet, round_trips: Tensor, batch: int = 128):
+def reader_loss(reader: SceneReader, data: SceneSet, round_trips: Tensor, batch: int = 128) -> Loss:
     """Sum of cross-entropies over the reader's heads, on augmented scenes and on images without a scene.
 
     `round_trips`: `(M, 3, 64, 64)` uint8, the first M images, encoded and decoded by the tiny model's VAE.
