@@ -189,7 +189,7 @@ def test_a_checkpoint_that_is_damaged_is_one_sentence(small, tmp_path, damage):
     checkpoint(tmp_path, small, 0)
     file = tmp_path / "recovered.ckpt"
     file.write_bytes(file.read_bytes()[:5000] if damage is None else damage)
-    with pytest.raises(UserError, match="cannot be read as a checkpoint; delete it to begin anew") as caught:
+    with pytest.raises(UserError, match="cannot be read as a checkpoint; delete it to start again") as caught:
         checkpoint(tmp_path, small, 1)
     assert "\n" not in str(caught.value)
 
