@@ -5,14 +5,13 @@ import warnings
 # Silence tqdm's warning when ipywidgets is missing.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
+from sdcomp.export import as_diffusers_unet, from_diffusers_unet  # noqa: E402
 from sdcomp.integer import PackedModel, to_int8, to_packed  # noqa: E402
 from sdcomp.model import (  # noqa: E402
     SD15,
     TINY,
     ModelError,
     StableDiffusion,
-    as_diffusers_unet,
-    from_diffusers_unet,
     load_from_standard_weights,
 )
 from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel  # noqa: E402

@@ -17,6 +17,7 @@ LEVELS = (
     {"quantization", "pruning"},
     {"training"},
     {"integer"},
+    {"export"},
     {"saving"},
     {"evaluation"},
     {"study"},

@@ -1,6 +1,5 @@
 """The latent diffusion model, Stable Diffusion 1.x's architecture: load, generate and save."""
 
-from sdcomp.model.bridge import as_diffusers_unet, from_diffusers_unet
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
 from sdcomp.model.files.loading import load, load_from_standard_weights, save, weights_digest
 from sdcomp.model.files.tensors import ModelError
@@ -25,8 +24,6 @@ __all__ = [
     "VAEConfig",
     "VAEDecoder",
     "VAEEncoder",
-    "as_diffusers_unet",
-    "from_diffusers_unet",
     "load",
     "load_from_standard_weights",
     "make_sampler",

@@ -56,9 +56,9 @@ def quantize(
         quantized.generate(prompts, progress=progress, **generation)
 
     inputs = f"{list(prompts)} {generation}"
-    return apply_recipe(
-        model, recipe, run, memory=memory, checkpoint=checkpoint, inputs=inputs, progress=progress
-    )
+    apply_recipe(model, recipe, run, memory=memory, checkpoint=checkpoint, inputs=inputs, progress=progress)
+    model.calibration |= {"prompts": len(prompts), **generation}
+    return model
 
 
 def apply_recipe(

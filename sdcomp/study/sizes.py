@@ -21,15 +21,18 @@ def packed_bytes(unet: nn.Module) -> int:
     A weight that simulates n bits counts n bits, any other number counts its own type. Scales count too.
     Where it saves bytes, zeros are left out: a tensor then counts one bit an entry for where they are.
     """
-    integers, width = {}, 0
-    if isinstance(unet, QuantModel) and unet.weight_quantizer is not None:
-        width = unet.weight_quantizer.n_bits
-        layers = ((n, layer) for n, layer in unet.named_modules() if isinstance(layer, QuantLayer))
-        integers = {f"{name}.weight": layer for name, layer in layers}
+    rounded = {
+        f"{name}.weight": layer
+        for name, layer in unet.named_modules()
+        if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None
+    }
     total = 0
     for name, tensor in unet.state_dict().items():
-        bits = width if name in integers else 8 * tensor.element_size()
-        values = integers[name].integer_weight() if name in integers else tensor
+        if name.endswith(".weight_integers"):
+            continue  # counted with the weight
+        layer = rounded.get(name)
+        bits = layer.weight_quantizer.n_bits if layer else 8 * tensor.element_size()
+        values = layer.integer_weight() if layer else tensor
         n, nonzero = values.numel(), int(values.count_nonzero())
         total += -(-min(n * bits, n + nonzero * bits) // 8)
     return total

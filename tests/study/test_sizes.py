@@ -29,6 +29,16 @@ def test_packed_bytes_by_hand():
     assert packed_bytes(model) == 2 + 2 + 4 + 1 + 1
 
 
+def test_each_layer_counts_its_own_bits_and_rounded_weights_count_once():
+    module = nn.Sequential(layer(*[1.0] * 16), layer(*[1.0] * 16))
+    four = {"weight_quant_params": {"n_bits": 4}, "act_quant_params": None}
+    q = QuantModel(module, overrides={"1": {"weight_quant_params": {"n_bits": 8}}}, **four)
+    both = 8 + 16 + 2 * 4 + 1 + 1
+    assert packed_bytes(q) == both
+    q.quantized_layers()[0].set_rounded(q.quantized_layers()[0].fake_weight())
+    assert packed_bytes(q) == both
+
+
 def test_only_what_is_written_counts_as_a_file(small):
     dense = disk_sizes(small.unet)["dense"]
     assert stored_bytes(small.unet) == (dense, True)

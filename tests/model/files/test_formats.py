@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdcomp
+from sdcomp.export import as_diffusers_unet, from_diffusers_unet
 from sdcomp.model import (
     SD15,
     ModelError,
@@ -19,8 +20,6 @@ from sdcomp.model import (
     UNet,
     VAEDecoder,
     VAEEncoder,
-    as_diffusers_unet,
-    from_diffusers_unet,
     load,
     load_from_standard_weights,
 )
