@@ -116,7 +116,7 @@ def headline_table() -> str:
         ("int8, 45 % removed, recovered", _int8(RECOVERED[0.45])),
     ):
         change = _show(_find(study, variant.label, "prompt accuracy difference"))
-        file = "none smaller"
+        file = "simulated"
         if variant.execution == "int8":
             size = _find(study, variant.label, "UNet file")["value"]
             file = f"{size:.1f} ({size / small:.0%})"

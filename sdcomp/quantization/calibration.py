@@ -159,17 +159,20 @@ class Calibrator:
             model.clear_cache()
 
     def _optimal_starts(self) -> list[int]:
-        inputs = self._seen.inputs.values()
-        timesteps = sorted({call[0] for seen in inputs for call in seen.calls})
+        inputs = self._seen.inputs
+        timesteps = sorted({call[0] for seen in inputs.values() for call in seen.calls})
         k = len(self.model.starts)
         if len(timesteps) < k:
             raise CalibrationError(
                 f"{k} intervals need at least {k} different timesteps, and this calibration visited"
                 f" {len(timesteps)}: use more steps, a greater strength, or a smaller k"
             )
-        histograms = ([seen.histograms[t] for t in timesteps] for seen in inputs)
-        qmax = 2 ** (self.model.act_quantizer.n_bits - 1) - 1
-        return optimal_starts(histograms, timesteps, k, qmax, self.act_scale_policy)
+        layers = {layer.name: layer for layer in self.model.quantized_layers()}
+        with_qmax = (
+            ([seen.histograms[t] for t in timesteps], 2 ** (layers[name].act_quantizer.n_bits - 1) - 1)
+            for (name, _), seen in inputs.items()
+        )
+        return optimal_starts(with_qmax, timesteps, k, self.act_scale_policy)
 
     def _require_all_intervals(self) -> None:
         model = self.model

@@ -79,18 +79,18 @@ def group_costs(steps: Sequence[Histogram], qmax: int, policy: str) -> np.ndarra
 
 
 def optimal_starts(
-    inputs: Iterable[Sequence[Histogram]],
+    inputs: Iterable[tuple[Sequence[Histogram], int]],
     timesteps: Sequence[float],
     k: int,
-    qmax: int,
     policy: str,
 ) -> list[int]:
-    """The first timesteps of the `k` intervals with the least cost summed over `inputs`, ascending.
+    """Return the first timesteps of the `k` intervals with the least cost summed over `inputs`, ascending.
 
-    `timesteps`: those that were visited, ascending; each input has one histogram for each of them. A
-    boundary lies midway between the timesteps it separates. Raises ValueError for more intervals than
-    timesteps.
+    `timesteps` are the visited ones, ascending. Each input has one histogram for each of them, and the
+    largest integer of a symmetric grid with its bits; the costs of affine grids are taken to be in
+    proportion. A boundary lies midway between the timesteps it separates. Raises ValueError for more
+    intervals than timesteps.
     """
-    costs = sum(group_costs(steps, qmax, policy) for steps in inputs)
+    costs = sum(group_costs(steps, qmax, policy) for steps, qmax in inputs)
     groups = optimal_groups(costs, k)
     return [0] + [math.ceil((timesteps[i - 1] + timesteps[i]) / 2) for i in groups[1:]]

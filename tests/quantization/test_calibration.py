@@ -311,9 +311,9 @@ def test_boundaries_lie_where_the_range_changes():
     generator = torch.Generator().manual_seed(0)
     steps = [Histogram.of(torch.randn(5000, generator=generator) * w) for w in widths]
     for policy in ("max", "mse"):
-        assert optimal_starts([steps], timesteps, 3, 7, policy) == [0, 151, 451]
+        assert optimal_starts([(steps, 7)], timesteps, 3, policy) == [0, 151, 451]
         still = [Histogram.of(torch.randn(5000, generator=generator))] * 6
-        assert optimal_starts([still, steps], timesteps, 3, 7, policy) == [0, 151, 451]
+        assert optimal_starts([(still, 7), (steps, 3)], timesteps, 3, policy) == [0, 151, 451]
 
 
 @pytest.mark.parametrize("quantized_inputs", [False, True])
