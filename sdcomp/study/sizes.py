@@ -16,7 +16,7 @@ from sdcomp.quantization import QuantLayer, QuantModel
 def packed_bytes(unet: nn.Module) -> int:
     """Bytes that a UNet's tensors would take if packed.
 
-    `sdcomp.save(..., format="packed")` writes n-bit weights in about these bytes. It does not leave out zeros.
+    `sdcomp.save(..., format="packed")` writes n-bit weights in about these bytes, zeros included.
 
     A weight that simulates n bits counts n bits, any other number counts its own type. Scales count too.
     Where it saves bytes, zeros are left out: a tensor then counts one bit an entry for where they are.
