@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.moments import LastInput
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
-
-if TYPE_CHECKING:
-    from sdcomp.quantization.layers import QuantLayer
 
 
 class NotCalibratedError(UserError, RuntimeError):
@@ -44,8 +41,8 @@ class QuantState:
     only: str | None = None
     interval: int = 0
     timestep: float = 0.0
-    observer: Callable[[QuantLayer, Tensor], list[InputGrid] | None] | None = None
-    operands: Callable[[QuantLayer, Tensor], tuple[Tensor, Tensor]] | None = None
+    observer: Callable[[nn.Module, Tensor], list[InputGrid] | None] | None = None
+    operands: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     _last: LastInput = field(default_factory=LastInput, init=False, repr=False)
 
     def quantize(self, x: Tensor, grids: list[InputGrid], split: int | None) -> Tensor:

@@ -1,22 +1,13 @@
-"""The recipes that 06_low_bits compares, and results that the paired protocol does not record."""
+"""The recipes that 06_low_bits compares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from sdcomp.evaluation import PathErrors, Prompts, applicable, bootstrap, estimate
 from sdcomp.quantization import PRESETS, Recipe
 from sdcomp.quantization.ranges import NORM
-from sdcomp.scenes import prompt_accuracy
-from sdcomp.study.variants import FP32, Variant, quantized
-
-if TYPE_CHECKING:
-    from sdcomp.model import StableDiffusion
-    from sdcomp.study.run import Run
+from sdcomp.study.variants import Variant, quantized
 
 _BEST = PRESETS["low_bits"]
 LADDER: dict[str, Recipe] = {
@@ -63,31 +54,3 @@ def range_variants(
         for name, recipe in recipes.items()
     ]
     return variants, recipes
-
-
-def record_path(run: Run, variant: Variant, errors: PathErrors, groups: Sequence[object]) -> None:
-    """Record the means of a variant's `PathErrors`: candidates for the objective of a calibration."""
-    for metric, values in (
-        ("step error", errors.step.mean(0)),
-        ("gain", 100 * errors.gain.mean(0)),
-        ("final latent error", errors.final),
-    ):
-        unit = "%" if metric == "gain" else ""
-        run.record(variant, metric, bootstrap(values, groups=groups), unit=unit, baseline=FP32)
-
-
-def record_attributes(
-    run: Run, variant: Variant, sd: StableDiffusion, images: Tensor, prompts: Prompts
-) -> None:
-    """Record in how many images each attribute of the scene is missed, where a reader can tell.
-
-    The unit is percent of the images whose scene has the attribute; an object counts by its share.
-    """
-    if sd.reader is None or prompts.scenes is None:
-        return
-    found = prompt_accuracy(sd.reader, images, prompts.scenes[: len(images)])
-    for attribute, right in found.by_attribute.items():
-        values, groups = applicable(right, prompts.groups[: len(images)])
-        if len(values):
-            missed = estimate(100 * (1 - values), groups)
-            run.record(variant, "missed", missed, unit="%", attribute=attribute)

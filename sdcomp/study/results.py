@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -16,9 +16,6 @@ from sdcomp.errors import UserError
 from sdcomp.files import ROOT, resolve_input
 from sdcomp.study.old_rows import renewed
 from sdcomp.study.variants import FP32, Variant
-
-if TYPE_CHECKING:
-    from sdcomp.study.run import Run
 
 Row = dict[str, Any]
 """One result: the columns of `metrics.csv`, with numbers as floats (NaN where empty) and `parameters` as a
@@ -150,7 +147,17 @@ SAME = ("seed", "n_images", "steps", "sampler")
 the same."""
 
 
-def matching_results(run: Run, *studies: str) -> list[Row]:
+class Recorded(Protocol):
+    """What `matching_results` asks of a run, see `sdcomp.study.Run`."""
+
+    parameters: dict[str, Any]
+    facts: dict[str, Any]
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each file of weights."""
+
+
+def matching_results(run: Recorded, *studies: str) -> list[Row]:
     """The rows of other studies' committed reports whose images come from the same weights and settings."""
     weights, own, rows = run.weights(), _settings(run.parameters, run.facts), []
     for study in studies:

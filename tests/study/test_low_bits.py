@@ -13,7 +13,8 @@ from sdcomp.evaluation import PathErrors, load_prompts
 from sdcomp.quantization import PRESETS
 from sdcomp.quantization.methods import SecondOrderRounding
 from sdcomp.study import FP32, quantized
-from sdcomp.study.low_bits import LADDER, range_recipe, range_variants, record_attributes, record_path
+from sdcomp.study.low_bits import LADDER, range_recipe, range_variants
+from sdcomp.study.records import record_attributes, record_path
 
 
 class Rows:
