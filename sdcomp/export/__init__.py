@@ -1,4 +1,4 @@
-"""Models in other tools: plain checkpoints, diffusers, OpenVINO.
+"""Models in other tools: plain checkpoints, diffusers, OpenVINO, ONNX.
 
 `sdcomp.export(sd, path, format=...)` writes a model; the loaders of what it wrote are beside it.
 """
