@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sdcomp.evaluation import load_prompts
+from sdcomp.export import OpenVINOUNet, export, load_openvino
 from sdcomp.integer import to_int8
 from sdcomp.pruning import prune_structured, prune_unstructured
 from sdcomp.quantization import (
@@ -88,6 +89,8 @@ class Builder:
         if variant.calibrated_first:
             return self._calibrated_first(variant)
         simulated = self.calibrated(variant.simulation)
+        if variant.execution == "openvino":
+            return self._exported(simulated)
         return simulated if variant.execution == "simulated" else to_int8(simulated)
 
     def pruned(self, variant: Variant) -> nn.Module:
@@ -166,6 +169,12 @@ class Builder:
         with tempfile.TemporaryDirectory() as folder:
             save_quant_model(self.calibrated(whole), folder)
             return load_quant_model(folder, self.pruned(variant.unquantized))
+
+    def _exported(self, simulated: QuantModel) -> OpenVINOUNet:
+        """The UNet in OpenVINO. What it has loaded stays when its files are gone."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "unet.xml")
+            return load_openvino(export(self.sd.replace(unet=simulated), file, format="openvino"))
 
     def _recovered(self, variant: Variant, unet: nn.Module) -> nn.Module:
         p = self.run.parameters

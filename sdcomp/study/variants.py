@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 PRUNINGS = ("", "unstructured", "masked channels", "removed")
-EXECUTIONS = ("fp32", "simulated", "int8", "int8 (dequantized)")
+EXECUTIONS = ("fp32", "simulated", "int8", "int8 (dequantized)", "openvino")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Variant:
     """Whether activations were calibrated before the pruning instead of after it."""
     execution: str = "fp32"
     """"simulated" rounds in floating point. "int8" runs integer kernels, "int8 (dequantized)" turns int8
-    weights into floats layer by layer. "fp32" is for variants without a recipe."""
+    weights into floats layer by layer, "openvino" exports the UNet to that engine. "fp32" is for variants
+    without a recipe."""
 
     def __post_init__(self) -> None:
         if self.pruning not in PRUNINGS or self.execution not in EXECUTIONS:

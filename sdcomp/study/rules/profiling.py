@@ -2,17 +2,27 @@
 
 from dataclasses import replace
 
-from sdcomp.study.rules.common import AMOUNT, CALIBRATION, COMMON, GENERATION, Study, between, one_of
+from sdcomp.study.rules.common import (
+    AMOUNT,
+    CALIBRATION,
+    COMMON,
+    GENERATION,
+    Study,
+    between,
+    check_openvino,
+    one_of,
+)
 
 STUDY = Study(
     {
         **COMMON,
         **GENERATION,
         "amounts": replace(AMOUNT, unique=True),
-        "backends": replace(one_of("fp32", "simulated", "int8"), unique=True),
+        "backends": replace(one_of("fp32", "simulated", "int8", "openvino"), unique=True),
         "components": replace(one_of("text encoder", "UNet", "decoder"), unique=True),
         "n_calibration": CALIBRATION["n_calibration"],
         "calibration_steps": CALIBRATION["calibration_steps"],
         "repeats": between(1, 10_000),
-    }
+    },
+    check_openvino,
 )
