@@ -32,7 +32,7 @@ from sdcomp.integer import (
     to_packed,
 )
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
 from sdcomp.quantization.layers import is_quantizable
 

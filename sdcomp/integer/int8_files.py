@@ -21,7 +21,7 @@ from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
 from sdcomp.model.layers import Linear
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantConv2d, QuantLinear
 from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule

@@ -24,7 +24,7 @@ from sdcomp.integer.packing import packed_shape
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
 from sdcomp.quantization.specs import parameters_of, quantizer_of
