@@ -24,6 +24,7 @@ from sdcomp.model.layers import Linear
 from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantConv2d, QuantLinear
+from sdcomp.quantization.quantizer import BITS
 from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
 from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
 
@@ -36,9 +37,9 @@ _KINDS: dict[type, type[Int8Layer]] = {
     QuantLinear: Int8Linear,
 }
 _SETTINGS: dict[str, Rule] = {
-    "weight_bits": Whole(2, 8),
-    "act_bits": Whole(2, 8),
-    "layer_act_bits": TableOf(Whole(2, 8)),
+    "weight_bits": BITS,
+    "act_bits": BITS,
+    "layer_act_bits": TableOf(BITS),
     "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
     "train_timesteps": TRAIN_TIMESTEPS,
     "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.ranges import NORM, channel_clips, search_ranges
+from sdcomp.settings import Whole
 
+BITS = Whole(2, 8)
+"""The bits that a quantizer can have."""
 SCALE_METHODS = ("max", "mse")
 GRANULARITIES = ("tensor", "channel", "group", "token")
 
@@ -77,8 +80,8 @@ class UniformQuantizer:
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if not 2 <= self.n_bits <= 8:
-            raise ValueError(f"n_bits must be 2 to 8, not {self.n_bits}")
+        if not BITS.low <= self.n_bits <= BITS.high:
+            raise ValueError(f"n_bits must be {BITS.low} to {BITS.high}, not {self.n_bits}")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
         if not isinstance(self.symmetric, bool):
