@@ -12,13 +12,13 @@ that does not divide train_timesteps, it lands up to one timestep beside the nex
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 
 import torch
 from torch import Tensor
 
 from sdcomp.model.schedule import NoiseSchedule
+from sdcomp.settings import whole_number
 
 
 class DDIM:
@@ -113,7 +113,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")
-    sampler = SAMPLERS[name](schedule, whole("steps", steps))
+    sampler = SAMPLERS[name](schedule, whole_number("steps", steps))
     first, n = sampler.timesteps[0], schedule.config.train_timesteps
     if first < 0.9 * n * (1 - 1 / steps):
         warnings.warn(
@@ -122,13 +122,6 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
             stacklevel=4,  # the line that calls `generate`, which has a decorator
         )
     return sampler
-
-
-def whole(name: str, value: object) -> int:
-    """Return `value` as an int. Raises TypeError if it is not a whole number; True and False are none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    return operator.index(value)
 
 
 def row_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.ranges import NORM, channel_clips, search_ranges
-from sdcomp.settings import Whole
+from sdcomp.settings import Whole, whole_number
 
 BITS = Whole(2, 8)
 """The bits that a quantizer can have."""
@@ -77,9 +77,7 @@ class UniformQuantizer:
 
     def __post_init__(self) -> None:
         for name in ("n_bits", "group_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
+            whole_number(name, getattr(self, name))
         if not BITS.low <= self.n_bits <= BITS.high:
             raise ValueError(f"n_bits must be {BITS.low} to {BITS.high}, not {self.n_bits}")
         if self.group_size < 1:
