@@ -152,12 +152,12 @@ def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | N
     weight, scale, act_scale, zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
     if weight is None or scale is None or act_scale is None or (bias is None) != (layer.bias is None):
         return False
-    parts = () if split is None else (2,)
-    shapes = {(*parts, 1), (*parts, len(layer.weight))}
+    halves = () if split is None else (2,)
+    shapes = {(*halves, 1), (*halves, len(layer.weight))}
     return (
         (weight.dtype, weight.shape) == (torch.int8, layer.weight.shape)
         and scale.shape in shapes
-        and act_scale.shape == (intervals, *parts)
+        and act_scale.shape == (intervals, *halves)
         and (zeros is None or zeros.shape == act_scale.shape)
         and (split is None or split < weight.shape[1])
         and (bias is None or bias.shape == layer.bias.shape)

@@ -143,17 +143,17 @@ class UniformQuantizer:
 
     def integers(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the multiples of the scale that `x` is rounded to: int8, or int16 for 8 bits and affine."""
-        scale, low, high = self.spread(x, grid)
+        scale, low, high = self.broadcast_grid(x, grid)
         integers = (x.float() * (1 / scale)).round_().clamp_(low, high)
         return integers.to(self.integer_dtype)
 
     def dequantize(self, integers: Tensor, grid: Grid) -> Tensor:
         """Return multiples of the scale as float32 values."""
-        return integers.float() * self.spread(integers, grid)[0]
+        return integers.float() * self.broadcast_grid(integers, grid)[0]
 
     def simulate(self, x: Tensor, grid: Grid) -> Tensor:
         """Round `x` to its grid; the result has the type and memory format of `x`."""
-        scale, low, high = self.spread(x, grid)
+        scale, low, high = self.broadcast_grid(x, grid)
         return fake_quantize(x, scale, high, low)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class UniformQuantizer:
         low, high = self.bounds(zero_point)
         return fake_quantize(rows, scale, high, low)
 
-    def spread(self, x: Tensor, grid: Grid) -> tuple[Tensor, Number, Number]:
+    def broadcast_grid(self, x: Tensor, grid: Grid) -> tuple[Tensor, Number, Number]:
         """Scale and bounds, each a number or in a shape that broadcasts with `x`."""
         scale, zero_point = (g if g is None else self._broadcast(x, g) for g in grid)
         return scale, *self.bounds(zero_point)
