@@ -20,6 +20,9 @@ from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 from sdcomp.settings import whole_number
 
+TIMESTEPS = 40
+"""The steps of a calibration by default."""
+
 
 class QuantModel(QuantizedWrapper):
     """A module with simulated n-bit weights and activations, called like the module itself.
@@ -203,7 +206,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         self,
         module: nn.Module,
         *,
-        timesteps: int = 40,
+        timesteps: int = TIMESTEPS,
         k: int = 5,
         boundaries: str = "uniform",
         timestep_arg: int | str = 1,
