@@ -203,10 +203,10 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
     quantizer = layer.weight_quantizer
 
     def codes(integers: Tensor, grid: Grid) -> Tensor:
-        lowest = quantizer.spread(integers, grid)[1]
+        lowest = quantizer.broadcast_grid(integers, grid)[1]
         return (integers.short() - lowest).to(torch.uint8)
 
-    matrix = layer.per_part(codes, layer.integer_weight()).flatten(1)
+    matrix = layer.per_half(codes, layer.integer_weight()).flatten(1)
     zero = layer.weight_zero_point
     return {
         "packed_weight": pack(matrix, quantizer.n_bits),

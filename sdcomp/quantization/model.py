@@ -18,6 +18,10 @@ from sdcomp.quantization.shortcuts import shortcut_splits
 from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.settings import whole_number
+
+TIMESTEPS = 40
+"""The steps of a calibration by default."""
 
 
 class QuantModel(QuantizedWrapper):
@@ -203,7 +207,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         self,
         module: nn.Module,
         *,
-        timesteps: int = 40,
+        timesteps: int = TIMESTEPS,
         k: int = 5,
         boundaries: str = "uniform",
         timestep_arg: int | str | None = None,
@@ -211,9 +215,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         **params: object,
     ) -> None:
         for name, value in (("timesteps", timesteps), ("k", k), ("train_timesteps", train_timesteps)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
-            if value < 1:
+            if whole_number(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not k <= timesteps <= train_timesteps:
             raise ValueError(

@@ -10,6 +10,8 @@ from numbers import Real
 import torch
 from torch import nn
 
+from sdcomp.settings import is_whole
+
 
 @dataclass(frozen=True)
 class TimestepArgument:
@@ -37,7 +39,7 @@ class TimestepArgument:
             given = next((i for i, name in enumerate(names) if name in ("timestep", "timesteps")), 1)
         if isinstance(given, str):
             return cls(given, names.index(given) if given in names else None, given)
-        if isinstance(given, bool) or not hasattr(given, "__index__") or given < 0:
+        if not is_whole(given) or given < 0:
             raise TypeError(f"timestep_arg must be a position or a name, not {given!r}")
         return cls(given, given, names[given] if given < len(names) else None)
 

@@ -22,7 +22,7 @@ from sdcomp.model.files.lora import merge_loras
 from sdcomp.model.files.single_file import read_original, text_state, write_original
 from sdcomp.model.files.tensors import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
