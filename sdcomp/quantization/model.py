@@ -195,11 +195,12 @@ class TimeStepCalibratedQuantModel(QuantModel):
 
     `timesteps`: the number of calibration steps that is expected, at least `k`. `boundaries`: "uniform",
     or "optimal", where calibration places them. `timestep_arg`: where the module takes its timesteps, by
-    position or name. A name that the module's `forward` does not have, as for a block without timesteps,
-    is a keyword argument that the wrapper takes for itself.
+    position or name; by default the argument named `timestep` or `timesteps`, or else position 1. A name that
+    the module's `forward` does not have, as for a block without timesteps, is a keyword argument that the
+    wrapper takes for itself. Calls give timesteps as a number or a tensor.
 
-    Calls raise ValueError for timesteps out of 0 to `train_timesteps` - 1, and for a batch whose
-    timesteps lie in different intervals.
+    Calls raise ValueError for timesteps out of 0 to `train_timesteps`, and for a batch whose timesteps lie in
+    different intervals.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         timesteps: int = TIMESTEPS,
         k: int = 5,
         boundaries: str = "uniform",
-        timestep_arg: int | str = 1,
+        timestep_arg: int | str | None = None,
         train_timesteps: int = 1000,
         **params: object,
     ) -> None:
@@ -226,7 +227,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         argument = TimestepArgument.of(module, timestep_arg)
         super().__init__(module, **params, _starts=uniform_starts(k, train_timesteps))
         self.timesteps, self.k, self.boundaries = timesteps, k, boundaries
-        self.timestep_arg, self.train_timesteps = timestep_arg, train_timesteps
+        self.timestep_arg, self.train_timesteps = argument.given, train_timesteps
         self._argument = argument
 
     def arguments(self) -> dict[str, object]:

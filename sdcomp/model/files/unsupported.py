@@ -27,7 +27,7 @@ _OTHER_MODELS = (
     (r"model\.diffusion_model\.joint_blocks\.", "is a Stable Diffusion 3 checkpoint" + WANTED_FILE),
     (r"(model\.diffusion_model\.)?double_blocks\.", "is a Flux checkpoint" + WANTED_FILE),
     (r"control_model\.", "is a ControlNet" + WANTED_FILE),
-    (r"lora_|.*\.lora", "is a LoRA, a change to a model; merge it into a checkpoint first"),
+    (r"lora_|.*\.lora", "is a LoRA, a change to a model; load the model with loras={file: scale}"),
 )
 _OTHER_FILES = (
     (r"emb_params|string_to_param", "is a textual inversion embedding" + WANTED_FILE),
