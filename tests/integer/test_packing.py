@@ -52,11 +52,11 @@ def test_bytes_are_those_of_a_slow_packer(n_bits, rows, columns, seed):
     assert np.array_equal(unpack(packed, n_bits, rows).numpy(), codes)
 
 
-@pytest.mark.parametrize("n_bits", [0, 1, 9])
+@pytest.mark.parametrize("n_bits", [0, 9])
 def test_other_widths_are_refused(n_bits):
     codes = torch.zeros(8, 3, dtype=torch.uint8)
     for call in (lambda: pack(codes, n_bits), lambda: unpack(codes[None], n_bits, 8)):
-        with pytest.raises(ValueError, match=f"codes of {n_bits} bits cannot be packed, only of 2 to 8"):
+        with pytest.raises(ValueError, match=f"codes of {n_bits} bits cannot be packed, only of 1 to 8"):
             call()
 
 
