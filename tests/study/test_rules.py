@@ -75,6 +75,8 @@ BAD = [
     (QUANTIZATION, {"strength": 0.0}, "strength must be above 0 and at most 1"),
     (QUANTIZATION, {"image": "nowhere.png"}, "image must be an existing image file"),
     (QUANTIZATION, {"image": "data"}, "image must be an existing image file"),
+    (QUANTIZATION, {"model": "data/tinny"}, "model must be an existing model folder or file"),
+    (QUANTIZATION, {"model": "owner/a.safetensors"}, "model must be an existing model folder or file"),
     (QUANTIZATION, {"prompts": "tset"}, "prompts must be test, final, unseen, calibration, or an existing"),
     (QUANTIZATION, {"calibration_prompts": "mine.txt"}, "calibration_prompts must be test, final"),
     (QUANTIZATION, {"reference": "data/prompts"}, "reference must be an image, or a folder with PNG"),
@@ -121,6 +123,7 @@ def test_what_breaks_a_rule_is_refused_in_one_sentence(study, injected, words):
 
 
 GOOD = [
+    (QUANTIZATION, {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}),
     (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": 4}),
     (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": [4]}),
     (QUANTIZATION, {"k": 50, "methods": ["max", "weights_only"]}),
