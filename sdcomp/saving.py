@@ -105,7 +105,7 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
     or that is given for a model without int8 weights.
     """
     folder = resolve_input(path)
-    quantized = (int8_files.FILES.config, packed_files.FILES.config, storage.CONFIG)
+    quantized = int8_files.FILES.config, packed_files.FILES.config, storage.CONFIG
     if options.get("loras") and _has(folder, *quantized):
         raise ModelError(f"{path} is quantized: merge LoRA files into the model that it was made of")
     # Where one of the two is missing, loading says so.

@@ -23,15 +23,17 @@ from sdcomp.integer.model_files import (
     write_files,
 )
 from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
-from sdcomp.integer.nbit import NBitLayer, narrow
+from sdcomp.integer.nbit import NBitLayer
 from sdcomp.integer.packed import PackedModel, Timesteps
-from sdcomp.integer.packing import packed_shape
+from sdcomp.integer.packing import block, packed_shape
+from sdcomp.integer.sparse import mask_shape, matches_mask
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
-from sdcomp.model.files.tensors import finite
+from sdcomp.model.files.tensors import finite, listed
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
 from sdcomp.quantization.specs import parameters_of, quantizer_of
 from sdcomp.quantization.state import LayerSpec
+from sdcomp.quantization.storage import QuantizationFileError
 from sdcomp.settings import ANYTHING, AnyOf, ListOf, OneOf, Rule, TableOf, Whole, shown
 
 FILES = Format("packed", "packed.json", "packed.safetensors")
@@ -49,8 +51,9 @@ _SETTINGS: dict[str, Rule] = {
 def save_packed(model: PackedModel, folder: str | Path) -> Path:
     """Write `packed.json` and `packed.safetensors` into a folder; returns it.
 
-    The weights take n bits each. All other tensors are stored in float16 if that holds them exactly, as for
-    weights of float16 files, and otherwise in their own type. `load_packed` reads the files.
+    The weights take n bits each. A layer of many zeros takes one bit for each weight, and n bits for each one
+    that is not zero. All other tensors are stored in float16 if that holds them exactly, as for weights of
+    float16 files, and otherwise in their own type. `load_packed` reads the files.
 
     Raises UserError where the folder cannot be written.
     """
@@ -67,10 +70,16 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     state = {
-        name: narrow(tensor) if tensor.is_floating_point() else tensor
+        name: _half_if_exact(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in model.module.state_dict().items()
     }
     return write_files(folder, FILES, model.module, settings, state, indent=1)
+
+
+def _half_if_exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in float16 if that holds all its values exactly."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def load_packed(
@@ -136,7 +145,19 @@ def _check(
         if not known or not _fits(layer, spec, tensors[name]):
             wrong.append(name)
     refuse_differing(file, wrong)
+    uneven = [name for name, spec in specs.items() if not _even(tensors[name], spec)]
+    if uneven:
+        raise QuantizationFileError(
+            f"{file} is damaged: {listed(sorted(uneven))} have other numbers of values than their masks say; "
+            "copy it again"
+        )
     refuse_damaged(file, [name for name in specs if not _sound(tensors[name], specs[name])], floats)
+
+
+def _even(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
+    """Whether a sparse weight has as many values as its mask says."""
+    mask = tensors["weight_mask"]
+    return mask is None or matches_mask(tensors["packed_weight"], mask, spec.weight_quantizer.n_bits)
 
 
 def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None]) -> bool:
@@ -145,6 +166,11 @@ def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None
     if spec.split is not None and not (len(weight) == 4 and spec.split < weight[1]):
         return False
     wanted = dict(_wanted(weight, spec))
+    if (packed := tensors["packed_weight"]) is not None and tensors["weight_mask"] is not None:
+        # How many values there are, the mask says: see `_check`.
+        blocks = packed.shape[1] if packed.dim() == 3 else 0
+        wanted["packed_weight"] = ((block(spec.weight_quantizer.n_bits)[1], blocks, 1), (torch.uint8,))
+        wanted["weight_mask"] = (mask_shape(weight), (torch.uint8,))
     if layer.bias is not None:
         wanted["bias"] = (weight[:1], DTYPES)
     return all(
@@ -175,7 +201,7 @@ def _wanted(weight: tuple[int, ...], spec: LayerSpec) -> Iterator[tuple[str, tup
 
 def _sound(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
     """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
-    _, scale, zeros, act_scale, act_zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
+    _, _, scale, zeros, act_scale, act_zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
     floats = (t for t in (scale, act_scale, act_zeros, bias) if t is not None)
     return (
         all(finite(t) for t in floats)
