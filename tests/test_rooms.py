@@ -28,8 +28,7 @@ LATE_IMPORTS = {
     ("sdcomp.export.onnx", "onnxscript"): "of the extra deploy",
     ("sdcomp.export.openvino", "openvino"): "of the extra deploy",
     ("sdcomp.export.smaller", "diffusers"): "optional, and slow to import",
-    ("sdcomp.model.text", "tokenizers.pre_tokenizers"): "only training needs it",
-    ("sdcomp.model.files.loading", "huggingface_hub"): "only models by a hub name need it",
+    ("sdcomp.model.files.hub", "huggingface_hub"): "only models by a hub name need it",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",
 }

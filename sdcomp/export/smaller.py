@@ -20,7 +20,7 @@ from sdcomp.model.files.diffusers_config import latent_size, unet_config, unet_s
 from sdcomp.model.files.diffusers_folder import write_diffusers
 from sdcomp.model.files.names import unet_name
 from sdcomp.model.files.tensors import one_line, read_json, read_tensors
-from sdcomp.model.prune_groups import Bypass, apply_channel_map, channel_map
+from sdcomp.model.shrinking import Bypass, apply_channel_map, channel_map
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.integer.packing import Columns, block, dequantize, pack, unpack
+from sdcomp.integer.sparse import dequantize_sparse, pack_sparse, pays, unpack_mask, unpack_sparse
 from sdcomp.model.layers import is_recorded, linear
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.quantizer import Grid, UniformQuantizer
 from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
 
-TENSORS = ("packed_weight", "weight_scale", "weight_zero_point", "act_scale", "act_zero_point", "bias")
+TENSORS = (
+    "packed_weight",
+    "weight_mask",
+    "weight_scale",
+    "weight_zero_point",
+    "act_scale",
+    "act_zero_point",
+    "bias",
+)
 """The tensors of an n-bit layer."""
 
 
@@ -51,13 +60,15 @@ class NBitLayer(nn.Module):
     """What `NBitConv2d` and `NBitLinear` have in common.
 
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
-    `sdcomp.integer.packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
-    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales may be float16 where that
-    holds them exactly. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
+    `sdcomp.integer.packing`; `weight_mask`, for a weight whose zeros are left out, see
+    `sdcomp.integer.sparse`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
+    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales are float16 where a
+    file has them so. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
     `to` changes the type of the bias alone.
     """
 
     packed_weight: Tensor
+    weight_mask: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     act_scale: Tensor | None
@@ -102,21 +113,36 @@ class NBitLayer(nn.Module):
 
     def integer_weight(self) -> Tensor:
         """Return the weight as multiples of its scale, as `QuantLayer.integer_weight` does."""
-        integers = unpack(self.packed_weight, self.weight_quantizer.n_bits, self.shape[0]).short()
+        packed, n_bits, kept = self.packed_weight, self.weight_quantizer.n_bits, None
+        if self.weight_mask is None:
+            integers = unpack(packed, n_bits, self.shape[0]).short()
+        else:
+            kept = unpack_mask(self.weight_mask, self._matrix_shape)
+            integers = unpack_sparse(packed, kept, n_bits).short()
         for grid in self._grids():
             grid.subtract_zero(integers)
+        if kept is not None:
+            integers.mul_(kept)
         return integers.to(self.weight_quantizer.integer_dtype).view(self.shape)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Unpack the weight; it is valid until another layer of the model unpacks its own."""
-        packed, n_bits = self.packed_weight, self.weight_quantizer.n_bits
-        rows, columns = block(n_bits)[0] * packed.shape[1], packed.shape[2]
+        packed, mask, n_bits = self.packed_weight, self.weight_mask, self.weight_quantizer.n_bits
+        rows, columns = self._matrix_shape
+        if mask is None:
+            rows = block(n_bits)[0] * packed.shape[1]
         out = self._workspace.matrix(rows, columns, dtype, packed.device)
-        return dequantize(packed, n_bits, self._grids(), out).view(self.shape)
+        if mask is None:
+            return dequantize(packed, n_bits, self._grids(), out).view(self.shape)
+        return dequantize_sparse(packed, mask, n_bits, self._grids(), out).view(self.shape)
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.shape[0], prod(self.shape[1:])
 
     def _grids(self) -> list[Columns]:
         """The grids of the weight as a matrix `(out, columns)`, whose last group may be narrower."""
-        width, size = prod(self.shape[1:]), self.weight_quantizer.group_size
+        width, size = self._matrix_shape[1], self.weight_quantizer.group_size
         border, groups = width, 1
         if self.split is not None:
             border = self.split * prod(self.shape[2:])
@@ -158,8 +184,8 @@ class NBitLayer(nn.Module):
         """Shape and quantizers."""
         inputs = "" if self.act_quantizer is None else f", {self.act_quantizer.n_bits}-bit inputs"
         split = "" if self.split is None else f", split={self.split}"
-        weights = self.weight_quantizer
-        return f"{self.shape}, {weights.n_bits}-bit weights per {weights.granularity}{inputs}{split}"
+        weights, zeros = self.weight_quantizer, "" if self.weight_mask is None else ", zeros left out"
+        return f"{self.shape}, {weights.n_bits}-bit weights per {weights.granularity}{zeros}{inputs}{split}"
 
 
 class NBitConv2d(NBitLayer, nn.Conv2d):
@@ -199,26 +225,29 @@ def nbit_layer(layer: nn.Module, *args: object) -> NBitLayer:
 
 
 def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
-    """Return the tensors of a quantized layer as an n-bit layer takes them, on the same device."""
+    """Return the tensors of a quantized layer as an n-bit layer takes them, on the same device.
+
+    Zeros are left out where that `pays`.
+    """
     quantizer = layer.weight_quantizer
 
     def codes(integers: Tensor, grid: Grid) -> Tensor:
-        lowest = quantizer.spread(integers, grid)[1]
+        lowest = quantizer.broadcast_grid(integers, grid)[1]
         return (integers.short() - lowest).to(torch.uint8)
 
-    matrix = layer.per_part(codes, layer.integer_weight()).flatten(1)
+    integers, n_bits = layer.integer_weight(), quantizer.n_bits
+    matrix, kept, mask = layer.per_half(codes, integers).flatten(1), (integers != 0).flatten(1), None
+    if pays(matrix.shape, int(kept.count_nonzero()), n_bits):
+        packed, mask = pack_sparse(matrix, kept, n_bits)
+    else:
+        packed = pack(matrix, n_bits)
     zero = layer.weight_zero_point
     return {
-        "packed_weight": pack(matrix, quantizer.n_bits),
-        "weight_scale": narrow(layer.weight_scale),
+        "packed_weight": packed,
+        "weight_mask": mask,
+        "weight_scale": layer.weight_scale,
         "weight_zero_point": None if zero is None else zero.to(torch.uint8),
         "act_scale": layer.act_scale,
         "act_zero_point": layer.act_zero_point,
         "bias": None if layer.bias is None else layer.bias.detach(),
     }
-
-
-def narrow(tensor: Tensor) -> Tensor:
-    """Return a tensor in float16 if that holds all its values exactly, as for weights of float16 files."""
-    half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor

@@ -58,4 +58,4 @@ def packed_file_bytes(model: QuantModel) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         save_packed(to_packed(model), folder)
-        return (Path(folder) / packed_files.TENSORS).stat().st_size
+        return (Path(folder) / packed_files.FILES.tensors).stat().st_size

@@ -9,7 +9,7 @@ from quantized_models import small_call
 
 import sdcomp
 from sdcomp.export import load_diffusers
-from sdcomp.model.prune_groups import apply_channel_map, prune_groups
+from sdcomp.model.shrinking import apply_channel_map, prune_groups
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import QuantModel
 

@@ -15,6 +15,7 @@ from sdcomp.errors import UserError
 from sdcomp.integer import PackedModel, kernels, load_packed, save_packed, to_int8, to_packed
 from sdcomp.integer.nbit import NBitLayer
 from sdcomp.model.offloading import weights_on
+from sdcomp.pruning import prune_n_m, prune_structured, prune_unstructured
 from sdcomp.quantization import (
     NotCalibratedError,
     QuantizationFileError,
@@ -249,9 +250,53 @@ def test_files_hold_n_bits_a_weight(small, tmp_path, name):
         loaded = load_packed(tmp_path, module)
         assert torch.equal(loaded(*call), q(*call))
     state = load_file(tmp_path / "packed.safetensors")
-    stored = sum(tensor.nbytes for key, tensor in state.items() if key.endswith("packed_weight"))
+    stored = sum(t.nbytes for key, t in state.items() if key.endswith(("packed_weight", "weight_mask")))
     weights = sum(layer.weight.numel() for layer in q.quantized_layers())
-    assert weights * WEIGHTS[name]["n_bits"] / 8 <= stored < 1.02 * weights * WEIGHTS[name]["n_bits"] / 8
+    most = weights * WEIGHTS[name]["n_bits"] / 8
+    # One scale and three levels: most weights are rounded to zero, and zeros are left out.
+    assert stored < (0.6 if name == "W2, one scale" else 1.02) * most
+
+
+PRUNED = {
+    "half": lambda unet: prune_unstructured(unet, 0.5),
+    "2:4": prune_n_m,
+    "channels": lambda unet: prune_structured(unet, 0.4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("pruning", PRUNED)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_zeros_are_left_out_of_pruned_models(small, tmp_path, name, pruning, dtype):
+    unet, call = PRUNED[pruning](small.unet), small_call(small)
+    q = quantized(small.replace(unet=unet), weight_quant_params=WEIGHTS[name])
+    packed = to_packed(q)
+    loaded = load_packed(save_packed(packed, tmp_path), dtype=dtype)
+    if dtype == torch.float32:
+        assert torch.equal(packed(*call), q(*call)) and torch.equal(loaded(*call), q(*call))
+    for layer, simulated in zip(loaded.quantized_layers(), q.quantized_layers(), strict=True):
+        assert torch.equal(layer.dense_weight(dtype), simulated.fake_weight().to(dtype))
+        assert torch.equal(layer.integer_weight(), simulated.integer_weight())
+    state = load_file(tmp_path / "packed.safetensors")
+    n_bits = WEIGHTS[name]["n_bits"]
+    for layer in q.quantized_layers():
+        weight, mask = (state.get(f"{layer.name}.{kind}") for kind in ("packed_weight", "weight_mask"))
+        integers = layer.integer_weight()
+        dense, sparse = n_bits * integers.numel(), integers.numel() + n_bits * int(integers.count_nonzero())
+        if len(integers) % 8 == 0 and not 0.88 < sparse / dense < 0.92:
+            assert (mask is not None) == (sparse < 0.9 * dense)
+        if mask is not None:
+            assert sparse <= 8 * (weight.nbytes + mask.nbytes) <= sparse + 8 * n_bits + 8
+    assert ("zeros left out" in str(loaded)) == any(key.endswith("weight_mask") for key in state)
+
+
+def test_a_layer_may_be_all_zeros(small, tmp_path):
+    q, call = quantized(small), small_call(small)
+    layer = q.quantized_layers()[5]
+    layer.set_rounded(torch.zeros_like(layer.weight))
+    loaded = load_packed(save_packed(to_packed(q), tmp_path))
+    assert torch.equal(loaded(*call), q(*call))
+    assert load_file(tmp_path / "packed.safetensors")[f"{layer.name}.packed_weight"].numel() == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -375,6 +420,32 @@ def test_tensors_that_are_wrong_are_named(folder, kind, value, message):
     state[f"out.2.{kind}"] = value
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, file)
     with pytest.raises(QuantizationFileError, match=rf"packed\.safetensors is {message}: out\.2"):
+        load_packed(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("weight_mask", lambda t: None, "of another module"),
+        ("weight_mask", lambda t: t[:-1], "of another module"),
+        ("weight_mask", lambda t: t.float(), "of another module"),
+        ("weight_mask", torch.zeros_like, "damaged: .*other numbers of values than their masks say"),
+        ("weight_mask", lambda t: ~t, "damaged: .*other numbers of values than their masks say"),
+        ("packed_weight", lambda t: t[:, :-1], "damaged: .*other numbers of values than their masks say"),
+        ("packed_weight", lambda t: t.expand(-1, -1, 2), "of another module"),
+        ("packed_weight", lambda t: t.view(-1), "of another module"),
+        ("packed_weight", lambda t: None, "of another module"),
+    ],
+)
+def test_masks_that_are_wrong_are_named(small, tmp_path, kind, change, message):
+    unet = prune_unstructured(small.unet, 0.6)
+    folder = save_packed(to_packed(quantized(small.replace(unet=unet))), tmp_path)
+    file = folder / "packed.safetensors"
+    state = load_file(file)
+    name = f"input_blocks.0.0.{kind}"
+    changed = change(state.pop(name))
+    save_file(state if changed is None else {**state, name: changed.contiguous()}, file)
+    with pytest.raises(QuantizationFileError, match=rf"packed\.safetensors is {message}.*"):
         load_packed(folder)
 
 

@@ -52,11 +52,31 @@ def test_bytes_are_those_of_a_slow_packer(n_bits, rows, columns, seed):
     assert np.array_equal(unpack(packed, n_bits, rows).numpy(), codes)
 
 
+@pytest.mark.parametrize("n_bits", [0, 9])
+def test_other_widths_are_refused(n_bits):
+    codes = torch.zeros(8, 3, dtype=torch.uint8)
+    for call in (lambda: pack(codes, n_bits), lambda: unpack(codes[None], n_bits, 8)):
+        with pytest.raises(ValueError, match=f"codes of {n_bits} bits cannot be packed, only of 1 to 8"):
+            call()
+
+
 @pytest.mark.parametrize("n_bits", BITS)
 def test_no_bit_is_wasted(n_bits):
     codes, size = block(n_bits)
     assert codes * n_bits == 8 * size
     assert pack(torch.zeros(40, 7, dtype=torch.uint8), n_bits).numel() * 8 == 40 * 7 * n_bits
+
+
+def slow_codes(layer, rows: int, columns: int, zero: np.ndarray) -> np.ndarray:
+    """The codes of a packed layer; zeros that are left out get the code `zero` `(rows, columns)`."""
+    packed, n_bits = layer.packed_weight.numpy(), layer.weight_quantizer.n_bits
+    if layer.weight_mask is None:
+        return slow_unpack(packed, n_bits, rows)
+    kept = slow_unpack(layer.weight_mask.numpy().reshape(1, -1, 1), 1, rows * columns).astype(bool).ravel()
+    codes = zero.flatten()
+    codes[kept] = slow_unpack(packed, n_bits, kept.sum()).ravel() if kept.any() else []
+    assert (codes[kept] != zero.ravel()[kept]).all()  # no zero is stored as a value
+    return codes.reshape(rows, columns)
 
 
 GRIDS = st.one_of(
@@ -69,17 +89,17 @@ GRIDS = st.one_of(
 @given(
     n_bits=st.integers(2, 8), symmetric=st.booleans(), grid=GRIDS, rows=st.integers(1, 20),
     columns=st.integers(1, 70), kernel=st.sampled_from([None, 1, 3]), chunk=st.sampled_from([1, 100, 2**19]),
-    seed=st.integers(0, 2**32 - 1),
+    zeros=st.sampled_from([0, 0.5, 0.9, 1]), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_dense_weights_are_those_of_the_simulation_and_of_numpy(
-    n_bits, symmetric, grid, rows, columns, kernel, chunk, seed
+    n_bits, symmetric, grid, rows, columns, kernel, chunk, zeros, seed
 ):
     layer = nn.Linear(columns, rows) if kernel is None else nn.Conv2d(columns, rows, kernel)
     with torch.no_grad():
-        layer.weight.copy_(
-            torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed)) + 0.3
-        )
-        layer.weight[0] = 0  # as pruning leaves it
+        generator = torch.Generator().manual_seed(seed)
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) + 0.3)
+        layer.weight[torch.rand(layer.weight.shape, generator=generator) < zeros] = 0
+        layer.weight[0] = 0  # as structured pruning leaves it
     params = {"n_bits": n_bits, "symmetric": symmetric, **grid}
     q = QuantModel(layer, weight_quant_params=params, act_quant_params=None)
     simulated, packed = q.quantized_layers()[0], to_packed(q).module
@@ -91,12 +111,14 @@ def test_dense_weights_are_those_of_the_simulation_and_of_numpy(
     assert packed.integer_weight().dtype == simulated.integer_weight().dtype
     assert torch.equal(packed.integer_weight(), simulated.integer_weight())
 
-    codes = slow_unpack(packed.packed_weight.numpy(), n_bits, rows)
-    width = {"tensor": codes.size, "channel": codes.shape[1]}.get(grid["granularity"], grid.get("group_size"))
-    group = np.arange(codes.shape[1]) // width
+    columns = layer.weight[0].numel()
+    width = {"group": grid.get("group_size")}.get(grid["granularity"], columns)
+    group = np.arange(columns) // width
     scale = packed.weight_scale.float().numpy().reshape(-1, group[-1] + 1)[:, group]
-    zero = 2 ** (n_bits - 1) - 1
+    zero = np.full((rows, columns), 2 ** (n_bits - 1) - 1)
     if not symmetric:
         zero = packed.weight_zero_point.numpy().astype(np.int64).reshape(-1, group[-1] + 1)[:, group]
+        zero = np.broadcast_to(zero, (rows, columns))
+    codes = slow_codes(packed, rows, columns, zero)
     wanted = (codes - zero).astype(np.float32) * scale
     assert np.array_equal(packed.dense_weight(torch.float32).numpy().reshape(rows, -1), wanted)

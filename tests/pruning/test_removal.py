@@ -10,7 +10,7 @@ from torch import nn
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.model.prune_groups import Bypass, keep_units, prune_groups
+from sdcomp.model.shrinking import Bypass, keep_units, prune_groups
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import (
     Calibration,
@@ -21,7 +21,7 @@ from sdcomp.pruning import (
     prune_structured,
     remove_cheapest,
 )
-from sdcomp.pruning.elimination import correct_inputs, removal_levels
+from sdcomp.pruning.least_squares import correct_inputs, removal_levels
 from sdcomp.quantization import QuantModel
 
 MIDDLE = "middle_block.1"

@@ -7,6 +7,7 @@ from torch import nn
 import sdcomp
 from sdcomp.errors import UserError
 from sdcomp.moments import second_moments
+from sdcomp.pruning import prune_unstructured
 from sdcomp.quantization import PRESETS, QuantModel, Recipe, apply_recipe, load_quant_model, quantize
 from sdcomp.quantization.methods import SecondOrderRounding
 
@@ -45,8 +46,8 @@ def test_second_order_rounding_keeps_outputs_closer_on_the_same_grids(kind, para
         assert torch.equal(layer.weight_grids()[0].scale, grids)
     # The rounded weight lies on the grids, and rounding it again changes nothing.
     fake = layer.fake_weight()
-    assert torch.equal(layer.per_part(layer.weight_quantizer.simulate, fake), fake)
-    assert torch.equal(layer.per_part(layer.weight_quantizer.dequantize, layer.integer_weight()), fake)
+    assert torch.equal(layer.per_half(layer.weight_quantizer.simulate, fake), fake)
+    assert torch.equal(layer.per_half(layer.weight_quantizer.dequantize, layer.integer_weight()), fake)
     # The full-precision layer is still there.
     assert torch.equal(q.set_use_quant(weights=False)(x), expected)
 
@@ -60,6 +61,46 @@ def test_halves_of_a_split_keep_their_own_grids(small):
     for half, scale in zip(halves, layer.weight_scale, strict=True):
         multiples = half.flatten(1) / scale[:, None]
         assert (multiples - multiples.round()).abs().max() < 1e-5 and multiples.abs().max() <= 3.001
+
+
+def pruned(module: nn.Module, share: float = 0.5) -> nn.Module:
+    with torch.no_grad():
+        for parameter in (p for p in module.parameters() if p.dim() > 1):
+            parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < share] = 0
+    return module
+
+
+@pytest.mark.parametrize("params", [{}, {"symmetric": False}, {"granularity": "group", "group_size": 16}])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_zeros_stay_zero_and_the_others_make_up_for_them(kind, params):
+    torch.manual_seed(0)
+    if kind == "linear":
+        module, x = pruned(nn.Linear(48, 20)), correlated(400, 48)
+    else:
+        module, x = (
+            pruned(nn.Conv2d(6, 20, 3, padding=1)),
+            nn.functional.avg_pool2d(random(8, 6, 12, 12), 5, 1),
+        )
+    q = QuantModel(module, weight_quant_params={"n_bits": 3, **params}, act_quant_params=None)
+    (layer,) = q.quantized_layers()
+    zeros, expected = layer.weight == 0, module(x)
+    assert (layer.fake_weight()[zeros] == 0).all()
+    nearest = (q(x) - expected).square().mean()
+    second_order(layer, x)
+    assert (layer.fake_weight()[zeros] == 0).all() and (layer.integer_weight()[zeros] == 0).all()
+    assert (q(x) - expected).square().mean() < 0.8 * nearest
+
+
+@pytest.mark.parametrize("preset", ["weights_only", "weights_gptq", "weights_gptq_groups", "low_bits"])
+def test_a_pruned_model_keeps_its_zeros_whatever_the_recipe(small, preset):
+    def run() -> None:
+        small.generate(PROMPTS, steps=2)
+
+    unet = prune_unstructured(small.unet, 0.5, importance="second_order", calibration=run)
+    sd = small.replace(unet=unet)
+    q = quantize(sd, preset, PROMPTS, weight_bits=4, act_bits=8, steps=2)
+    for layer in q.quantized_layers():
+        assert (layer.fake_weight()[unet.get_submodule(layer.name).weight == 0] == 0).all()
 
 
 RECIPE = Recipe(

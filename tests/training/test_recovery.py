@@ -13,7 +13,7 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.integer import to_packed
-from sdcomp.model.prune_groups import keep_units, prune_groups
+from sdcomp.model.shrinking import keep_units, prune_groups
 from sdcomp.pruning import (
     channel_map,
     count_zeros,
@@ -23,7 +23,7 @@ from sdcomp.pruning import (
     prune_unstructured,
     sparsity_table,
 )
-from sdcomp.pruning.sizes import sparse_state
+from sdcomp.pruning.disk_sizes import sparse_state
 from sdcomp.quantization import QuantModel
 from sdcomp.training import recover
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdcomp.column_sweep import descend, inverse_factor, sweep
-from sdcomp.moments import weight_matrix
+from sdcomp.column_sweep import DAMPING, descend, inverse_factor, sweep
+from sdcomp.moments import ROWS, weight_matrix
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
 
@@ -26,26 +26,29 @@ class SecondOrderRounding:
     of H, as a share of its mean. `passes`: how often each column is chosen once more (Behdin et al. 2023).
     The grid of a group of columns is found when the sweep reaches it, from weights that compensate for the
     columns before; other grids stay as they are.
+
+    Weights that are exactly zero stay so, and the others make up for that: a pruned layer keeps its zeros.
     """
 
-    rows: int = 1024
-    damping: float = 0.01
+    rows: int = ROWS
+    damping: float = DAMPING
     passes: int = 3
 
     def __call__(self, layer: QuantLayer, moments: Tensor) -> None:
         """Give a layer its rounded weight; `moments` is H, `(columns, columns)`."""
-        rounding = _Rounding(layer)
-        block = rounding.group or 128
         weight = weight_matrix(layer)
+        rounding = _Rounding(layer, weight == 0)
+        block = rounding.group or 128
         rounded = sweep(weight, inverse_factor(moments, self.damping), rounding, block=block)
         rounded = descend(weight, rounded, moments, rounding, passes=self.passes, damping=self.damping)
         layer.set_rounded(rounded, [rounding.grid_of_groups()] if rounding.group else None)
 
 
 class _Rounding:
-    """The `sdcomp.column_sweep.Rule` that rounds columns to a layer's grids."""
+    """The `sdcomp.column_sweep.Rule` that rounds columns to a layer's grids, and keeps its `zeros`."""
 
-    def __init__(self, layer: QuantLayer) -> None:
+    def __init__(self, layer: QuantLayer, zeros: Tensor) -> None:
+        self.zeros = zeros
         self.quantizer: UniformQuantizer = layer.weight_quantizer
         self.group = self.quantizer.group_size if self.quantizer.granularity == "group" else 0
         # The first column of each part of the weight, and the part's grid; groups come later.
@@ -60,14 +63,15 @@ class _Rounding:
     def begin(self, block: Tensor, cost: Tensor, start: int) -> None:
         """Find the grid of the group that begins here."""
         if self.group:
-            grid = self.quantizer.grid(block)
+            zeros = self.zeros[:, start : start + block.shape[1]]
+            grid = self.quantizer.grid(block.masked_fill(zeros, 0))
             self._grids.append((start, Grid(*(part if part is None else part[:, 0] for part in grid))))
 
     def column(self, values: Tensor, index: int) -> Tensor:
-        """Round a column."""
+        """Round a column, but keep its zeros."""
         scale, zero_point = next(grid for start, grid in reversed(self._grids) if start <= index)
         low, high = self.quantizer.bounds(zero_point)
-        return fake_quantize(values, scale, high, low)
+        return fake_quantize(values, scale, high, low).masked_fill(self.zeros[:, index], 0)
 
     def grid_of_groups(self) -> Grid:
         """Return the grids of all groups, `(out, groups)`."""
