@@ -44,6 +44,7 @@ from torch import nn
 from sdcomp.evaluation import macs
 from sdcomp.export import export, load_openvino
 from sdcomp.integer import load_int8, save_int8, to_int8
+from sdcomp.model.shrinking import apply_channel_map, prune_groups
 
 
 def smaller(unet: nn.Module, amount: float, multiple: int = 16) -> nn.Module:
