@@ -16,7 +16,14 @@ from sdcomp.evaluation.profile import (
     weight_bytes,
 )
 from sdcomp.evaluation.prompts import Prompts, load_prompts
-from sdcomp.evaluation.statistics import Estimate, applicable, bootstrap, estimate, paired_difference
+from sdcomp.evaluation.statistics import (
+    Estimate,
+    applicable,
+    bootstrap,
+    estimate,
+    paired_difference,
+    share_estimate,
+)
 from sdcomp.evaluation.timing import interleaved_times, median, peak_memory
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "precision_facts",
     "psnr",
     "scores",
+    "share_estimate",
     "ssim",
     "thinned",
     "weight_bytes",

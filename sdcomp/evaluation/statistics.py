@@ -1,15 +1,20 @@
-"""Statistics over images with 95 % intervals, by bootstrap."""
+"""Statistics over images with 95 % intervals: scores by bootstrap, shares by score intervals.
+
+`tests/benchmarks/coverage.py` measures how often these intervals contain the truth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdcomp.errors import NonFiniteError
+from sdcomp.evaluation.shares import effective_number, student, tango, wilson
 
 RESAMPLES = 2000
 
@@ -33,30 +38,39 @@ def bootstrap(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of `values` `(n,)`, after `transform` if given, with its percentile interval.
+    """The mean of `values` `(n,)`, after `transform` if given, with its interval by bootstrap.
 
     Images are resampled with replacement (Efron 1979). `groups` names the scene of each image; then whole
-    groups are resampled, since images of one scene are not independent. For a paired comparison, pass the
-    differences. A single group has no interval (NaN). Raises ValueError for no values and for another number
-    of groups, and NonFiniteError for values that are not finite: a variant with such values has failed, and
-    its other values do not count (for values that do not apply, see `applicable`).
+    groups are resampled, since images of one scene are not independent. The percentiles are those that make
+    the interval of a normal mean as wide as Student's (the expanded percentiles of Hesterberg 2015). For a
+    paired comparison, pass the differences. A single group has no interval (NaN). Raises ValueError for no
+    values and for another number of groups, and NonFiniteError for values that are not finite: a variant
+    with such values has failed, and its other values do not count (for values that do not apply, see
+    `applicable`).
     """
+    members = _members(values, groups)
+    data = values.double().cpu().numpy()
+    f = transform or (lambda x: x)
+    sums, counts = np.bincount(members, data), np.bincount(members)
+    low = high = np.nan
+    if counts.size > 1:
+        rng = np.random.default_rng(seed)
+        # A hundred resamples at a time, to save memory.
+        draws = (rng.integers(0, counts.size, (100, counts.size)) for _ in range(RESAMPLES // 100))
+        means = np.concatenate([sums[d].sum(1) / counts[d].sum(1) for d in draws])
+        tail = 100 * NormalDist().cdf(-np.sqrt(counts.size / (counts.size - 1)) * student(counts.size - 1))
+        low, high = np.sort(np.percentile(f(means), [tail, 100 - tail]))
+    return Estimate(float(f(data.mean())), float(low), float(high), data.size)
+
+
+def _members(values: Tensor, groups: Sequence[Hashable] | None) -> np.ndarray:
+    """The number of the group of each value, from 0 on; checks the values."""
     require_finite("scores", values)
     if groups and len(groups) != len(values):
         raise ValueError(f"{len(groups)} groups for {len(values)} values: give one for each")
-    data = values.double().cpu().numpy()
-    labels = np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(data.size)
-    if data.size == 0:
+    if not len(values):
         raise ValueError("an estimate needs at least one value")
-    members = np.unique(labels, return_inverse=True)[1]
-    sums, counts = np.bincount(members, data), np.bincount(members)
-    rng = np.random.default_rng(seed)
-    # A hundred resamples at a time, to save memory.
-    draws = (rng.integers(0, counts.size, (100, counts.size)) for _ in range(RESAMPLES // 100))
-    means = np.concatenate([sums[d].sum(1) / counts[d].sum(1) for d in draws])
-    f = transform or (lambda x: x)
-    low, high = np.sort(np.percentile(f(means), [2.5, 97.5])) if counts.size > 1 else (np.nan, np.nan)
-    return Estimate(float(f(data.mean())), float(low), float(high), data.size)
+    return np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(len(values))
 
 
 def require_finite(what: str, *values: Tensor) -> None:
@@ -82,37 +96,43 @@ def applicable(values: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, list
 
 
 def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The mean of a score `(n,)` with its interval; for a bool score the share of True, in percent.
+    """The mean of a score `(n,)` with its interval; for a bool score its `share_estimate`.
 
-    If all images (or groups) agree, a bootstrap has no spread; a share then gets Wilson's (1927) interval.
     Raises the errors of `bootstrap`.
     """
-    if values.dtype != torch.bool:
-        return bootstrap(values, groups=groups)
-    share = bootstrap(100 * values.double(), groups=groups)
-    if share.low != share.high:
-        return share
-    n, p, z2 = len(set(groups)) if groups else len(values), share.value / 100, 1.96**2
-    center, half = p + z2 / 2 / n, np.sqrt(z2 * p * (1 - p) / n + (z2 / 2 / n) ** 2)
-    center, half = center / (1 + z2 / n), half.item() / (1 + z2 / n)
-    return Estimate(share.value, 100 * (center - half), 100 * (center + half), share.n)
+    return share_estimate(values, groups) if values.dtype == torch.bool else bootstrap(values, groups=groups)
+
+
+def share_estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of values `(n,)` between 0 and 1, in percent, with Wilson's score interval.
+
+    Clusters count as their `effective_number` of independent images. The interval is too wide for values
+    that are not all 0 or 1. A single group has none. Raises the errors of `bootstrap`.
+    """
+    data, n = _shares(values, groups)
+    low, high = wilson(data.mean(), n)
+    return Estimate(*(100 * float(x) for x in (data.mean(), low, high)), data.size)
 
 
 def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of `values - baseline`, image by image; for bool scores in percentage points.
 
-    If no answer differs, a bootstrap has no spread. The interval then reaches as far on each side as the
-    largest rate of an event that n groups all miss with a probability of 2.5 %. Raises ValueError unless both
-    have the same shape, and the errors of `bootstrap`.
+    Scores have an interval by bootstrap, bool scores Tango's score interval, where clusters count as their
+    `effective_number` of independent pairs. Raises ValueError unless both have the same shape, and the errors
+    of `bootstrap`.
     """
     if values.shape != baseline.shape:
         raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")
+    change = values.double() - baseline.double()
     if values.dtype != torch.bool:
-        return bootstrap(values.double() - baseline.double(), groups=groups)
-    change = bootstrap(100 * (values.double() - baseline.double()), groups=groups)
-    if change.low != change.high:
-        return change
-    n = len(set(groups)) if groups else len(values)
-    reach = 100 * (1 - 0.025 ** (1 / n))
-    low, high = max(change.value - reach, -100.0), min(change.value + reach, 100.0)
-    return Estimate(change.value, low, high, change.n)
+        return bootstrap(change, groups=groups)
+    data, n = _shares(change, groups)
+    low, high = tango((data > 0).mean(), (data < 0).mean(), n)
+    return Estimate(*(100 * float(x) for x in (data.mean(), low, high)), data.size)
+
+
+def _shares(values: Tensor, groups: Sequence[Hashable] | None) -> tuple[np.ndarray, float]:
+    """The values, and their effective number; NaN for a single group."""
+    members = _members(values, groups)
+    data = values.double().cpu().numpy()
+    return data, float(effective_number(data, members)) if members.any() else np.nan

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sdcomp.evaluation import PathErrors, Prompts, applicable, bootstrap, estimate
+from sdcomp.evaluation import PathErrors, Prompts, applicable, bootstrap, share_estimate
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
 from sdcomp.study.run import Run
@@ -37,5 +37,5 @@ def record_attributes(
     for attribute, right in found.by_attribute.items():
         values, groups = applicable(right, prompts.groups[: len(images)])
         if len(values):
-            missed = estimate(100 * (1 - values), groups)
+            missed = share_estimate(1 - values, groups)
             run.record(variant, "missed", missed, unit="%", attribute=attribute)

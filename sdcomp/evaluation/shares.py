@@ -1,0 +1,79 @@
+"""Score intervals of shares and of paired differences of shares, for independent images and for clusters.
+
+A score interval contains every share that a test at 5 % does not reject. It has a width also where all
+images agree. Shares are arrays of any shape, so that a simulation computes many intervals at once.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+
+Z = NormalDist().inv_cdf(0.975)
+Ends = tuple[np.ndarray, np.ndarray]
+
+
+def student(df: np.ndarray | float) -> np.ndarray:
+    """The 97.5 % quantile of Student's t (Abramowitz & Stegun 1964, 26.7.5), to 1 % from df = 3 on."""
+    z, df = Z, np.asarray(df, dtype=float)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
+
+
+def effective_number(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """How many independent images hold the information of `values` `(..., n)`.
+
+    `members` `(n,)` numbers the scene of each image from 0 on. The number is n without clusters, else n over
+    the design effect: the variance of the mean over scenes, divided by that over independent images (Kish
+    1965). A factor for Student's t allows for few scenes (Korn & Graubard 1998). If all values are equal,
+    nothing tells the design effect, and only the number of scenes counts.
+    """
+    n, order = values.shape[-1], np.argsort(members, kind="stable")
+    starts = np.flatnonzero(np.diff(members[order], prepend=-1))
+    scenes = len(starts)
+    rest = values - values.mean(-1, keepdims=True)
+    clustered = np.square(np.add.reduceat(rest[..., order], starts, axis=-1)).sum(-1) * scenes / (scenes - 1)
+    single = np.square(rest).sum(-1) * n / (n - 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = n * single / np.maximum(clustered, single) * (student(n - 1) / student(scenes - 1)) ** 2
+    return np.where(single > 0, found, scenes)
+
+
+def wilson(share: np.ndarray, n: np.ndarray) -> Ends:
+    """The 95 % score interval of a share of `n` images (Wilson 1927)."""
+    center = (share + Z**2 / 2 / n) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + (Z / 2 / n) ** 2)
+    return center - half, center + half
+
+
+def tango(gained: np.ndarray, lost: np.ndarray, n: np.ndarray) -> Ends:
+    """The 95 % score interval of a paired difference of shares, gained - lost (Tango 1998, section 3).
+
+    `gained` and `lost` are the shares of the `n` pairs where only the one, or only the other, answer is
+    right. For clusters, `n` is the effective number (Yang, Sun & Hardin 2012).
+    """
+    difference = np.asarray(gained - lost, dtype=float)
+
+    def end(edge: float) -> np.ndarray:
+        # The score falls from the difference to the edge; halve the range that holds the end.
+        inside, outside = difference, np.full_like(difference, edge)
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            near = np.square(difference - middle) * n <= Z**2 * _variance(gained, lost, middle)
+            inside, outside = np.where(near, middle, inside), np.where(near, outside, middle)
+        return inside
+
+    return end(-1.0), end(1.0)
+
+
+def _variance(gained: np.ndarray, lost: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    """The variance of one pair's difference at its most likely rates, given the mean (Tango's equation 6)."""
+    b = (2 - gained + lost) * difference - gained - lost
+    rate = (np.sqrt(b**2 + 8 * lost * difference * (1 - difference)) - b) / 4
+    return 2 * rate + difference * (1 - difference)
