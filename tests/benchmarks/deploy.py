@@ -38,7 +38,6 @@ from int8 import (
     measure,
     peak_memory,
 )
-from sdcomp.model.prune_groups import apply_channel_map, prune_groups
 from torch import nn
 
 from sdcomp.evaluation import macs
