@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
@@ -87,7 +88,7 @@ class GraphLayer(nn.Module):
         self.shapes = [(out, size, *kernel) for size in self.sizes]
         self.grids = _grids(layer, interval)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
-        for i, (weight, scale) in enumerate(_weights(layer, self.sizes)):
+        for i, (weight, scale) in enumerate(_weights(layer, self.shapes)):
             self.register_buffer(f"weight{i}", weight)
             self.register_buffer(f"scale{i}", scale)
 
@@ -114,15 +115,20 @@ class GraphLayer(nn.Module):
         return F.conv2d(x, weight, bias, *self.geometry) if self.conv else F.linear(x, weight, bias)
 
 
-def _weights(layer: QuantLayer | NBitLayer, sizes: list[int]) -> list[tuple[Tensor, Tensor | None]]:
-    """Integers and scales of a weight or of its halves; floats and None where int8 cannot hold it."""
-    quantizer = layer.weight_quantizer
+def _weights(
+    layer: QuantLayer | NBitLayer, shapes: list[tuple[int, ...]]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Integers and scales of a weight or of its halves; floats and None where int8 cannot hold it.
+
+    So it is for 8 bits with a zero point, and for groups where the last one is narrower.
+    """
+    quantizer, sizes = layer.weight_quantizer, [shape[1] for shape in shapes]
     grouped = quantizer is not None and quantizer.granularity == "group"
     if (
         quantizer is None
         or not layer.state.weights
         or quantizer.integer_dtype != torch.int8
-        or (grouped and layer.weight_scale.shape[1] * quantizer.group_size != sizes[0])
+        or (grouped and prod(shapes[0][1:]) % quantizer.group_size)
     ):
         return [(part, None) for part in rounded_weight(layer).detach().float().split(sizes, dim=1)]
     integers, scale = layer.integer_weight(), layer.weight_scale.float()
