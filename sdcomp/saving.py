@@ -52,7 +52,7 @@ def save(
 
     `format` is "sdcomp", "original" or "diffusers", see `sdcomp.model.save`, or "packed". "sdcomp" holds
     every UNet, and a quantized one keeps its type. "packed" is for a quantized or packed UNet: it writes the
-    weights with n bits each. "original" and "diffusers" hold plain UNets only. `dtype` is the type of the
+    weights with n bits each, and leaves out the zeros of a pruned one. "original" and "diffusers" hold plain UNets only. `dtype` is the type of the
     plain weights. `record` says more about the model, ready for JSON: its origin, the evaluation that it
     passed.
 
