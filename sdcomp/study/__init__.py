@@ -16,6 +16,7 @@ from sdcomp.study.plots import (
     scatter,
     style,
 )
+from sdcomp.study.requests import requested
 from sdcomp.study.run import Run
 from sdcomp.study.times import PairedTimes
 from sdcomp.study.variants import FP32, Variant, pruned, quantized
@@ -47,6 +48,7 @@ __all__ = [
     "quantized",
     "read_parameters",
     "reference_images",
+    "requested",
     "scatter",
     "style",
 ]
