@@ -1,21 +1,24 @@
 """Measure how far a latent diffusion model can be quantized and pruned, and what is really gained."""
 
+import importlib
 import warnings
 
-# Silence tqdm's warning when ipywidgets is missing.
-warnings.filterwarnings("ignore", message="IProgress not found")
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets this module warns when it is imported, and transformers imports it.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    importlib.import_module("tqdm.auto")
 
-from sdcomp.export import as_diffusers_unet, from_diffusers_unet  # noqa: E402
-from sdcomp.integer import PackedModel, to_int8, to_packed  # noqa: E402
-from sdcomp.model import (  # noqa: E402
+from sdcomp.export import as_diffusers_unet, from_diffusers_unet
+from sdcomp.integer import PackedModel, to_int8, to_packed
+from sdcomp.model import (
     SD15,
     TINY,
     ModelError,
     StableDiffusion,
     load_from_standard_weights,
 )
-from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel  # noqa: E402
-from sdcomp.saving import load, save  # noqa: E402
+from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.saving import load, save
 
 __all__ = [
     "SD15",

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 
+DAMPING = 0.01
+"""What second-order methods add to the diagonal of H, as a share of its mean, unless told otherwise."""
+
 
 class Rule(Protocol):
     """Decides what the columns become. Quantizers round them, pruners zero some of their entries."""
@@ -32,7 +35,7 @@ class Rule(Protocol):
         """Return what a column `(out,)` becomes."""
 
 
-def inverse_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
+def inverse_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32.
 
     `moments` is H, `(columns, columns)`. With J the reversal of rows, J H J = L L^T (Cholesky) gives H = R
@@ -90,7 +93,7 @@ def descend(
     rule: Rule,
     *,
     passes: int,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     block: int = 128,
 ) -> Tensor:
     """Lower the error of a matrix that `sweep` made: choose each column anew, given all the others.

@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sdcomp.errors import UserError
 
+ROWS = 1024
+"""Rows of a layer's input that each call of the model contributes, where a caller names no other number."""
+
 
 class LastInput:
     """Remembers one value that was computed from the last input.
@@ -77,7 +80,7 @@ class MomentObserver:
     Raises UserError for a layer that `can_observe` does not take.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[str], *, rows: int = 8192, seed: int = 0) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[str], *, rows: int = ROWS, seed: int = 0) -> None:
         self._layers = {name: module.get_submodule(name) for name in layers}
         for name, layer in self._layers.items():
             if not can_observe(layer):
@@ -126,7 +129,7 @@ class MomentObserver:
 
 
 def second_moments(
-    module: nn.Module, layers: Sequence[str], run: Callable[[], object], *, rows: int = 8192, seed: int = 0
+    module: nn.Module, layers: Sequence[str], run: Callable[[], object], *, rows: int = ROWS, seed: int = 0
 ) -> dict[str, Tensor]:
     """Call `run()`, which calls `module`, once; return the layers' second moments, see `MomentObserver`."""
     with MomentObserver(module, layers, rows=rows, seed=seed) as observer:

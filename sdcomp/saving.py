@@ -32,7 +32,7 @@ from sdcomp.integer import (
     to_packed,
 )
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
 from sdcomp.quantization.layers import is_quantizable
 
@@ -105,20 +105,22 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
     or that is given for a model without int8 weights.
     """
     folder = resolve_input(path)
+    if options.get("loras") and _has(folder, int8_files.CONFIG, packed_files.CONFIG, storage.CONFIG):
+        raise ModelError(f"{path} is quantized: merge LoRA files into the model that it was made of")
     # Where one of the two is missing, loading says so.
-    if _has(folder, int8_files.CONFIG, int8_files.TENSORS):
+    if _has(folder, int8_files.FILES.config, int8_files.FILES.tensors):
         # The other parts first: they check the device.
         sd = model.load(path, unet=nn.Identity(), **options)
         sd = sd.replace(unet=load_int8(folder, device=sd.device, execution=execution))
-        _check(sd, folder / int8_files.CONFIG)
+        _check(sd, folder / int8_files.FILES.config)
         return sd
     if execution != "auto":
         raise UserError(f"{path} holds no int8 model: leave execution={execution!r} out")
-    if _has(folder, packed_files.CONFIG, packed_files.TENSORS):
+    if _has(folder, packed_files.FILES.config, packed_files.FILES.tensors):
         sd = model.load(path, unet=nn.Identity(), **options)
         dtype = options.get("dtype", torch.float32)
         sd = sd.replace(unet=load_packed(folder, device=sd.device, dtype=dtype))
-        _check(sd, folder / packed_files.CONFIG)
+        _check(sd, folder / packed_files.FILES.config)
         return sd
     sd = model.load(path, **options)
     if _has(folder, storage.CONFIG, storage.SCALES):

@@ -6,6 +6,7 @@ one: True is not a number, and 8.0 and "8" are not whole numbers.
 
 from __future__ import annotations
 
+import operator
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,6 +144,18 @@ class Anything:
 
 
 FLAG, ANYTHING = OneOf(True, False), Anything()
+
+
+def is_whole(value: object) -> bool:
+    """Whether an argument is a whole number: also one of numpy or torch, but not True or False."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: object) -> int:
+    """Return the argument `name` as an int. Raises TypeError if it is not a whole number, see `is_whole`."""
+    if not is_whole(value):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    return operator.index(value)
 
 
 def shown(value: object) -> str:

@@ -10,10 +10,11 @@ from transformers import CLIPTokenizer
 
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.text import build_text_encoder, word_tokenizer
+from sdcomp.model.text import build_text_encoder
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import VOCABULARY
+from sdcomp.training.tokenizer import word_tokenizer
 
 SMALL = dataclasses.replace(
     TINY,

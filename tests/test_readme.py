@@ -42,11 +42,15 @@ def test_every_block_names_a_language_that_is_run():
     assert {language for language, _ in BLOCKS} == {"bash", "python"}
 
 
-def test_python_blocks_run_as_printed(capsys, monkeypatch):
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python_blocks_run_as_printed(block, capsys, monkeypatch):
+    if "from diffusers" in block:
+        pytest.importorskip("diffusers")
     monkeypatch.chdir(ROOT)
-    for block in (block for language, block in BLOCKS if language == "python"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert "torch.Size([1, 3, 64, 64]) 29.8% zero" in capsys.readouterr().out
+    exec(compile(block, "README.md", "exec"), {})
+    if "images.shape" in block:
+        assert capsys.readouterr().out == "torch.Size([1, 3, 64, 64]) 29.8% zero\n"
 
 
 @pytest.mark.slow

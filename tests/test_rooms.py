@@ -25,7 +25,7 @@ LEVELS = (
 """From the bottom up. A room may import from itself and from lower levels."""
 LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 LATE_IMPORTS = {
-    ("sdcomp.model.text", "tokenizers.pre_tokenizers"): "only training needs it",
+    ("sdcomp.export.smaller", "diffusers"): "optional, and slow to import",
     ("sdcomp.model.files.loading", "huggingface_hub"): "only models by a hub name need it",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from sdcomp.evaluation.timing import clock, interleaved_times
+from sdcomp.integer.nbit import NBitLayer
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
@@ -122,8 +124,9 @@ def layer_profile(module: nn.Module, *args: object, repeats: int = 3) -> pd.Data
     `flops` (twice the multiply-accumulates) and `bytes` (input, weight and output, each moved once). The row
     of an attention covers only its products of queries, keys and values: its time minus the time of its
     linear layers. The row `rest` covers everything else: activations, additions, concatenations. The clock
-    waits for the device of the first tensor in `args`. `module` must be in floating point. Raises ValueError
-    for fewer than one repeat.
+    waits for the device of the first tensor in `args`. `module` must compute in floating point, as a
+    `PackedModel` does; the bytes of its weights are the packed ones. Raises ValueError for fewer than one
+    repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
@@ -187,8 +190,10 @@ def _cost(layer: nn.Module, inputs: tuple, out: Tensor) -> tuple[int, int]:
     """Floating-point operations and bytes moved at least."""
     x = inputs[0]
     if isinstance(layer, nn.Conv2d | nn.Linear):
-        moved = x.nbytes + out.nbytes + layer.weight.nbytes
-        return 2 * out.numel() * layer.weight[0].numel(), moved
+        packed = isinstance(layer, NBitLayer)
+        shape = layer.shape if packed else layer.weight.shape
+        stored = layer.packed_weight if packed else layer.weight
+        return 2 * out.numel() * prod(shape[1:]), x.nbytes + out.nbytes + stored.nbytes
     if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
         return 8 * x.numel(), x.nbytes + out.nbytes
     context = x if len(inputs) < 2 or inputs[1] is None else inputs[1]

@@ -1,5 +1,28 @@
-"""Compressed UNets in other tools: diffusers' pipelines."""
+"""Models in other tools: plain checkpoints, diffusers.
+
+`sdcomp.export(sd, path, format=...)` writes a model; the loaders of what it wrote are beside it.
+"""
+
+import sys
+from types import ModuleType
 
 from sdcomp.export.diffusers import as_diffusers_unet, from_diffusers_unet
+from sdcomp.export.formats import FORMATS, export
+from sdcomp.export.smaller import load_diffusers
 
-__all__ = ["as_diffusers_unet", "from_diffusers_unet"]
+__all__ = [
+    "FORMATS",
+    "as_diffusers_unet",
+    "export",
+    "from_diffusers_unet",
+    "load_diffusers",
+]
+
+
+class _CallableRoom(ModuleType):
+    """Lets `sdcomp.export(...)` be short for `sdcomp.export.export(...)`; Python documents this way."""
+
+    __call__ = staticmethod(export)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdcomp.files import replacing, resolve_input
-from sdcomp.integer.execution import DTYPES, choose_execution
+from sdcomp.files import resolve_input
+from sdcomp.integer.execution import choose_execution
 from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
-from sdcomp.model.config import UNetConfig, from_dict
+from sdcomp.integer.model_files import (
+    COMMON,
+    Format,
+    check_common,
+    read_files,
+    refuse_damaged,
+    refuse_differing,
+    write_files,
+)
+from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
-from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
+from sdcomp.model.files.tensors import finite
 from sdcomp.model.layers import Linear
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
-from sdcomp.model.unet import UNet
 from sdcomp.quantization.layers import QuantConv2d, QuantLinear
-from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
-from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
+from sdcomp.quantization.quantizer import BITS
+from sdcomp.settings import Rule, TableOf
 
-CONFIG, TENSORS = "int8.json", "int8.safetensors"
+FILES = Format("int8", "int8.json", "int8.safetensors")
 _KINDS: dict[type, type[Int8Layer]] = {
     nn.Conv2d: Int8Conv2d,
     nn.Linear: Int8Linear,
@@ -36,13 +39,10 @@ _KINDS: dict[type, type[Int8Layer]] = {
     QuantLinear: Int8Linear,
 }
 _SETTINGS: dict[str, Rule] = {
-    "weight_bits": Whole(2, 8),
-    "act_bits": Whole(2, 8),
-    "layer_act_bits": TableOf(Whole(2, 8)),
-    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
-    "train_timesteps": TRAIN_TIMESTEPS,
-    "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
-    "splits": TableOf(Whole(1, 2**31)),
+    **COMMON,
+    "weight_bits": BITS,
+    "act_bits": BITS,
+    "layer_act_bits": TableOf(BITS),
 }
 """What a file's settings must be."""
 
@@ -51,20 +51,10 @@ def save_int8(model: Int8Model, folder: str | Path) -> Path:
     """Write `int8.json` and `int8.safetensors` into a folder; returns it.
 
     The files hold integers and scales, and everything else in the model's `dtype`: a quarter of the bytes of
-    float32.
-    `load_int8` reads them. Raises UserError where the folder cannot be written.
+    float32. `load_int8` reads them. Raises UserError where the folder cannot be written.
     """
-    folder = Path(folder).expanduser()
     settings = {name: value for name, value in model.settings.items() if name != "execution"}
-    if isinstance(model.module, UNet):
-        settings["unet"] = dataclasses.asdict(model.module.config)
-        settings["channels"] = channel_map(model.module)
-    state = model.module.state_dict()
-    with replacing(folder / TENSORS) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return folder
+    return write_files(folder, FILES, model.module, settings, model.module.state_dict(), indent=2)
 
 
 def load_int8(
@@ -84,37 +74,19 @@ def load_int8(
     UserError for "kernels" where they are not available.
     """
     check_device(device)
-    folder = resolve_input(folder)
-    for file in (CONFIG, TENSORS):
-        if not os.path.lexists(folder / file):
-            raise QuantizationFileError(f"{folder} is no saved int8 model: it has no {file}")
-
-    def build(settings: dict[str, object]) -> tuple[dict[str, object], nn.Module | None]:
-        rules = _SETTINGS | {"starts": ANYTHING}
-        settings.setdefault("layer_act_bits", {})  # files of earlier versions have none
-        check_settings({name: value for name, value in settings.items() if name in rules}, rules)
-        check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
-        config, channels = settings.pop("unet", None), settings.pop("channels", {})
-        unet = module
-        if unet is None and config is not None:
-            with within("unet"):
-                unet = from_dict(UNetConfig, config)
-        if isinstance(unet, UNetConfig):
-            with torch.device("meta"):
-                unet = apply_channel_map(UNet(unet), channels)
-        return settings, unet
-
-    settings, module = read_json(folder / CONFIG, build, "is damaged", QuantizationFileError)
-    if module is None:
-        raise QuantizationFileError(
-            f"{folder / CONFIG} does not say what the module is: give one to load_int8"
-        )
-    state = read_safetensors(folder / TENSORS, QuantizationFileError)
+    settings, module, state = read_files(folder, FILES, module, _settings)
     settings["execution"] = choose_execution(device, getattr(torch, settings["dtype"]), execution)
     names = {name.removesuffix(".weight_scale") for name in state if name.endswith("weight_scale")}
     integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in LAYER_TENSORS} for name in names}
-    _check(folder / TENSORS, module, integers, state, settings)
+    _check(resolve_input(folder) / FILES.tensors, module, integers, state, settings)
     return Int8Model(module, integers, state, settings).to(device)
+
+
+def _settings(settings: dict[str, object]) -> dict[str, object]:
+    """Check the settings. Files of earlier versions have no bits of single layers, and may say more."""
+    settings.setdefault("layer_act_bits", {})
+    check_common({name: value for name, value in settings.items() if name in _SETTINGS}, _SETTINGS)
+    return settings
 
 
 def _check(
@@ -135,15 +107,8 @@ def _check(
         if type(layer) not in _KINDS or not _fits(layer, tensors, splits.get(name), intervals):
             wrong.append(name)
     wrong += [name for name in (*splits, *settings["layer_act_bits"]) if name not in integers]
-    if wrong:
-        raise QuantizationFileError(f"{file} is of another module: {listed(sorted(wrong))} differ")
-    damaged = [name for name, tensor in floats.items() if tensor.is_floating_point() and not finite(tensor)]
-    damaged += [name for name, tensors in integers.items() if not _sound(tensors)]
-    if damaged:
-        raise QuantizationFileError(
-            f"{file} is damaged: {listed(sorted(damaged))} hold values that are not finite or out of range; "
-            "copy it again"
-        )
+    refuse_differing(file, wrong)
+    refuse_damaged(file, [name for name, tensors in integers.items() if not _sound(tensors)], floats)
 
 
 def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | None, intervals: int) -> bool:
@@ -151,12 +116,12 @@ def _fits(layer: nn.Module, tensors: Mapping[str, Tensor | None], split: int | N
     weight, scale, act_scale, zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
     if weight is None or scale is None or act_scale is None or (bias is None) != (layer.bias is None):
         return False
-    parts = () if split is None else (2,)
-    shapes = {(*parts, 1), (*parts, len(layer.weight))}
+    halves = () if split is None else (2,)
+    shapes = {(*halves, 1), (*halves, len(layer.weight))}
     return (
         (weight.dtype, weight.shape) == (torch.int8, layer.weight.shape)
         and scale.shape in shapes
-        and act_scale.shape == (intervals, *parts)
+        and act_scale.shape == (intervals, *halves)
         and (zeros is None or zeros.shape == act_scale.shape)
         and (split is None or split < weight.shape[1])
         and (bias is None or bias.shape == layer.bias.shape)

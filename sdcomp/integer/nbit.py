@@ -232,11 +232,11 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
     quantizer = layer.weight_quantizer
 
     def codes(integers: Tensor, grid: Grid) -> Tensor:
-        lowest = quantizer.spread(integers, grid)[1]
+        lowest = quantizer.broadcast_grid(integers, grid)[1]
         return (integers.short() - lowest).to(torch.uint8)
 
     integers, n_bits = layer.integer_weight(), quantizer.n_bits
-    matrix, kept, mask = layer.per_part(codes, integers).flatten(1), (integers != 0).flatten(1), None
+    matrix, kept, mask = layer.per_half(codes, integers).flatten(1), (integers != 0).flatten(1), None
     if pays(matrix.shape, int(kept.count_nonzero()), n_bits):
         packed, mask = pack_sparse(matrix, kept, n_bits)
     else:

@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing, resolve_input
+from sdcomp.files import resolve_input
 from sdcomp.integer.execution import DTYPES
 from sdcomp.integer.int8_model import float_tensors
+from sdcomp.integer.model_files import (
+    COMMON,
+    Format,
+    check_common,
+    read_files,
+    refuse_damaged,
+    refuse_differing,
+    write_files,
+)
 from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
 from sdcomp.integer.nbit import NBitLayer, narrow
 from sdcomp.integer.packed import PackedModel, Timesteps
 from sdcomp.integer.packing import block, packed_shape
 from sdcomp.integer.sparse import mask_shape, matches_mask
-from sdcomp.model.config import UNetConfig, from_dict
+from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
-from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
-from sdcomp.model.unet import UNet
+from sdcomp.model.files.tensors import finite, listed
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
 from sdcomp.quantization.specs import parameters_of, quantizer_of
 from sdcomp.quantization.state import LayerSpec
-from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
-from sdcomp.settings import (
-    ANYTHING,
-    AnyOf,
-    ListOf,
-    OneOf,
-    Rule,
-    TableOf,
-    Whole,
-    check_settings,
-    shown,
-    within,
-)
+from sdcomp.quantization.storage import QuantizationFileError
+from sdcomp.settings import ANYTHING, AnyOf, ListOf, OneOf, Rule, TableOf, Whole, shown
 
-CONFIG, TENSORS = "packed.json", "packed.safetensors"
+FILES = Format("packed", "packed.json", "packed.safetensors")
 _QUANTIZER = AnyOf(OneOf(None), TableOf(ANYTHING))
 _MOST = 10_000
 """Layers at most, and ways to quantize them."""
 _SETTINGS: dict[str, Rule] = {
-    "dtype": OneOf(*(str(dtype).removeprefix("torch.") for dtype in DTYPES)),
-    "train_timesteps": TRAIN_TIMESTEPS,
-    "timestep_arg": AnyOf(OneOf(None), TIMESTEP_ARG),
+    **COMMON,
     "quantizers": ListOf(ListOf(_QUANTIZER, 2, 2), 1, _MOST),
     "layers": TableOf(Whole(0, _MOST)),
-    "splits": TableOf(Whole(1, 2**31)),
 }
 """What a file's settings must be. `quantizers`: pairs for weights and inputs; `layers`: the pair of each."""
 
@@ -68,7 +57,6 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
 
     Raises UserError where the folder cannot be written.
     """
-    folder = Path(folder).expanduser()
     layers = {layer.name: layer for layer in model.quantized_layers()}
     pairs = {name: (layer.weight_quantizer, layer.act_quantizer) for name, layer in layers.items()}
     numbers = {pair: i for i, pair in enumerate(dict.fromkeys(pairs.values()))}
@@ -81,18 +69,11 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
         "layers": {name: numbers[pair] for name, pair in pairs.items()},
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
-    if isinstance(model.module, UNet):
-        settings["unet"] = dataclasses.asdict(model.module.config)
-        settings["channels"] = channel_map(model.module)
     state = {
-        name: (narrow(tensor) if tensor.is_floating_point() else tensor).contiguous()
+        name: narrow(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in model.module.state_dict().items()
     }
-    with replacing(folder / TENSORS) as partial:
-        save_file(state, partial)
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    return folder
+    return write_files(folder, FILES, model.module, settings, state, indent=1)
 
 
 def load_packed(
@@ -110,46 +91,19 @@ def load_packed(
 
     Raises QuantizationFileError, a ValueError, when a file is missing, damaged, or of another module.
     """
-    device, folder = check_device(device), resolve_input(folder)
-    for file in (CONFIG, TENSORS):
-        if not os.path.lexists(folder / file):
-            raise QuantizationFileError(f"{folder} is no saved packed model: it has no {file}")
-
-    def build(settings: dict[str, object]) -> tuple[dict, nn.Module | None, dict[str, LayerSpec]]:
-        found = _module(settings, module)
-        return settings, found, _specs(settings)
-
-    settings, module, specs = read_json(folder / CONFIG, build, "is damaged", QuantizationFileError)
-    if module is None:
-        raise QuantizationFileError(
-            f"{folder / CONFIG} does not say what the module is: give one to load_packed"
-        )
-    state = read_safetensors(folder / TENSORS, QuantizationFileError)
+    device = check_device(device)
+    (settings, specs), module, state = read_files(folder, FILES, module, lambda s: (s, _specs(s)))
     tensors = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in LAYER_TENSORS} for name in specs}
-    _check(folder / TENSORS, module, specs, tensors, state)
+    _check(resolve_input(folder) / FILES.tensors, module, specs, tensors, state)
     dtype = getattr(torch, settings["dtype"]) if dtype is None else dtype
     layers = {name: (spec, tensors[name]) for name, spec in specs.items()}
     timesteps = Timesteps(settings["starts"], settings["train_timesteps"], settings["timestep_arg"])
     return PackedModel(module, layers, state, timesteps, dtype).to(device)
 
 
-def _module(settings: dict[str, object], module: nn.Module | UNetConfig | None) -> nn.Module | None:
-    """The module that a file is of, on the meta device if the settings say how to build it."""
-    config, channels = settings.pop("unet", None), settings.pop("channels", {})
-    if module is None and config is not None:
-        with within("unet"):
-            module = from_dict(UNetConfig, config)
-    if isinstance(module, UNetConfig):
-        with torch.device("meta"):
-            return apply_channel_map(UNet(module), channels)
-    return module
-
-
 def _specs(settings: Mapping[str, object]) -> dict[str, LayerSpec]:
     """How each layer is quantized. Raises UserError for settings that are wrong or missing."""
-    rules = _SETTINGS | {"starts": ANYTHING}
-    check_settings(settings, rules)
-    check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
+    check_common(settings, _SETTINGS)
     pairs = []
     for weights, inputs in settings["quantizers"]:
         if weights is None:
@@ -184,28 +138,20 @@ def _check(
         known = is_quantizable(layer) or isinstance(layer, QuantLayer | NBitLayer)
         if not known or not _fits(layer, spec, tensors[name]):
             wrong.append(name)
-    if wrong:
-        raise QuantizationFileError(f"{file} is of another module: {listed(sorted(wrong))} differ")
-    uneven = [
-        name
-        for name, spec in specs.items()
-        if tensors[name]["weight_mask"] is not None
-        and not matches_mask(
-            tensors[name]["packed_weight"], tensors[name]["weight_mask"], spec.weight_quantizer.n_bits
-        )
-    ]
+    refuse_differing(file, wrong)
+    uneven = [name for name, spec in specs.items() if not _even(tensors[name], spec)]
     if uneven:
         raise QuantizationFileError(
             f"{file} is damaged: {listed(sorted(uneven))} have other numbers of values than their masks say; "
             "copy it again"
         )
-    damaged = [name for name, tensor in floats.items() if tensor.is_floating_point() and not finite(tensor)]
-    damaged += [name for name in specs if not _sound(tensors[name], specs[name])]
-    if damaged:
-        raise QuantizationFileError(
-            f"{file} is damaged: {listed(sorted(damaged))} hold values that are not finite or out of range; "
-            "copy it again"
-        )
+    refuse_damaged(file, [name for name in specs if not _sound(tensors[name], specs[name])], floats)
+
+
+def _even(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
+    """Whether a sparse weight has as many values as its mask says."""
+    mask = tensors["weight_mask"]
+    return mask is None or matches_mask(tensors["packed_weight"], mask, spec.weight_quantizer.n_bits)
 
 
 def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None]) -> bool:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+WIDTHS = range(2, 9)
+"""The bits of a code that can be packed."""
 _CHUNK = 2**19
 """Codes that are unpacked at a time on a CPU, so that all passes but the first find them in the cache."""
 
@@ -42,7 +44,12 @@ class Columns(NamedTuple):
 
 
 def block(n_bits: int) -> tuple[int, int]:
-    """Return how many codes share a block, and how many bytes it has."""
+    """Return how many codes share a block, and how many bytes it has.
+
+    Raises ValueError for codes of another width than `WIDTHS`, and so do all functions of this file.
+    """
+    if n_bits not in WIDTHS:
+        raise ValueError(f"codes of {n_bits} bits cannot be packed, only of {WIDTHS[0]} to {WIDTHS[-1]}")
     common = gcd(n_bits, 8)
     return 8 // common, n_bits // common
 

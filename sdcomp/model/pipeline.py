@@ -16,7 +16,7 @@ from sdcomp.errors import NonFiniteError
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.requests import Request, check_request, image_pixels, rows_at_once
-from sdcomp.model.samplers import Sampler, make_sampler, row_noise
+from sdcomp.model.samplers import SAMPLER, STEPS, Sampler, make_sampler, row_noise
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.text import check_prompts, encode_text, tokenize
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
@@ -183,8 +183,8 @@ class StableDiffusion:
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
-        steps: int = 20,
-        sampler: str = "ddim",
+        steps: int = STEPS,
+        sampler: str = SAMPLER,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
         image: Tensor | None = None,

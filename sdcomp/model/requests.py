@@ -11,7 +11,7 @@ from numbers import Real
 from torch import Tensor
 
 from sdcomp.model.config import ModelConfig
-from sdcomp.model.samplers import whole
+from sdcomp.settings import whole_number
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def check_request(
     n = len(prompts)
     if len(negatives) not in (1, n):
         raise ValueError(f"{len(negatives)} negative prompts for {n} prompts: give one, or one for each")
-    if batch_size is not None and whole("batch_size", batch_size) < 1:
+    if batch_size is not None and whole_number("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     scale = config.guidance_scale if guidance_scale is None else _number("guidance_scale", guidance_scale)
     if not 0 <= scale <= 1000:
         raise ValueError(f"guidance_scale must be 0 or more, and at most 1000, not {guidance_scale}")
     if not 0 < _number("strength", strength) <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
-    steps = whole("steps", steps)
+    steps = whole_number("steps", steps)
     if image is not None:
         image = _check_image(config, image, n, size)
         size = tuple(image.shape[2:])
@@ -101,7 +101,7 @@ def image_pixels(config: ModelConfig, size: tuple[int, int] | None) -> tuple[int
         return config.image_size, config.image_size
     if not isinstance(size, Sequence) or len(size) != 2:
         raise TypeError(f"size must be (height, width), not {size!r}")
-    return whole("size", size[0]), whole("size", size[1])
+    return whole_number("size", size[0]), whole_number("size", size[1])
 
 
 def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
@@ -144,14 +144,14 @@ def _check_image(config: ModelConfig, image: Tensor, n: int, size: tuple[int, in
 
 def _row_seeds(seed: int | Sequence[int], prompts: list[str]) -> list[int]:
     if isinstance(seed, Iterable) and not isinstance(seed, str):
-        seeds = [whole("seed", s) for s in seed]
+        seeds = [whole_number("seed", s) for s in seed]
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one for each")
         for s in seeds:
             if not 0 <= s < 2**64:
                 raise ValueError(f"a seed of an image must be at least 0 and below 2**64, not {s}")
         return seeds
-    seed = whole("seed", seed)
+    seed = whole_number("seed", seed)
     seen: Counter[str] = Counter()
     seeds = []
     for prompt in prompts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import warnings
@@ -115,40 +114,6 @@ def check_prompts(tokenizer: CLIPTokenizer, prompts: list[str], known: Collectio
 def encode_text(text_encoder: nn.Module, ids: Tensor) -> Tensor:
     """Token ids `(B, L)` -> states of the last layer after the final norm `(B, L, hidden)`, as in SD 1.x."""
     return text_encoder(input_ids=ids).last_hidden_state
-
-
-def word_tokenizer(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Make a byte-level BPE (Sennrich et al. 2016) in which each of `words` is one token.
-
-    Returns the vocabulary and the merges as CLIP's files have them: the 256 bytes, the 256 bytes at a
-    word's end, the merges, and last the start and end tokens. Any text can be encoded.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges: list[tuple[str, str]] = []
-    while any(len(p) > 1 for p in pieces):
-        counts: dict[tuple[str, str], int] = {}
-        for p in pieces:
-            for pair in itertools.pairwise(p):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = max(sorted(counts), key=counts.__getitem__)
-        merges.append(best)
-        pieces = [_merge(p, best) for p in pieces]
-    alphabet = sorted(ByteLevel.alphabet())
-    tokens = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
-
-
-def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
-    for token in piece:
-        if out and (out[-1], token) == pair:
-            out[-1] += token
-        else:
-            out.append(token)
-    return out
 
 
 def text_states(text_encoder: nn.Module, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
-from sdcomp.model.prune_groups import PruneGroup
+from sdcomp.model.shrinking import PruneGroup
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Pruning of any `nn.Module`: zeroed weights, N:M patterns, smaller networks, and their sizes on disk."""
 
 from sdcomp.budgets import Curve, allocate
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.pruning.importance import IMPORTANCES, Calibration, calibrate
 from sdcomp.pruning.patterns import n_m_budgets, prune_n_m
 from sdcomp.pruning.removal import remove_cheapest

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.column_sweep import inverse_factor
+from sdcomp.column_sweep import DAMPING, inverse_factor
 from sdcomp.moments import weight_matrix
 
 STEPS = 64
@@ -31,7 +31,7 @@ def removal_levels(
     units: int,
     *,
     steps: int = STEPS,
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> tuple[Levels, list[float]]:
     """Remove the input units of a weight matrix `(out, columns)` step by step, and measure the error.
 
@@ -81,7 +81,7 @@ def correct_inputs(
     covariance: Tensor,
     mean: Tensor,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> None:
     """Set the inputs of all units but `kept` to zero, and correct the other weights and the bias, in place.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.moments import input_columns, second_moments, weight_matrix
+from sdcomp.moments import ROWS, input_columns, second_moments, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
 
 RIDGE = 0.05
@@ -67,7 +67,7 @@ def calibrate(
     *,
     parts: Sequence[str] | None = None,
     gradients: bool = True,
-    rows: int = 1024,
+    rows: int = ROWS,
     seed: int = 0,
 ) -> Calibration:
     """Observe the layers below `parts` (default: the UNet's blocks) while `run` calls `module`.

@@ -11,8 +11,15 @@ from torch import nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
 
-BLOCKS = ("input_blocks", "middle_block", "output_blocks")
-"""The parts of the UNet that published work prunes: all but the time embedding and the output layer."""
+BLOCKS = (
+    "input_blocks", "middle_block", "output_blocks",
+    "down_blocks", "mid_block", "up_blocks",
+    "transformer_blocks",
+)  # fmt: skip
+"""The parts that published work prunes: all but embeddings, first convolution and output layer.
+
+They are named as in our UNet, in diffusers' UNets, and in its transformers.
+"""
 
 
 def check_amount(amount: object) -> None:

@@ -10,10 +10,11 @@ from itertools import pairwise
 from torch import nn
 
 from sdcomp.budgets import Curve, allocate, lower_hull
-from sdcomp.model.prune_groups import PruneGroup, keep_units, prune_groups
+from sdcomp.model.shrinking import PruneGroup, keep_units
 from sdcomp.pruning.elimination import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.importance import Calibration, gather
-from sdcomp.pruning.layers import check_amount, find_parts, prunable_layers
+from sdcomp.pruning.layers import check_amount, prunable_layers
+from sdcomp.pruning.units import groups_below
 
 Kept = dict[str, list[int]]
 """The units that stay in each group, by the group's name."""
@@ -70,22 +71,6 @@ def remove_units(module: nn.Module, group: PruneGroup, kept: list[int], calibrat
     layer = module.get_submodule(name)
     correct_inputs(layer, group.units, kept, calibration.covariance(name), calibration.of(name, "means"))
     keep_units(module, group, kept)
-
-
-def groups_below(module: nn.Module, parts: Sequence[str] | None) -> list[PruneGroup]:
-    """The groups of a module below `parts` (default: all). Raises ValueError for a part without any."""
-    groups = prune_groups(module)
-    if parts is None:
-        return groups
-    find_parts(module, parts)
-    below = {
-        part: [g for g in groups if f"{g.name}.".startswith(f"{part}." if part else "")] for part in parts
-    }
-    for part, found in below.items():
-        if not found:
-            raise ValueError(f"below {part!r} there is nothing that can be removed")
-    wanted = {group.name for found in below.values() for group in found}
-    return [group for group in groups if group.name in wanted]
 
 
 def group_levels(

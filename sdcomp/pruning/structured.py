@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.prune_groups import PruneGroup, keep_units
+from sdcomp.model.shrinking import PruneGroup, keep_units
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
-from sdcomp.pruning.removal import group_levels, groups_below, remove_units
+from sdcomp.pruning.removal import group_levels, remove_units
+from sdcomp.pruning.units import groups_below
 
 CRITERIA = {"l1": 1, "l2": 2}
 
@@ -34,8 +35,8 @@ def prune_structured(
     `parts` (by default the UNet's blocks): the output channels with the smallest L_`n` norm (2 by default)
     of their weights are set to zero. Biases and norms are left; shapes stay, and nothing gets faster.
 
-    Mode "remove" shrinks tensors that depend on each other together (`PruneGroup`): hidden channels of
-    residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
+    Mode "remove" shrinks tensors that depend on each other together (`sdcomp.pruning.units`): hidden channels
+    of residual blocks in whole groups of their norm, pairs of value and gate in feed-forward networks, and
     attention heads; in our UNet and in diffusers'. In each group below `parts` the round(amount * units)
     units of least importance go, and at least one stays. The result is smaller and faster, and `channel_map`
     says what was kept. To remove units where it costs least, see `remove_cheapest`.

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.quantization.intervals import optimal_starts
-from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.model import TIMESTEPS, QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.observer import UPDATE_POLICIES, CalibrationError, RangeObserver
 from sdcomp.quantization.quantizer import SCALE_METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SAMPLER = "ddpm"
+"""The sampler of a calibration by default."""
 
 
 class Calibrator:
@@ -64,7 +68,7 @@ class Calibrator:
         prompts: str | Sequence[str],
         *,
         steps: int | None = None,
-        sampler: str = "ddpm",
+        sampler: str = SAMPLER,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
         seed: int | Sequence[int] = 0,
@@ -76,9 +80,9 @@ class Calibrator:
         """Generate from `prompts` and set the scales; returns the model, whose switches stay as they were.
 
         The arguments are those of `StableDiffusion.generate`. `steps` is by default the model's
-        `timesteps`, or 40; `batch_size` the number of prompts, at most the model's own `batch_size`. The same
-        arguments give the same scales. A model without calibrated activations is returned at once. Rounded
-        weights, which only `quantized_inputs` needs, are freed at the end.
+        `timesteps`, or `TIMESTEPS`; `batch_size` the number of prompts, at most the model's own `batch_size`.
+        The same arguments give the same scales. A model without calibrated activations is returned at once.
+        Rounded weights, which only `quantized_inputs` needs, are freed at the end.
 
         Raises CalibrationError, a ValueError, for an interval that no step fell into; the model then keeps
         the scales that it had. Warns of layers that did not run, and names them.
@@ -89,7 +93,7 @@ class Calibrator:
         if self.sd is None:
             raise ValueError("calibrate needs a StableDiffusion; observe calibrates by running any callable")
         settings = {
-            "steps": getattr(self.model, "timesteps", 40) if steps is None else steps,
+            "steps": getattr(self.model, "timesteps", TIMESTEPS) if steps is None else steps,
             "sampler": sampler,
             "guidance_scale": guidance_scale,
             "negative_prompt": negative_prompt,

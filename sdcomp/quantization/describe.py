@@ -71,9 +71,9 @@ def _quantized(layer: QuantLayer) -> dict[str, object]:
 def _weight_clipped(layer: QuantLayer) -> float:
     """The share of weights beyond the clipping range."""
 
-    def beyond(part: torch.Tensor, grid: Grid) -> torch.Tensor:
-        scale, low, high = layer.weight_quantizer.spread(part, grid)
+    def beyond(half: torch.Tensor, grid: Grid) -> torch.Tensor:
+        scale, low, high = layer.weight_quantizer.broadcast_grid(half, grid)
         # A value at the end of the range may be a last bit beyond it, by the scale's own rounding.
-        return (part > scale * high * (1 + 1e-6)) | (part < scale * low * (1 + 1e-6))
+        return (half > scale * high * (1 + 1e-6)) | (half < scale * low * (1 + 1e-6))
 
-    return layer.per_part(beyond).float().mean().item()
+    return layer.per_half(beyond).float().mean().item()

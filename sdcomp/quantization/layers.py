@@ -55,7 +55,7 @@ class QuantLayer(nn.Module):
         grids = [Grid(None)]
         if spec.weight_quantizer is not None:
             try:
-                grids = [spec.weight_quantizer.grid(part) for part in made.parts(layer.weight.detach())]
+                grids = [spec.weight_quantizer.grid(half) for half in made.halves(layer.weight.detach())]
             except UserError:
                 raise UserError(
                     f"the weight of layer {name} has NaN or infinite values: check the model's file"
@@ -63,8 +63,8 @@ class QuantLayer(nn.Module):
         made.set_weight_grids(grids)
         acts = zeros = None
         if spec.calibrated:
-            parts = [] if spec.split is None else [2]
-            acts = torch.zeros(spec.intervals, *parts, device=layer.weight.device)
+            halves = [] if spec.split is None else [2]
+            acts = torch.zeros(spec.intervals, *halves, device=layer.weight.device)
             zeros = None if spec.act_quantizer.symmetric else acts.clone()
         made.register_buffer("act_scale", acts)
         made.register_buffer("act_zero_point", zeros)
@@ -94,9 +94,9 @@ class QuantLayer(nn.Module):
 
     def set_weight_grids(self, grids: list[Grid]) -> None:
         """Take over the grids of the weight, or of each of its halves."""
-        for kind, parts in zip(("scale", "zero_point"), zip(*grids, strict=True), strict=True):
-            split = self.split is not None and parts[0] is not None
-            self.register_buffer(f"weight_{kind}", torch.stack(parts) if split else parts[0])
+        for kind, halves in zip(("scale", "zero_point"), zip(*grids, strict=True), strict=True):
+            split = self.split is not None and halves[0] is not None
+            self.register_buffer(f"weight_{kind}", torch.stack(halves) if split else halves[0])
         self.clear_cache()
 
     def set_rounded(self, weight: Tensor, grids: list[Grid] | None = None) -> None:
@@ -106,15 +106,15 @@ class QuantLayer(nn.Module):
         """
         if grids is not None:
             self.set_weight_grids(grids)
-        pairs = zip(self.parts(weight.view_as(self.weight)), self.weight_grids(), strict=True)
-        integers = torch.cat([self.weight_quantizer.integers(part, grid) for part, grid in pairs], dim=1)
+        pairs = zip(self.halves(weight.view_as(self.weight)), self.weight_grids(), strict=True)
+        integers = torch.cat([self.weight_quantizer.integers(half, grid) for half, grid in pairs], dim=1)
         self.register_buffer("weight_integers", integers)
         self.clear_cache()
 
     def _read_input_grids(self) -> None:
         self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
 
-    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+    def halves(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return a weight itself, or its two halves if there is a split."""
         if self.split is None:
             return (weight,)
@@ -127,15 +127,15 @@ class QuantLayer(nn.Module):
         zeros = [None, None] if self.weight_zero_point is None else self.weight_zero_point
         return [Grid(scale, zero) for scale, zero in zip(self.weight_scale, zeros, strict=True)]
 
-    def per_part(self, function: Callable[[Tensor, Grid], Tensor], weight: Tensor | None = None) -> Tensor:
+    def per_half(self, function: Callable[[Tensor, Grid], Tensor], weight: Tensor | None = None) -> Tensor:
         """Apply `function(weight, grid)` to the weight, or to each half and join the results.
 
         Another tensor of its shape may be given for the weight.
         """
         weight = self.weight.detach() if weight is None else weight
-        pairs = zip(self.parts(weight), self.weight_grids(), strict=True)
-        parts = [function(part, grid) for part, grid in pairs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        pairs = zip(self.halves(weight), self.weight_grids(), strict=True)
+        halves = [function(half, grid) for half, grid in pairs]
+        return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
 
     def integer_weight(self) -> Tensor:
         """Return the weight as multiples of its scale, in its shape: int8, or int16 for 8 bits and affine.
@@ -146,7 +146,7 @@ class QuantLayer(nn.Module):
             raise ValueError(f"the weights of {self.name} are not quantized")
         if self.weight_integers is not None:
             return self.weight_integers
-        return self.per_part(self.weight_quantizer.integers)
+        return self.per_half(self.weight_quantizer.integers)
 
     def fake_weight(self) -> Tensor:
         """Return the rounded weight. It is made at the first call and kept until the weight changes."""
@@ -160,9 +160,9 @@ class QuantLayer(nn.Module):
                 return made
         with normal_tensors():
             if weight is self.weight:
-                made = self.per_part(self.weight_quantizer.simulate)
+                made = self.per_half(self.weight_quantizer.simulate)
             else:
-                made = self.per_part(self.weight_quantizer.dequantize, weight).to(self.weight.dtype)
+                made = self.per_half(self.weight_quantizer.dequantize, weight).to(self.weight.dtype)
             if weight.dim() == 4 and not weight.is_contiguous():
                 made = made.contiguous(memory_format=torch.channels_last)
         if keep:

@@ -18,6 +18,10 @@ from sdcomp.quantization.shortcuts import shortcut_splits
 from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.settings import whole_number
+
+TIMESTEPS = 40
+"""The steps of a calibration by default."""
 
 
 class QuantModel(QuantizedWrapper):
@@ -191,28 +195,27 @@ class TimeStepCalibratedQuantModel(QuantModel):
 
     `timesteps`: the number of calibration steps that is expected, at least `k`. `boundaries`: "uniform",
     or "optimal", where calibration places them. `timestep_arg`: where the module takes its timesteps, by
-    position or name. A name that the module's `forward` does not have, as for a block without timesteps,
-    is a keyword argument that the wrapper takes for itself.
+    position or name; by default the argument named `timestep` or `timesteps`, or else position 1. A name that
+    the module's `forward` does not have, as for a block without timesteps, is a keyword argument that the
+    wrapper takes for itself. Calls give timesteps as a number or a tensor.
 
-    Calls raise ValueError for timesteps out of 0 to `train_timesteps` - 1, and for a batch whose
-    timesteps lie in different intervals.
+    Calls raise ValueError for timesteps out of 0 to `train_timesteps`, and for a batch whose timesteps lie in
+    different intervals.
     """
 
     def __init__(
         self,
         module: nn.Module,
         *,
-        timesteps: int = 40,
+        timesteps: int = TIMESTEPS,
         k: int = 5,
         boundaries: str = "uniform",
-        timestep_arg: int | str = 1,
+        timestep_arg: int | str | None = None,
         train_timesteps: int = 1000,
         **params: object,
     ) -> None:
         for name, value in (("timesteps", timesteps), ("k", k), ("train_timesteps", train_timesteps)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
-            if value < 1:
+            if whole_number(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not k <= timesteps <= train_timesteps:
             raise ValueError(
@@ -224,7 +227,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
         argument = TimestepArgument.of(module, timestep_arg)
         super().__init__(module, **params, _starts=uniform_starts(k, train_timesteps))
         self.timesteps, self.k, self.boundaries = timesteps, k, boundaries
-        self.timestep_arg, self.train_timesteps = timestep_arg, train_timesteps
+        self.timestep_arg, self.train_timesteps = argument.given, train_timesteps
         self._argument = argument
 
     def arguments(self) -> dict[str, object]:

@@ -64,9 +64,9 @@ class RangeObserver:
         key = (layer.split, quantizer)
         found = self._last.get(x, key)
         if found is None:
-            parts = [x] if layer.split is None else x.tensor_split([layer.split], dim=1)
+            halves = [x] if layer.split is None else x.tensor_split([layer.split], dim=1)
             try:
-                histograms = [Histogram.of(part) for part in parts]
+                histograms = [Histogram.of(half) for half in halves]
             except ValueError as error:
                 raise CalibrationError(f"the input of layer {layer.name} has {error}") from None
             found = [(h, self._range_of_call(h, quantizer)) for h in histograms]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
+from sdcomp.model.samplers import SAMPLER, STEPS
 from sdcomp.moments import MomentObserver, can_observe, weight_matrix
 from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.layers import QuantLayer
@@ -28,8 +29,8 @@ def quantize(
     *,
     weight_bits: int = 8,
     act_bits: int = 8,
-    steps: int = 20,
-    sampler: str = "ddim",
+    steps: int = STEPS,
+    sampler: str = SAMPLER,
     seed: int = 0,
     batch_size: int | None = None,
     guidance_scale: float | None = None,
@@ -41,9 +42,9 @@ def quantize(
     """Quantize a model's UNet by `recipe`, a `Recipe` or the name of a preset; returns the `QuantModel`.
 
     The model generates images of the calibration `prompts` (see `StableDiffusion.generate` for the
-    arguments), and the layers' inputs are observed on the way. `overrides` are arguments of the model class,
-    see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments give the same
-    model. Raises what `build`, `generate` and `apply_recipe` raise.
+    arguments and their defaults), and the layers' inputs are observed on the way. `overrides` are arguments
+    of the model class, see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments
+    give the same model. Raises what `build`, `generate` and `apply_recipe` raise.
     """
     model = build(recipe, sd.unet, weight_bits, act_bits, **overrides)
     quantized = sd.replace(unet=model)

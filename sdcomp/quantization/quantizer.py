@@ -10,7 +10,10 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.ranges import NORM, channel_clips, search_ranges
+from sdcomp.settings import Whole, whole_number
 
+BITS = Whole(2, 8)
+"""The bits that a quantizer can have."""
 SCALE_METHODS = ("max", "mse")
 GRANULARITIES = ("tensor", "channel", "group", "token")
 
@@ -74,11 +77,9 @@ class UniformQuantizer:
 
     def __post_init__(self) -> None:
         for name in ("n_bits", "group_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if not 2 <= self.n_bits <= 8:
-            raise ValueError(f"n_bits must be 2 to 8, not {self.n_bits}")
+            whole_number(name, getattr(self, name))
+        if not BITS.low <= self.n_bits <= BITS.high:
+            raise ValueError(f"n_bits must be {BITS.low} to {BITS.high}, not {self.n_bits}")
         if self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, not {self.group_size}")
         if not isinstance(self.symmetric, bool):
@@ -142,17 +143,17 @@ class UniformQuantizer:
 
     def integers(self, x: Tensor, grid: Grid) -> Tensor:
         """Return the multiples of the scale that `x` is rounded to: int8, or int16 for 8 bits and affine."""
-        scale, low, high = self.spread(x, grid)
+        scale, low, high = self.broadcast_grid(x, grid)
         integers = (x.float() * (1 / scale)).round_().clamp_(low, high)
         return integers.to(self.integer_dtype)
 
     def dequantize(self, integers: Tensor, grid: Grid) -> Tensor:
         """Return multiples of the scale as float32 values."""
-        return integers.float() * self.spread(integers, grid)[0]
+        return integers.float() * self.broadcast_grid(integers, grid)[0]
 
     def simulate(self, x: Tensor, grid: Grid) -> Tensor:
         """Round `x` to its grid; the result has the type and memory format of `x`."""
-        scale, low, high = self.spread(x, grid)
+        scale, low, high = self.broadcast_grid(x, grid)
         return fake_quantize(x, scale, high, low)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class UniformQuantizer:
         low, high = self.bounds(zero_point)
         return fake_quantize(rows, scale, high, low)
 
-    def spread(self, x: Tensor, grid: Grid) -> tuple[Tensor, Number, Number]:
+    def broadcast_grid(self, x: Tensor, grid: Grid) -> tuple[Tensor, Number, Number]:
         """Scale and bounds, each a number or in a shape that broadcasts with `x`."""
         scale, zero_point = (g if g is None else self._broadcast(x, g) for g in grid)
         return scale, *self.bounds(zero_point)

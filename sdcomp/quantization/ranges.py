@@ -197,8 +197,17 @@ class Histogram:
 
 
 def _best_end(values: Tensor, counts: Tensor, low: Tensor, highs: Tensor, qmax: int, norm: float) -> Tensor:
-    """The upper end among `highs` with the least L_p error of an affine grid that begins at `low`."""
-    scale = ((highs - low) / qmax)[:, None]
-    zero = (-low / scale).round_()
-    error = (values / scale).round_().clamp_(-zero, qmax - zero).mul_(scale).sub_(values).abs_().pow_(norm)
-    return highs[(error @ counts).argmin()]
+    """The upper end among `highs` with the least L_p error of an affine grid that begins at `low`.
+
+    Every fourth end is tried, then the neighbours of the best of these.
+    """
+
+    def errors(ends: Tensor) -> Tensor:
+        scale = ((ends - low) / qmax)[:, None]
+        zero = (-low / scale).round_()
+        rounded = (values / scale).round_().clamp_(-zero, qmax - zero).mul_(scale)
+        return rounded.sub_(values).abs_().pow_(norm) @ counts
+
+    best = 4 * int(errors(highs[::4]).argmin())
+    near = highs[max(best - 3, 0) : best + 4]
+    return near[errors(near).argmin()]

@@ -34,6 +34,7 @@ class Recipe:
 
 
 _MAX = {"act_scale_policy": "max", "act_update_policy": "maximum"}
+# The widest of the calls' ranges: a range of merged calls has less error, but clips single timesteps more.
 _MSE = {"act_scale_policy": "mse", "act_update_policy": "maximum"}
 # Intervals are chosen by the error of merged calls, so the ranges are those of merged calls too.
 _MERGED = {"act_scale_policy": "mse", "act_update_policy": "merged"}
@@ -81,7 +82,7 @@ PRESETS: dict[str, Recipe] = {
         weights=_MSE_WEIGHTS,
         inputs=_AFFINE,
         model=_ENDS,
-        calibrator=_MERGED,
+        calibrator=_MSE,
         methods=_GPTQ,
     ),
     "timestep_low_bits": Recipe(
@@ -90,7 +91,7 @@ PRESETS: dict[str, Recipe] = {
         weights=_MSE_WEIGHTS,
         inputs=_AFFINE,
         model=_ENDS,
-        calibrator=_MERGED,
+        calibrator=_MSE,
         methods=_GPTQ,
     ),
 }

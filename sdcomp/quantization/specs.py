@@ -97,14 +97,20 @@ def _as_table(overrides: Mapping[str, Mapping[str, object]] | str, module: nn.Mo
 def ends_at_8_bits(module: nn.Module) -> Overrides:
     """Keep 8 bits where few bits hurt most and cost little.
 
-    These are the first convolution, the output layer, the time embedding and its projections, and the keys
-    and values of the text: 2.6 % of the multiply-accumulates of the tiny model's UNet. The names are ours or
-    diffusers'. Raises ValueError for a module that has none of them.
+    These are the first and the last layer, the embeddings of the time and of other conditions with their
+    projections, and the keys and values of the text: 2.6 % of the multiply-accumulates of the tiny model's
+    UNet. The names are ours, or those of diffusers' UNets and transformers. Raises ValueError for a module
+    that has none of them.
     """
     ours = ("input_blocks.0", "out", "time_embed", "*.emb_layers", "*.attn2.to_k", "*.attn2.to_v")
-    theirs = ("conv_in", "conv_out", "time_embedding", "*.time_emb_proj", "*.attn2.to_k", "*.attn2.to_v")
+    theirs = (
+        "conv_in", "conv_out", "time_embedding", "add_embedding", "*.time_emb_proj",
+        "pos_embed", "proj_out", "norm_out", "time_text_embed", "adaln_single", "context_embedder",
+        "caption_projection", "*.attn2.to_k", "*.attn2.to_v",
+    )  # fmt: skip
     patterns = ours if hasattr(module, "input_blocks") else theirs
-    names = [name for name, _ in module.named_modules()]
+    layers = module.named_modules()
+    names = [name for name, layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
     known = [pattern for pattern in patterns if any(matches(pattern, name) for name in names)]
     if not known:
         raise ValueError(f"{type(module).__name__} has no layers that are known to be the ends of a UNet")

@@ -32,7 +32,7 @@ class QuantState:
 
     `only`: the name of the one layer that is quantized, or None for all layers. `observer(layer, input)` is
     set during a calibration: it sees each layer's input, and returns the grids to round it to, one for each
-    part, or None to leave it as it is. `operands(layer, input)` is set during training: it returns the input
+    half, or None to leave it as it is. `operands(layer, input)` is set during training: it returns the input
     and the weight to multiply.
     """
 
@@ -50,8 +50,8 @@ class QuantState:
         key = (*grids, split)
         made = self._last.get(x, key)
         if made is None:
-            parts = [x] if split is None else x.tensor_split([split], dim=1)
-            made = [fake_quantize(p, g.scale, g.high, g.low) for p, g in zip(parts, grids, strict=True)]
+            halves = [x] if split is None else x.tensor_split([split], dim=1)
+            made = [fake_quantize(h, g.scale, g.high, g.low) for h, g in zip(halves, grids, strict=True)]
             made = made[0] if split is None else torch.cat(made, dim=1)
             self._last.keep(x, key, made)
         return made
@@ -84,7 +84,7 @@ class LayerSpec:
 def input_grids(
     scales: Tensor | None, zero_points: Tensor | None, quantizer: UniformQuantizer | None
 ) -> list[list[InputGrid]]:
-    """Read calibrated scales `(k,)` or `(k, parts)` as numbers, so that no call waits for a device."""
+    """Read calibrated scales `(k,)` or `(k, 2)` as numbers, so that no call waits for a device."""
     if scales is None or scales.is_meta:
         return []
     scales = scales.view(len(scales), -1)

@@ -17,7 +17,7 @@ from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
-from sdcomp.quantization.quantizer import GRANULARITIES, SCALE_METHODS
+from sdcomp.quantization.quantizer import BITS, GRANULARITIES, SCALE_METHODS
 from sdcomp.quantization.specs import SIDES
 from sdcomp.settings import (
     ANYTHING,
@@ -50,7 +50,7 @@ _RULES: dict[str, Rule] = {
     "calibration": _TABLE,
 }
 _QUANTIZER: dict[str, Rule] = {
-    "n_bits": Whole(2, 8),
+    "n_bits": BITS,
     "granularity": OneOf(*GRANULARITIES),
     "channel_wise": FLAG,  # in files from before there were groups
     "symmetric": FLAG,

@@ -74,12 +74,12 @@ def _operands(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     if layer.weight_quantizer is not None and state.weights:
         scale = layer.weight_scale * _factor(layer.weight_scale_change)
         scales = [scale] if layer.split is None else list(scale)
-        parts = []
-        pairs = zip(layer.parts(weight), layer.weight_grids(), scales, strict=True)
-        for part, (_, zero_point), own in pairs:
-            spread = layer.weight_quantizer.spread(part, Grid(own, zero_point))
-            parts.append(straight_through(part, spread[0], spread[2], spread[1]))
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        halves = []
+        pairs = zip(layer.halves(weight), layer.weight_grids(), scales, strict=True)
+        for half, (_, zero_point), own in pairs:
+            scale, low, high = layer.weight_quantizer.broadcast_grid(half, Grid(own, zero_point))
+            halves.append(straight_through(half, scale, high, low))
+        weight = halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
     if layer.spec.calibrated and state.activations:
         i = state.interval
         scales = (layer.act_scale[i] * _factor(layer.act_scale_change[i])).view(-1)

@@ -10,6 +10,8 @@ from numbers import Real
 import torch
 from torch import nn
 
+from sdcomp.settings import is_whole
+
 
 @dataclass(frozen=True)
 class TimestepArgument:
@@ -23,16 +25,21 @@ class TimestepArgument:
     name: str | None
 
     @classmethod
-    def of(cls, module: nn.Module, given: int | str) -> TimestepArgument:
-        """The argument at a position or of a name. Raises TypeError for anything else."""
+    def of(cls, module: nn.Module, given: int | str | None) -> TimestepArgument:
+        """The argument at a position or of a name. Raises TypeError for anything else.
+
+        None finds the position of the argument named `timestep` or `timesteps`; without one it is 1.
+        """
         names = [
             p.name
             for p in inspect.signature(module.forward).parameters.values()
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
+        if given is None:
+            given = next((i for i, name in enumerate(names) if name in ("timestep", "timesteps")), 1)
         if isinstance(given, str):
             return cls(given, names.index(given) if given in names else None, given)
-        if isinstance(given, bool) or not hasattr(given, "__index__") or given < 0:
+        if not is_whole(given) or given < 0:
             raise TypeError(f"timestep_arg must be a position or a name, not {given!r}")
         return cls(given, given, names[given] if given < len(names) else None)
 
@@ -44,7 +51,9 @@ class TimestepArgument:
         if self.position is not None and self.position < len(args):
             return args[self.position], kwargs
         if self.name not in kwargs:
-            raise TypeError(f"a timestep-aware model needs its timesteps, in argument {self.given!r}")
+            raise TypeError(
+                f"a timestep-aware model needs its timesteps, in argument {self.name or self.given!r}"
+            )
         if self.position is None:
             return kwargs[self.name], {key: value for key, value in kwargs.items() if key != self.name}
         return kwargs[self.name], kwargs
@@ -82,9 +91,9 @@ class QuantizedWrapper(nn.Module):
             timesteps = torch.as_tensor(timesteps)
             # One look at the device for both.
             low, high = torch.stack(timesteps.aminmax()).tolist()
-        # Written so that nan is refused too.
-        if not (low >= 0 and high < self.train_timesteps):
-            raise ValueError(f"timesteps must be 0 to {self.train_timesteps - 1}, not {low} to {high}")
+        # Flow matching begins at `train_timesteps` itself. Written so that nan is refused too.
+        if not (low >= 0 and high <= self.train_timesteps):
+            raise ValueError(f"timesteps must be 0 to {self.train_timesteps}, not {low} to {high}")
         first, last = map(self.interval_of, (low, high))
         if first != last:
             raise ValueError(

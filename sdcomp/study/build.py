@@ -34,6 +34,7 @@ from sdcomp.quantization import (
     load_quant_model,
     save_quant_model,
 )
+from sdcomp.quantization.calibration import SAMPLER
 from sdcomp.study.rounding import KeptRounding
 from sdcomp.study.variants import Variant, quantized
 from sdcomp.training import recover
@@ -54,7 +55,7 @@ def calibration_settings(
     return {
         "prompts": load_prompts(sd, prompts, p["n_calibration"]).texts,
         "steps": p.get("calibration_steps") or p["steps"],
-        "sampler": p.get("calibration_sampler", "ddpm"),
+        "sampler": p.get("calibration_sampler", SAMPLER),
         "guidance_scale": own["guidance_scale"],
         "negative_prompt": negative_prompt,
         "batch_size": min(p["n_calibration"], own["batch_size"]),

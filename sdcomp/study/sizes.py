@@ -62,7 +62,7 @@ def packed_file_bytes(model: QuantModel | PackedModel) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         save_packed(to_packed(model) if isinstance(model, QuantModel) else model, folder)
-        return (Path(folder) / packed_files.TENSORS).stat().st_size
+        return (Path(folder) / packed_files.FILES.tensors).stat().st_size
 
 
 def _can_be_packed(model: QuantModel) -> bool:

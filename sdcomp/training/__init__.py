@@ -5,7 +5,6 @@ from sdcomp.training.loop import Trained, fit
 from sdcomp.training.recovery import recover
 from sdcomp.training.stages import (
     Latents,
-    caption_tokenizer,
     encode_scenes,
     train_clip,
     train_reader,
@@ -13,6 +12,7 @@ from sdcomp.training.stages import (
     train_vae,
     vae_round_trips,
 )
+from sdcomp.training.tokenizer import caption_tokenizer
 
 __all__ = [
     "Latents",

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.requests import image_pixels, rows_at_once
-from sdcomp.model.samplers import whole
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
 from sdcomp.quantization.training import rounded, trainable
+from sdcomp.settings import whole_number
 from sdcomp.training.loop import Loss, Trained, fit
 
 
@@ -67,7 +67,7 @@ def recover(
     """
     prompts = _check(unet, prompts, steps, batch_size)
     own = rows_at_once(16, image_pixels(sd.config, sampling.get("size")))
-    rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole("micro_batch", micro_batch)
+    rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole_number("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling |= {"steps": sampling_steps, "seed": seed}
@@ -93,7 +93,7 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("recovery needs at least one calibration prompt")
-    if whole("steps", steps) < 1:
+    if whole_number("steps", steps) < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not isinstance(unet, QuantModel):
         prunable_layers(unet, [""])  # refuses integer layers and weights that are not finite
@@ -101,7 +101,7 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
         raise UserError("this model has no scales for its inputs yet: calibrate it before the recovery")
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
-    if whole("batch_size", batch_size) < 1:
+    if whole_number("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return prompts
 

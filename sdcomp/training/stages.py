@@ -15,18 +15,11 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder, weights_digest
-from sdcomp.model.text import build_clip, word_tokenizer
-from sdcomp.scenes import VOCABULARY
+from sdcomp.model.text import build_clip
 from sdcomp.scenes.reader import SceneReader
 from sdcomp.training.data import SceneSet
 from sdcomp.training.loop import Trained, fit
 from sdcomp.training.losses import clip_loss, diffusion_loss, reader_loss, vae_loss
-
-
-def caption_tokenizer(config: ModelConfig) -> CLIPTokenizer:
-    """Make a CLIP tokenizer with one token for every caption word; it can encode any other text too."""
-    vocab, merges = word_tokenizer(VOCABULARY)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.text["max_position_embeddings"])
 
 
 def train_vae(

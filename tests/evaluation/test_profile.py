@@ -10,7 +10,9 @@ from torch import nn
 
 from sdcomp.errors import NonFiniteError
 from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, timing, weight_bytes
+from sdcomp.integer import to_packed
 from sdcomp.model.unet import CrossAttention
+from sdcomp.quantization import QuantModel
 
 
 def test_macs_of_known_layers():
@@ -51,6 +53,19 @@ def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     assert first.block == "input_blocks.0"
     assert first.bytes == 4 * (2 * 4 * 256 + 2 * 16 * 256 + 16 * 4 * 9)
     assert table.seconds.sum() > 0 and not any(m._forward_hooks for m in small.unet.modules())
+
+
+def test_packed_layers_do_the_same_arithmetic_and_move_fewer_bytes(small):
+    size = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
+    plain = layer_profile(small.unet, *size, repeats=1).set_index("name")
+    model = to_packed(QuantModel(small.unet, weight_quant_params={"n_bits": 4}, act_quant_params=None))
+    packed = layer_profile(model, *size, repeats=1)
+    packed = packed.set_index(packed.name.str.removeprefix("module."))
+    assert packed.flops.to_dict() == plain.flops.to_dict()
+    for name, layer in small.unet.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and len(layer.weight) % 2 == 0:
+            saved = 4 * layer.weight.numel() - layer.weight.numel() // 2
+            assert plain.bytes[name] - packed.bytes[name] == saved, name
 
 
 def test_the_time_of_a_layer_is_the_time_between_its_marks(monkeypatch):

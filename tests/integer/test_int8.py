@@ -261,8 +261,8 @@ def test_each_interval_has_its_scales_and_its_errors(small):
         assert decibels(m(x, t, context), q(x, t, context)) > 15
     assert decibels(m(x, 100, context), m(x, 900, context)) < 15
     for wrong, message in (
-        (1000, "0 to 999"),
-        (-1, "0 to 999"),
+        (1001, "0 to 1000,"),
+        (-1, "0 to 1000,"),
         (torch.tensor([1, 900, 2]), "different interv"),
     ):
         with pytest.raises(ValueError, match=message):

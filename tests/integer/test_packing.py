@@ -52,6 +52,14 @@ def test_bytes_are_those_of_a_slow_packer(n_bits, rows, columns, seed):
     assert np.array_equal(unpack(packed, n_bits, rows).numpy(), codes)
 
 
+@pytest.mark.parametrize("n_bits", [0, 1, 9])
+def test_other_widths_are_refused(n_bits):
+    codes = torch.zeros(8, 3, dtype=torch.uint8)
+    for call in (lambda: pack(codes, n_bits), lambda: unpack(codes[None], n_bits, 8)):
+        with pytest.raises(ValueError, match=f"codes of {n_bits} bits cannot be packed, only of 2 to 8"):
+            call()
+
+
 @pytest.mark.parametrize("n_bits", BITS)
 def test_no_bit_is_wasted(n_bits):
     codes, size = block(n_bits)

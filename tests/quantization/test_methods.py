@@ -46,8 +46,8 @@ def test_second_order_rounding_keeps_outputs_closer_on_the_same_grids(kind, para
         assert torch.equal(layer.weight_grids()[0].scale, grids)
     # The rounded weight lies on the grids, and rounding it again changes nothing.
     fake = layer.fake_weight()
-    assert torch.equal(layer.per_part(layer.weight_quantizer.simulate, fake), fake)
-    assert torch.equal(layer.per_part(layer.weight_quantizer.dequantize, layer.integer_weight()), fake)
+    assert torch.equal(layer.per_half(layer.weight_quantizer.simulate, fake), fake)
+    assert torch.equal(layer.per_half(layer.weight_quantizer.dequantize, layer.integer_weight()), fake)
     # The full-precision layer is still there.
     assert torch.equal(q.set_use_quant(weights=False)(x), expected)
 

@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig
 
 from sdcomp.errors import UserError
 from sdcomp.model.config import SD15, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig, check_text
+from sdcomp.model.files.unsupported import WANTED_FOLDER, refuse_unet_settings
 from sdcomp.settings import AnyOf, ListOf, OneOf, Text, Whole, check_settings, shown
 
-WANTED = "; give a folder of Stable Diffusion 1.x, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Settings that change nothing in SD 1.x's computation.
 _FREE = {"sample_size", "upcast_attention", "addition_embed_type_num_heads", "force_upcast"}
 # Rules for settings that are used before one of our configurations checks them.
@@ -98,8 +98,7 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
     check_settings(lists, {"block_out_channels": _WIDTHS, "down_block_types": _KINDS})
     widths, heads = list(values["block_out_channels"]), values["attention_head_dim"]
     heads = set(heads) if isinstance(heads, list | tuple) else {heads}
-    if values["cross_attention_dim"] == 1024 or len(heads) > 1:
-        raise UserError("it is of Stable Diffusion 2.x" + WANTED)
+    refuse_unet_settings(values["cross_attention_dim"], heads)
     config = UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -151,7 +150,7 @@ def _compare(values: dict[str, Any], ours: dict[str, Any]) -> None:
         ):
             continue
         wanted = f"not {ours[name]!r}" if name in ours else "which Stable Diffusion 1.x does not have"
-        raise UserError(f"{name} is {shown(value)}, {wanted}{WANTED}")
+        raise UserError(f"{name} is {shown(value)}, {wanted}{WANTED_FOLDER}")
 
 
 def schedule_config(values: dict[str, Any]) -> ScheduleConfig:
@@ -186,7 +185,7 @@ def text_config(values: dict[str, Any]) -> dict[str, Any]:
     """Our configuration for the settings of `CLIPTextConfig`; UserError for another text encoder."""
     full = CLIPTextConfig(**{k: v for k, v in values.items() if not k.startswith("_")})
     if full.layer_norm_eps != 1e-5:
-        raise UserError(f"layer_norm_eps is {shown(full.layer_norm_eps)}, not 1e-05{WANTED}")
+        raise UserError(f"layer_norm_eps is {shown(full.layer_norm_eps)}, not 1e-05{WANTED_FOLDER}")
     check_settings({"vocab_size": full.vocab_size}, {"vocab_size": Whole(2, 1_000_000)})
     # The published file has other ids of special tokens; they matter only to the pooled output.
     last = full.vocab_size - 1

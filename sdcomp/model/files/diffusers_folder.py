@@ -15,7 +15,6 @@ from sdcomp.errors import UserError
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.files.diffusers_config import (
-    WANTED,
     latent_size,
     schedule_config,
     schedule_settings,
@@ -32,11 +31,11 @@ from sdcomp.model.files.tensors import (
     ModelError,
     Part,
     Source,
-    one_line,
     read_json,
     read_tensors,
     write_tensors,
 )
+from sdcomp.model.files.unsupported import refuse_pipeline
 from sdcomp.model.text import save_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
@@ -56,10 +55,7 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
     """Read the parts of a diffusers folder. Raises ModelError if it is incomplete or holds another model."""
     wrong = "does not describe a model that can be loaded"
     index = read_json(folder / "model_index.json", dict, wrong)
-    strange = {"text_encoder_2", "transformer", "prior", "controlnet"} & index.keys()
-    if strange or not {"unet", "vae", "text_encoder"} <= index.keys():
-        kind = index.get("_class_name", "model of another kind")
-        raise ModelError(f"{folder} holds a {one_line(str(kind))[:100]}{WANTED}")
+    refuse_pipeline(folder, index)
     unet, side = read_json(
         folder / "unet" / "config.json", lambda values: (unet_config(values), latent_size(values)), wrong
     )

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.diffusers_folder import hub_files, read_diffusers, write_diffusers
 from sdcomp.model.files.folder import read_folder, write_folder
+from sdcomp.model.files.lora import merge_loras
 from sdcomp.model.files.single_file import read_original, text_state, write_original
 from sdcomp.model.files.tensors import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.prune_groups import apply_channel_map, channel_map
+from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
@@ -36,6 +38,7 @@ def load(
     config: ModelConfig = SD15,
     variant: str | None = None,
     unet: nn.Module | None = None,
+    loras: Mapping[str | Path, float] | None = None,
 ) -> StableDiffusion:
     """Load a model: a folder of ours or of diffusers, a `.safetensors` or `.ckpt` file, or a hub name.
 
@@ -48,6 +51,7 @@ def load(
     - `config` gives the sizes of a single file; its tensors must fit them.
     - `variant` chooses among the weights of a diffusers folder, e.g. "fp16".
     - `unet` replaces the UNet of the files; a folder of ours then needs none.
+    - `loras` maps LoRA files to the scales at which they are merged, see `sdcomp.model.files.lora`.
 
     Raises ModelError, a ValueError, for anything missing, damaged, unsafe or of another architecture,
     UserError for a `device` that this machine does not have, and TypeError for another kind of `dtype`.
@@ -55,6 +59,8 @@ def load(
     device = check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type such as torch.float16, not {dtype!r}")
+    if loras and unet is not None:
+        raise ModelError("LoRA files change the weights of a model's own UNet: leave loras or unet out")
     source = _open(path, config, variant, needs_unet=unet is None)
     modules = _build(source.config, source.origin, source.channels, source.removed)
     if unet is not None:
@@ -67,16 +73,21 @@ def load(
     elif len(tokenizer) != (size := source.config.text["vocab_size"]):
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {size}")
     if dtype is None:
-        stored = source.parts["unet" if unet is None else "decoder"].state
-        floats = (t.dtype for t in stored.values() if t.is_floating_point())
-        dtype = next(floats, torch.float32)
+        dtype = _stored_type(source.parts["unet" if unet is None else "decoder"])
     for name, part in source.parts.items():
         # The reader only judges images, so it always computes in float32.
         fill(modules[name], part, device=device, dtype=torch.float32 if name == "reader" else dtype)
         modules[name].eval()
     if "clip" in modules:
         modules["text_encoder"] = modules["clip"].text_model
+    if loras:
+        merge_loras(loras, modules["unet"], modules["text_encoder"])
     return StableDiffusion(config=source.config, tokenizer=tokenizer, **modules)
+
+
+def _stored_type(part: Part) -> torch.dtype:
+    """The type of a part's first floating-point tensor."""
+    return next((t.dtype for t in part.state.values() if t.is_floating_point()), torch.float32)
 
 
 def load_from_standard_weights(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdcomp.column_sweep import descend, inverse_factor, sweep
-from sdcomp.moments import weight_matrix
+from sdcomp.column_sweep import DAMPING, descend, inverse_factor, sweep
+from sdcomp.moments import ROWS, weight_matrix
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
 
@@ -30,8 +30,8 @@ class SecondOrderRounding:
     Weights that are exactly zero stay so, and the others make up for that: a pruned layer keeps its zeros.
     """
 
-    rows: int = 1024
-    damping: float = 0.01
+    rows: int = ROWS
+    damping: float = DAMPING
     passes: int = 3
 
     def __call__(self, layer: QuantLayer, moments: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from sdcomp.files import resolve_input, resolve_output
 from sdcomp.model import SAMPLERS
 from sdcomp.quantization import PRESETS
+from sdcomp.quantization.quantizer import BITS as QUANTIZER_BITS
 from sdcomp.study.requests import requested
 
 
@@ -127,7 +128,7 @@ FREE = Rule(lambda value: True, "anything")
 
 AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such as 0.3 for 30 %")
 AMOUNTS = replace(AMOUNT, may_be_empty=True)
-BITS = between(2, 8)
+BITS = between(QUANTIZER_BITS.low, QUANTIZER_BITS.high)
 COUNT = between(1, 100_000)
 VARIANTS = Rule(
     lambda value: requested(value) is not None,

@@ -1,14 +1,16 @@
 """Networks with fewer channels or blocks: which tensors shrink together, and which units were kept.
 
-A module that can shrink has a method `prune_groups()`. Each group is a residual branch, or a part of one. Any
-or all of its units can be removed; the module's input, output and residual connections keep their shapes.
+A module that can shrink has a method `prune_groups()`, which tells its structure. Each group is a residual
+branch, or a part of one. Any or all of its units can be removed; the module's input, output and residual
+connections keep their shapes. `sdcomp.pruning.units` chooses what pruning removes at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ class PruneGroup:
 
     A block that adds its input to the group's output has a `shortcut`: the name of the submodule that the
     input passes, or "" if there is none.
+
+    `merged`: how many of the module's own units, such as heads, are one unit here; see `merge`.
     """
 
     name: str
@@ -38,6 +42,12 @@ class PruneGroup:
     repeats: int = 1
     counters: tuple[str, ...] = ()
     shortcut: str | None = None
+    merged: int = 1
+
+    def merge(self, count: int) -> PruneGroup:
+        """Return the group in units of `count` neighbouring units, or of fewer if these do not divide."""
+        count = gcd(self.units, count)
+        return replace(self, units=self.units // count, merged=self.merged * count)
 
     def slices(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, int, int]]:
         """The tensors that the units share, each as (layer, parameter name, dimension, repeats)."""
@@ -136,8 +146,9 @@ def keep_units(module: nn.Module, group: PruneGroup, kept: list[int]) -> None:
         owner, _, name = f"{group.name}.{counter}".rpartition(".")
         owner = module.get_submodule(owner)
         setattr(owner, name, getattr(owner, name) * len(kept) // group.units)
-    before = record.get(group.name, range(group.units))
-    record[group.name] = [before[i] for i in kept]
+    # The record counts the module's own units, so saved files do not depend on how pruning merges them.
+    before = record.get(group.name, range(group.units * group.merged))
+    record[group.name] = [before[i * group.merged + j] for i in kept for j in range(group.merged)]
 
 
 def _bypass(module: nn.Module, group: PruneGroup) -> None:
