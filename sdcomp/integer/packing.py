@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits side by side in bytes.
+"""Integers of 1 to 8 bits side by side in bytes.
 
 A matrix of codes is packed down its rows, not along them. Its rows are cut into segments of equal height,
 and the codes at one place of all segments share a block of bytes: 2 codes of 4 bits in one byte, 8 codes of
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-WIDTHS = range(2, 9)
+WIDTHS = range(1, 9)
 """The bits of a code that can be packed."""
 _CHUNK = 2**19
 """Codes that are unpacked at a time on a CPU, so that all passes but the first find them in the cache."""
