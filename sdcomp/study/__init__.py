@@ -1,5 +1,6 @@
 """What notebooks share: parameters, variants, records of runs, paired measurements, plots."""
 
+from sdcomp.study.answers import answer
 from sdcomp.study.build import Builder, as_executed, calibration_settings
 from sdcomp.study.paired import PairedStudy, reference_images
 from sdcomp.study.parameters import ParameterError, read_parameters
@@ -29,6 +30,7 @@ __all__ = [
     "ParameterError",
     "Run",
     "Variant",
+    "answer",
     "as_executed",
     "as_list",
     "bit_pairs",

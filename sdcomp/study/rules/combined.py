@@ -41,8 +41,9 @@ def _check_int8(p: Mapping[str, Any]) -> str | None:
 
 
 def _check_k(p: Mapping[str, Any]) -> str | None:
-    smaller = "int8" in p["backends"] and any(requested(v).pruning == "removed" for v in p["variants"])
-    return check_k(p, p["k"]) if smaller or PRESETS[p["method"]].timestep_aware else None
+    in_int8 = any(requested(text).pruning in ("", "removed") for text in p["variants"])
+    more = "int8" in p["backends"] and in_int8  # timestep-aware
+    return check_k(p, p["k"]) if more or PRESETS[p["method"]].timestep_aware else None
 
 
 STUDY = Study(
