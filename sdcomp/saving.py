@@ -105,7 +105,8 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
     or that is given for a model without int8 weights.
     """
     folder = resolve_input(path)
-    if options.get("loras") and _has(folder, int8_files.CONFIG, packed_files.CONFIG, storage.CONFIG):
+    quantized = int8_files.FILES.config, packed_files.FILES.config, storage.CONFIG
+    if options.get("loras") and _has(folder, *quantized):
         raise ModelError(f"{path} is quantized: merge LoRA files into the model that it was made of")
     # Where one of the two is missing, loading says so.
     if _has(folder, int8_files.FILES.config, int8_files.FILES.tensors):

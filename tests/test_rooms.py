@@ -26,7 +26,7 @@ LEVELS = (
 LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 LATE_IMPORTS = {
     ("sdcomp.export.smaller", "diffusers"): "optional, and slow to import",
-    ("sdcomp.model.files.loading", "huggingface_hub"): "only models by a hub name need it",
+    ("sdcomp.model.files.hub", "huggingface_hub"): "only models by a hub name need it",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",
 }

@@ -215,11 +215,11 @@ def tiny_model_table() -> str:
     return _table(*rows)
 
 
-def file_table() -> str:
-    """Size and sha256 of the tiny model's files."""
+def file_table(folder: str) -> str:
+    """Size and sha256 of the files in a folder of `data`."""
     rows = [["file", "bytes", "sha256"]]
-    files = (ROOT / "data" / "tiny").iterdir()
-    for path in sorted(file for file in files if file.suffix in (".safetensors", ".json", ".txt")):
+    kinds = (".safetensors", ".json", ".jsonl", ".txt")
+    for path in sorted(file for file in (ROOT / "data" / folder).iterdir() if file.suffix in kinds):
         content = path.read_bytes()
         rows.append([f"`{path.name}`", f"{len(content):,}", f"`{hashlib.sha256(content).hexdigest()}`"])
     return _table(*rows)
@@ -231,7 +231,8 @@ TABLES = {
     "times": times_table,
     "claims": claims_table,
     "tiny model": tiny_model_table,
-    "files": file_table,
+    "files": lambda: file_table("tiny"),
+    "prompt files": lambda: file_table("prompts"),
     **benchmark_tables.TABLES,
 }
 PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "data", "reports/benchmarks"))

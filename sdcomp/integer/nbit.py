@@ -62,8 +62,8 @@ class NBitLayer(nn.Module):
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
     `sdcomp.integer.packing`; `weight_mask`, for a weight whose zeros are left out, see
     `sdcomp.integer.sparse`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
-    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales may be float16 where that
-    holds them exactly. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
+    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales are float16 where a
+    file has them so. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
     `to` changes the type of the bias alone.
     """
 
@@ -245,15 +245,9 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
     return {
         "packed_weight": packed,
         "weight_mask": mask,
-        "weight_scale": narrow(layer.weight_scale),
+        "weight_scale": layer.weight_scale,
         "weight_zero_point": None if zero is None else zero.to(torch.uint8),
         "act_scale": layer.act_scale,
         "act_zero_point": layer.act_zero_point,
         "bias": None if layer.bias is None else layer.bias.detach(),
     }
-
-
-def narrow(tensor: Tensor) -> Tensor:
-    """Return a tensor in float16 if that holds all its values exactly, as for weights of float16 files."""
-    half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor

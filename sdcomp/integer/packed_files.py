@@ -23,7 +23,7 @@ from sdcomp.integer.model_files import (
     write_files,
 )
 from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
-from sdcomp.integer.nbit import NBitLayer, narrow
+from sdcomp.integer.nbit import NBitLayer
 from sdcomp.integer.packed import PackedModel, Timesteps
 from sdcomp.integer.packing import block, packed_shape
 from sdcomp.integer.sparse import mask_shape, matches_mask
@@ -70,10 +70,16 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     state = {
-        name: narrow(tensor) if tensor.is_floating_point() else tensor
+        name: _half_if_exact(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in model.module.state_dict().items()
     }
     return write_files(folder, FILES, model.module, settings, state, indent=1)
+
+
+def _half_if_exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in float16 if that holds all its values exactly."""
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def load_packed(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 WIDTHS = range(1, 9)
-"""The bits of a code that can be packed."""
+"""The bits of a code that can be packed; masks take 1."""
 _CHUNK = 2**19
 """Codes that are unpacked at a time on a CPU, so that all passes but the first find them in the cache."""
 

@@ -1,6 +1,7 @@
 """The latent diffusion model, Stable Diffusion 1.x's architecture: load, generate and save."""
 
 from sdcomp.model.config import SD15, TINY, ModelConfig, ScheduleConfig, UNetConfig, VAEConfig
+from sdcomp.model.files.hub import is_hub_name, local_model
 from sdcomp.model.files.loading import load, load_from_standard_weights, save, weights_digest
 from sdcomp.model.files.tensors import ModelError
 from sdcomp.model.pipeline import StableDiffusion, Trace
@@ -24,8 +25,10 @@ __all__ = [
     "VAEConfig",
     "VAEDecoder",
     "VAEEncoder",
+    "is_hub_name",
     "load",
     "load_from_standard_weights",
+    "local_model",
     "make_sampler",
     "save",
     "weights_digest",

@@ -2,10 +2,10 @@
 
 from sdcomp.budgets import Curve, allocate
 from sdcomp.model.shrinking import apply_channel_map, channel_map
+from sdcomp.pruning.disk_sizes import disk_sizes
 from sdcomp.pruning.importance import IMPORTANCES, Calibration, calibrate
 from sdcomp.pruning.patterns import n_m_budgets, prune_n_m
 from sdcomp.pruning.removal import remove_cheapest
-from sdcomp.pruning.sizes import disk_sizes
 from sdcomp.pruning.sparsity import ZeroCount, count_zeros, sparsity_table
 from sdcomp.pruning.structured import prune_structured
 from sdcomp.pruning.unstructured import prune_unstructured

@@ -11,9 +11,9 @@ from torch import nn
 
 from sdcomp.budgets import Curve, allocate, lower_hull
 from sdcomp.model.shrinking import PruneGroup, keep_units
-from sdcomp.pruning.elimination import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, prunable_layers
+from sdcomp.pruning.least_squares import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.units import groups_below
 
 Kept = dict[str, list[int]]
@@ -34,7 +34,7 @@ def remove_cheapest(
 
     Units of all groups (channels of residual blocks, heads, gated pairs) and whole blocks compete. The error
     of a removal is the error of the group's last layer, after its other weights and its bias were corrected
-    (`sdcomp.pruning.elimination`), weighted by the layer's `Calibration.gradients`.
+    (`sdcomp.pruning.least_squares`), weighted by the layer's `Calibration.gradients`.
 
     `costs` gives the cost of each layer by name, for example the seconds or operations of
     `sdcomp.evaluation.layer_profile`; by default the number of its parameters. The total is the sum of all

@@ -44,7 +44,7 @@ def prune_structured(
     The `importance` of a unit is the L1 or L2 norm (`criterion`, "l2" by default) of all its weights.
     The other kinds need a `calibration`, or a callable that runs `module`. For "wanda" and "gradient" a unit
     counts as the sum over its inputs to the group's last layer. "second_order" removes one unit after the
-    other and corrects the weights that stay (`sdcomp.pruning.elimination`).
+    other and corrects the weights that stay (`sdcomp.pruning.least_squares`).
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of
     range, an unknown mode, criterion, importance or part, an argument of the other mode, and missing data;

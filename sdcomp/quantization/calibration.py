@@ -11,7 +11,7 @@ from torch import Tensor
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.quantization.intervals import optimal_starts
 from sdcomp.quantization.model import TIMESTEPS, QuantModel, TimeStepCalibratedQuantModel
-from sdcomp.quantization.observer import UPDATE_POLICIES, CalibrationError, RangeObserver
+from sdcomp.quantization.observer import MOMENTUM, UPDATE_POLICIES, CalibrationError, RangeObserver
 from sdcomp.quantization.quantizer import SCALE_METHODS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Calibrator:
         *,
         act_scale_policy: str | None = None,
         act_update_policy: str = "maximum",
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         quantized_inputs: bool = False,
     ) -> None:
         if not isinstance(model, QuantModel):

@@ -17,6 +17,8 @@ from sdcomp.quantization.ranges import Histogram
 from sdcomp.quantization.state import InputGrid
 
 UPDATE_POLICIES = ("maximum", "momentum", "merged")
+MOMENTUM = 0.9
+"""The weight of the earlier calls in policy "momentum"."""
 
 Range = tuple[float, float]
 """The lower and the upper end of a clipping range."""

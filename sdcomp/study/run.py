@@ -20,7 +20,8 @@ import torch
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation.precision import fix_precision, precision_facts
-from sdcomp.files import ROOT, replacing, resolve_input, resolve_output, sha256
+from sdcomp.files import ROOT, replacing, resolve_output, sha256
+from sdcomp.model import local_model
 from sdcomp.study.parameters import read_parameters
 from sdcomp.study.results import COLUMNS, Row, columns, name_of, table, typed
 from sdcomp.study.variants import Variant
@@ -46,8 +47,8 @@ class Run:
     def __init__(self, study: str, namespace: dict[str, Any]) -> None:
         """Check the parameters of the notebook, and fix the precision of everything computed after this.
 
-        Raises ParameterError for a bad parameter, and UserError for a folder that cannot be written to or a
-        model without weights.
+        A model with a hub name is fetched. Raises ParameterError for a bad parameter, and UserError for a
+        folder that cannot be written to, and for a model that cannot be fetched or has no weights.
         """
         self.study = study
         self.parameters = read_parameters(namespace, study)
@@ -61,6 +62,7 @@ class Run:
                 file.write(b"is there space?")
         except OSError as error:
             raise UserError(f"out={str(self.folder)!r} cannot be written to ({error.strerror})") from None
+        self._model = local_model(self.parameters["model"])
         if not self._weight_files():
             name = self.parameters["model"]
             raise UserError(f"model={name!r} has no weights: no file in it ends in {', '.join(WEIGHTS)}")
@@ -195,7 +197,7 @@ class Run:
         return {name: sha256(file) for name, file in self._weight_files().items()}
 
     def _weight_files(self) -> dict[str, Path]:
-        path = resolve_input(self.parameters["model"])
+        path = self._model
         if not path.is_dir():
             return {path.name: path}
         files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file())

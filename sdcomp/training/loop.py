@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sdcomp.errors import UserError
 from sdcomp.files import replacing
+from sdcomp.training.learning_rate import warmup_cosine
 
 Loss = Callable[[np.random.Generator, torch.Generator], Tensor | Iterator[Tensor]]
 """The loss of a step, or the losses of its micro-batches, which add up to the loss of the step."""
@@ -48,7 +49,7 @@ def fit(
     progress: bool = True,
     desc: str = "train",
 ) -> Trained:
-    """Minimise `loss` over the parameters of `module`: AdamW, linear warm-up, cosine decay to zero.
+    """Minimise `loss` over the parameters of `module`: AdamW, `warmup_cosine`.
 
     `loss(rng, generator)` draws its batch and noise from the two generators. It returns a scalar, or yields
     several scalars, whose gradients are added up. `seed` and the step's number seed the generators, so a
@@ -76,7 +77,7 @@ def fit(
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, disable=not progress)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = lr * warmup_cosine(step, steps, warmup)
         found = loss(np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 10**9 + step))
         losses.append(_backward(found, f"{desc}, step {step}"))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

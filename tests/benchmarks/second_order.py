@@ -1,10 +1,11 @@
-"""Second-order rounding of a UNet of Stable Diffusion 1.5's size: its time and its memory.
+"""Second-order rounding or pruning of a UNet of Stable Diffusion 1.5's size: its time and its memory.
 
     python tests/benchmarks/second_order.py --threads 2 --out reports/benchmarks/second_order_sd15.csv
+    python tests/benchmarks/second_order.py --threads 2 --zeros 0.5 --out reports/benchmarks/pruning_sd15.csv
 
 Weights are random: time and memory do not depend on them. The layers' inputs are observed in a few UNet calls
 on random latents, once for each part of the layers whose second moments fit into `--memory` GiB. With
-`--checkpoint` a killed run goes on where it stopped.
+`--checkpoint` a killed run goes on where it stopped. `--zeros` prunes instead, one block at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 import sdcomp
 from sdcomp.model.unet import UNet
+from sdcomp.pruning import count_zeros, prune_unstructured
 from sdcomp.quantization import apply_recipe, build
 
 
@@ -28,6 +30,9 @@ def main() -> None:
     parser.add_argument("--config", choices=("sd15", "tiny"), default="sd15")
     parser.add_argument("--recipe", default="weights_gptq")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument(
+        "--zeros", type=float, help="share of each layer's weights to prune; then nothing is rounded"
+    )
     parser.add_argument("--calls", type=int, default=4, help="UNet calls that are observed")
     parser.add_argument("--memory", type=float, default=6.0, help="GiB of second moments at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -41,7 +46,7 @@ def main() -> None:
     side = 64 if args.config == "sd15" else 16
     timesteps = torch.linspace(999, 0, args.calls).long().tolist()
     inputs = [(torch.randn(2, 4, side, side), t, torch.randn(2, 77, config.context_dim)) for t in timesteps]
-    model = build(args.recipe, unet, args.bits)
+    model = unet if args.zeros else build(args.recipe, unet, args.bits)
     passes = 0
 
     def run() -> None:
@@ -52,10 +57,21 @@ def main() -> None:
             print(f"{time.monotonic() - start:.0f} s: pass {passes}, timestep {timestep}", flush=True)
 
     start = time.monotonic()
-    memory = int(args.memory * 2**30)
-    apply_recipe(model, args.recipe, run, memory=memory, checkpoint=args.checkpoint, inputs="benchmark")
+    if args.zeros:
+        for part in [f"input_blocks.{i}" for i in range(1, len(unet.input_blocks))] + [
+            "middle_block", *(f"output_blocks.{i}" for i in range(len(unet.output_blocks)))
+        ]:  # fmt: skip
+            prune_unstructured(
+                unet, args.zeros, importance="second_order", calibration=run, parts=[part], inplace=True
+            )
+            print(f"{time.monotonic() - start:.0f} s: {part} is pruned", flush=True)
+    else:
+        memory = int(args.memory * 2**30)
+        apply_recipe(model, args.recipe, run, memory=memory, checkpoint=args.checkpoint, inputs="benchmark")
     row = {
-        "config": args.config, "recipe": args.recipe, "bits": args.bits, "calls": args.calls,
+        "config": args.config, "recipe": "second-order pruning" if args.zeros else args.recipe,
+        "bits": "" if args.zeros else args.bits, "zeros": round(count_zeros(unet).zero_fraction, 3),
+        "calls": args.calls,
         "passes": passes, "threads": args.threads, "seconds": round(time.monotonic() - start, 1),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }  # fmt: skip

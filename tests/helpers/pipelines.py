@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdcomp.model import StableDiffusion
-from sdcomp.model.text import word_tokenizer
 from sdcomp.scenes import VOCABULARY
+from sdcomp.training.tokenizer import word_tokenizer
 
 PROMPT = "a small red star on a navy background"
 _WIDTH = 32

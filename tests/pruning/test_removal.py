@@ -21,7 +21,7 @@ from sdcomp.pruning import (
     prune_structured,
     remove_cheapest,
 )
-from sdcomp.pruning.elimination import correct_inputs, removal_levels
+from sdcomp.pruning.least_squares import correct_inputs, removal_levels
 from sdcomp.quantization import QuantModel
 
 MIDDLE = "middle_block.1"

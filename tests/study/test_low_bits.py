@@ -45,7 +45,10 @@ def test_ranges_are_named_by_what_they_change():
     assert range_recipe(2.4, timestep_aware=True) == ("timestep_low_bits", PRESETS["timestep_low_bits"])
     name, recipe = range_recipe(0, symmetric=True)
     assert name == "low_bits symmetric max" and recipe.inputs == {"symmetric": True}
-    assert recipe.calibrator == {"act_scale_policy": "max", "act_update_policy": "merged"}
+    assert recipe.calibrator == {"act_scale_policy": "max", "act_update_policy": "maximum"}
+    name, recipe = range_recipe(2.4, merged=True)
+    assert name == "low_bits merged"
+    assert recipe.calibrator == {"act_scale_policy": "mse", "act_update_policy": "merged"}
     name, recipe = range_recipe(3.0)
     assert name == "low_bits p3" and recipe.inputs == {"symmetric": False, "norm": 3.0}
     assert PRESETS["low_bits"].inputs == {"symmetric": False}
@@ -54,11 +57,13 @@ def test_ranges_are_named_by_what_they_change():
 def test_each_norm_comes_with_each_kind_of_range():
     variants, recipes = range_variants([2.4, 4.0], 5, 4, 3)
     assert [v.label for v in variants] == [
-        "low_bits W4A3", "low_bits symmetric W4A3", "timestep_low_bits k5 W4A3",
-        "low_bits p4 W4A3", "low_bits symmetric p4 W4A3", "timestep_low_bits p4 k5 W4A3",
+        "low_bits W4A3", "low_bits symmetric W4A3", "low_bits merged W4A3", "timestep_low_bits k5 W4A3",
+        "low_bits p4 W4A3", "low_bits symmetric p4 W4A3", "low_bits merged p4 W4A3",
+        "timestep_low_bits p4 k5 W4A3",
     ]  # fmt: skip
     assert {v.recipe for v in variants} == recipes.keys()
-    assert len(range_variants([2.4], 1, 4, 4)[0]) == 2
+    assert len(range_variants([2.4], 1, 4, 4)[0]) == 3
+    assert len(range_variants([0], 1, 4, 4)[0]) == 2
 
 
 def test_attributes_are_missed_where_the_image_shows_another_scene():

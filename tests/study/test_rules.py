@@ -49,6 +49,23 @@ def test_the_profile_of_the_published_setting_passes():
     assert read_parameters(namespace("01_quantization", **injected), "01_quantization")["k"] == 10
 
 
+SD15 = sorted((ROOT / "notebooks" / "profiles" / "sd15").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", SD15, ids=lambda path: path.stem)
+def test_the_profiles_of_stable_diffusion_pass(profile):
+    text = profile.read_text(encoding="utf-8")
+    injected = yaml.safe_load(text)
+    if profile.stem == "05_claims":
+        injected["reports"] = "reports"  # the folder is made by the other studies
+    found = read_parameters(namespace(profile.stem, **injected), profile.stem)
+    assert {name: found[name] for name in injected} == injected
+    assert injected["model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    # Where they are not measured, they say so.
+    assert profile.stem == "05_claims" or "Estimates, not measured." in text
+    assert injected.get("n_images", 0) <= 256 and injected.get("n_calibration", 0) <= 128
+
+
 QUANTIZATION, PRUNING, PROFILING, COMBINED = "01_quantization", "02_pruning", "03_profiling", "04_combined"
 LOW_BITS = "06_low_bits"
 BAD = [
@@ -75,6 +92,8 @@ BAD = [
     (QUANTIZATION, {"strength": 0.0}, "strength must be above 0 and at most 1"),
     (QUANTIZATION, {"image": "nowhere.png"}, "image must be an existing image file"),
     (QUANTIZATION, {"image": "data"}, "image must be an existing image file"),
+    (QUANTIZATION, {"model": "data/tinny"}, "model must be an existing model folder or file"),
+    (QUANTIZATION, {"model": "owner/a.safetensors"}, "model must be an existing model folder or file"),
     (QUANTIZATION, {"prompts": "tset"}, "prompts must be test, final, unseen, calibration, or an existing"),
     (QUANTIZATION, {"calibration_prompts": "mine.txt"}, "calibration_prompts must be test, final"),
     (QUANTIZATION, {"reference": "data/prompts"}, "reference must be an image, or a folder with PNG"),
@@ -124,6 +143,7 @@ def test_what_breaks_a_rule_is_refused_in_one_sentence(study, injected, words):
 
 
 GOOD = [
+    (QUANTIZATION, {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5"}),
     (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": 4}),
     (QUANTIZATION, {"weight_bits": [8, 6], "act_bits": [4]}),
     (QUANTIZATION, {"k": 50, "methods": ["max", "weights_only"]}),

@@ -226,6 +226,15 @@ def test_the_weights_of_a_diffusers_folder_are_those_in_its_folders(tmp_path):
     assert run.weights() != before
 
 
+def test_a_model_with_a_hub_name_is_fetched_before_anything_runs(tmp_path, monkeypatch):
+    fetched = []
+    model = model_folder(tmp_path / "cache", "unet/unet.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: fetched.append(name) or model)
+    run = Run(STUDY, notebook({"out": str(tmp_path / "out"), "model": "owner/model"}))
+    assert fetched == ["owner/model"]
+    assert set(run.weights()) == {"unet/unet.safetensors"}
+
+
 def test_a_model_without_weights_stops_the_run(tmp_path):
     model = model_folder(tmp_path / "model", "unet/config.json")
     with pytest.raises(UserError, match="has no weights: no file in it ends in .safetensors") as caught:

@@ -23,7 +23,7 @@ from sdcomp.pruning import (
     prune_unstructured,
     sparsity_table,
 )
-from sdcomp.pruning.sizes import sparse_state
+from sdcomp.pruning.disk_sizes import sparse_state
 from sdcomp.quantization import QuantModel
 from sdcomp.training import recover
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from transformers import CLIPTokenizer
 from sdcomp.files import regular, resolve_input
 from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.device import check_device
-from sdcomp.model.files.diffusers_folder import hub_files, read_diffusers, write_diffusers
+from sdcomp.model.files.diffusers_folder import read_diffusers, write_diffusers
 from sdcomp.model.files.folder import read_folder, write_folder
+from sdcomp.model.files.hub import local_model
 from sdcomp.model.files.lora import merge_loras
 from sdcomp.model.files.single_file import read_original, text_state, write_original
 from sdcomp.model.files.tensors import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
@@ -112,11 +112,7 @@ def load_from_standard_weights(
 
 def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet: bool = True) -> Source:
     """Read the model with this path or name, in any format."""
-    found = resolve_input(path)
-    if not os.path.exists(found):
-        if os.path.lexists(found):
-            regular(found, ModelError)  # raises the error that explains the broken link
-        found = _download(str(path), variant)
+    found = local_model(path, variant)
     if not found.is_dir():
         return read_original(found, config)
     # lexists: for a file that is there but cannot be read, the reader raises an error with its name.
@@ -125,25 +121,6 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
     if os.path.lexists(found / "config.json"):
         return read_folder(found, needs_unet)
     raise ModelError(f"{found} is not a model folder: it has no config.json and no model_index.json")
-
-
-def _download(name: str, variant: str | None) -> Path:
-    """Fetch the diffusers folder of that name from the hub, or take it from the hub's local cache."""
-    owner = name.partition("/")[0]
-    local = os.path.exists(resolve_input(owner)) or name.endswith((".ckpt", ".safetensors"))
-    if local or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ModelError(
-            f"model {name[:200]!r} does not exist; give a file or folder such as data/tiny, or a hub name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=hub_files(variant)))
-    except Exception as error:  # of many kinds, from the hub's client, its transport and the system
-        raise ModelError(
-            f"model {name[:200]!r} does not exist here and cannot be fetched from the hub "
-            f"({one_line(error)[:200]}); check name and connection, or give a local path"
-        ) from error
 
 
 def _build(

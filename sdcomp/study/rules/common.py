@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sdcomp.files import resolve_input, resolve_output
-from sdcomp.model import SAMPLERS
+from sdcomp.model import SAMPLERS, is_hub_name
 from sdcomp.quantization import PRESETS
 from sdcomp.quantization.quantizer import BITS as QUANTIZER_BITS
 from sdcomp.study.requests import requested
@@ -70,8 +70,10 @@ def there(path: str) -> Path | None:
 
 def _is_model(path: str) -> bool:
     found = there(path)
-    if found is None or found.is_file():
-        return found is not None
+    if found is None:
+        return is_hub_name(path)
+    if found.is_file():
+        return True
     return any((found / name).is_file() for name in ("config.json", "model_index.json"))
 
 
@@ -147,7 +149,8 @@ TRAINING_STEPS = between(1, 10_000_000)
 COMMON = {
     "model": Rule(
         _is_model,
-        "an existing model folder or file, such as data/tiny (looked for from here and from the repository)",
+        "an existing model folder or file, such as data/tiny (looked for from here and from the repository),"
+        " or a hub name",
     ),
     "out": FREE,  # `Run` tries to write there first, and reports an error
 }

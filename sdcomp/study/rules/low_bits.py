@@ -63,6 +63,7 @@ STUDY = Study(
         ),
         "sensitivity_layers": between(0, 10_000),
         "n_calibration": COUNT,
+        "calibration_prompts": PROMPT_SET,
         "prompts": PROMPT_SET,
         "clip_model": CLIP,
     },

@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from sdcomp.study.rules.common import AMOUNT, CALIBRATION, COMMON, GENERATION, Study, between, one_of
+from sdcomp.study.rules.common import (
+    AMOUNT,
+    CALIBRATION,
+    COMMON,
+    GENERATION,
+    PROMPT_SET,
+    Study,
+    between,
+    one_of,
+)
 
 STUDY = Study(
     {
@@ -12,7 +21,9 @@ STUDY = Study(
         "backends": replace(one_of("fp32", "simulated", "int8"), unique=True),
         "components": replace(one_of("text encoder", "UNet", "decoder"), unique=True),
         "n_calibration": CALIBRATION["n_calibration"],
+        "calibration_prompts": PROMPT_SET,
         "calibration_steps": CALIBRATION["calibration_steps"],
+        "prompts": PROMPT_SET,
         "repeats": between(1, 10_000),
     }
 )
