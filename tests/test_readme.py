@@ -26,6 +26,12 @@ LEFT_OUT = {
     "conda ": "needs conda",
 }
 """Lines with this text are not run, for this reason."""
+PACKAGES = {
+    "from diffusers": "diffusers",
+    "load_diffusers": "diffusers",
+    'format="openvino"': "openvino",
+}
+"""Blocks with this text need an optional package."""
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +51,9 @@ def test_every_block_names_a_language_that_is_run():
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
 def test_python_blocks_run_as_printed(block, capsys, monkeypatch):
-    if "from diffusers" in block:
-        pytest.importorskip("diffusers")
+    for text, package in PACKAGES.items():
+        if text in block:
+            pytest.importorskip(package)
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
     if "images.shape" in block:

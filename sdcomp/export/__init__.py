@@ -1,4 +1,4 @@
-"""Models in other tools: plain checkpoints, diffusers.
+"""Models in other tools: plain checkpoints, diffusers, OpenVINO, ONNX.
 
 `sdcomp.export(sd, path, format=...)` writes a model; the loaders of what it wrote are beside it.
 """
@@ -8,14 +8,17 @@ from types import ModuleType
 
 from sdcomp.export.diffusers import as_diffusers_unet, from_diffusers_unet
 from sdcomp.export.formats import FORMATS, export
+from sdcomp.export.openvino import OpenVINOUNet, load_openvino
 from sdcomp.export.smaller import load_diffusers
 
 __all__ = [
     "FORMATS",
+    "OpenVINOUNet",
     "as_diffusers_unet",
     "export",
     "from_diffusers_unet",
     "load_diffusers",
+    "load_openvino",
 ]
 
 

@@ -51,7 +51,7 @@ def rounded_unet(unet: nn.Module) -> UNet:
     layers = {layer.name: layer for layer in unet.quantized_layers()}
     state = dict(float_tensors(inside, layers))
     for name, layer in layers.items():
-        state[f"{name}.weight"] = _rounded(layer)
+        state[f"{name}.weight"] = rounded_weight(layer)
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def rounded_unet(unet: nn.Module) -> UNet:
     return plain.eval()
 
 
-def _rounded(layer: QuantLayer | NBitLayer) -> Tensor:
+def rounded_weight(layer: QuantLayer | NBitLayer) -> Tensor:
     """The weight that a layer multiplies with, in memory of its own."""
     if isinstance(layer, NBitLayer):
         return layer.dense_weight(torch.float32).clone()

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 from sdcomp.export.checkpoint import save_checkpoint
+from sdcomp.export.onnx import save_onnx
+from sdcomp.export.openvino import save_openvino
 from sdcomp.export.smaller import save_diffusers
 from sdcomp.model import StableDiffusion
 
 FORMATS: dict[str, Callable[..., Path]] = {
     "checkpoint": save_checkpoint,
     "diffusers": save_diffusers,
+    "openvino": save_openvino,
+    "onnx": save_onnx,
 }
 """Writers by the name of their format, each called as `writer(sd, path, dtype)`."""
 
@@ -24,6 +28,9 @@ def export(sd: StableDiffusion, path: str | Path, format: str, dtype: torch.dtyp
     - "checkpoint": plain weights, rounded ones baked in. A path that ends in `.safetensors` gets the original
       layout, for ComfyUI and diffusers; any other path gets a folder of diffusers.
     - "diffusers": a folder of diffusers, also of a UNet that lost channels; see `load_diffusers`.
+    - "openvino": the UNet for OpenVINO, `path` ends in `.xml`; int8 weights, and calibrated scales in the
+      graph. See `load_openvino`.
+    - "onnx": the same for ONNX Runtime and other engines, `path` ends in `.onnx`.
 
     `dtype` converts plain weights. Raises ValueError for another format, ModelError for a UNet that the
     format cannot hold, UserError for a file that cannot be written.

@@ -260,7 +260,8 @@ class UNet(nn.Module):
     def _embed(self, timesteps: Tensor | float, latents: Tensor) -> Tensor:
         """The time embedding: `(1, emb)` if all rows share a timestep, else `(B, emb)`."""
         timesteps = torch.as_tensor(timesteps, device=latents.device).reshape(-1)
-        if len(timesteps) not in (1, len(latents)):
+        # len() would make the batch size of a recorded call a constant.
+        if len(timesteps) not in (1, latents.shape[0]):
             raise ValueError(f"{len(timesteps)} timesteps for {len(latents)} rows: give one, or one for each")
         # Compared on a CPU only: on other devices the comparison would wait for the device.
         if len(timesteps) > 1 and timesteps.device.type == "cpu" and not is_recorded():

@@ -14,6 +14,7 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation import load_prompts
+from sdcomp.export import OpenVINOUNet, export, load_openvino
 from sdcomp.integer import to_int8, to_packed
 from sdcomp.pruning import (
     IMPORTANCES,
@@ -105,6 +106,8 @@ class Builder:
         simulated = self.calibrated(variant.simulation)
         if variant.execution == "packed":
             return to_packed(simulated)
+        if variant.execution == "openvino":
+            return self._exported(simulated)
         return simulated if variant.execution == "simulated" else to_int8(simulated)
 
     def pruned(self, variant: Variant) -> nn.Module:
@@ -221,6 +224,12 @@ class Builder:
         with tempfile.TemporaryDirectory() as folder:
             save_quant_model(self.calibrated(whole), folder)
             return load_quant_model(folder, self.pruned(variant.unquantized))
+
+    def _exported(self, simulated: QuantModel) -> OpenVINOUNet:
+        """The UNet in OpenVINO. What it has loaded stays when its files are gone."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "unet.xml")
+            return load_openvino(export(self.sd.replace(unet=simulated), file, format="openvino"))
 
     def _recovered(self, variant: Variant, unet: nn.Module) -> nn.Module:
         p = self.run.parameters

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 PRUNINGS = ("", "unstructured", "pattern", "masked channels", "removed")
-EXECUTIONS = ("fp32", "simulated", "packed", "int8", "int8 (dequantized)")
+EXECUTIONS = ("fp32", "simulated", "packed", "int8", "int8 (dequantized)", "openvino")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Variant:
     """Whether activations were calibrated before the pruning instead of after it."""
     execution: str = "fp32"
     """"simulated" rounds in floating point, "packed" unpacks n-bit weights layer by layer. "int8" runs
-    integer kernels, "int8 (dequantized)" turns int8 weights into floats. "fp32": there is no recipe."""
+    integer kernels, "int8 (dequantized)" turns int8 weights into floats, "openvino" exports the UNet to that
+    engine. "fp32" is for variants without a recipe."""
 
     def __post_init__(self) -> None:
         if self.pruning not in PRUNINGS or self.execution not in EXECUTIONS:

@@ -53,9 +53,9 @@ def build(model: str) -> UNet:
     return UNet(MODELS[model][0].unet).eval().requires_grad_(False)
 
 
-def save_models(model: str, folder: str) -> None:
-    """A model quantized to 8 bits, calibrated on the largest magnitudes of one call, as files."""
-    q = QuantModel(build(model)).set_use_quant(False, False)
+def calibrated(unet: nn.Module, call: tuple[Tensor, Tensor, Tensor]) -> QuantModel:
+    """A UNet quantized to 8 bits, calibrated on the largest magnitudes of one call."""
+    q = QuantModel(unet).set_use_quant(False, False)
 
     def widest(layer: nn.Module, args: tuple[Tensor]) -> None:
         scale = args[0].abs().max() / q.act_quantizer.qmax
@@ -63,10 +63,16 @@ def save_models(model: str, folder: str) -> None:
 
     for layer in q.quantized_layers():
         layer.register_forward_pre_hook(widest)
-    q(*inputs(model))
+    q(*call)
     for layer in q.quantized_layers():
         layer._forward_pre_hooks.clear()
     q.is_calibrated.fill_(True)
+    return q.set_use_quant()
+
+
+def save_models(model: str, folder: str) -> None:
+    """The integer models, as files."""
+    q = calibrated(build(model), inputs(model))
     for dtype in (torch.float32, torch.bfloat16):
         save_int8(to_int8(q, dtype, "kernels"), Path(folder) / str(dtype))
 

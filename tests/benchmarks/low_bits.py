@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 import sdcomp
-from sdcomp.evaluation import Clip, clip_scores, load_prompts, paired_difference, psnr
+from sdcomp.evaluation import Clip, clip_scores, layer_errors, load_prompts, paired_difference, psnr, thinned
 from sdcomp.quantization import PRESETS, Calibrator, QuantModel, build, quantize
+from sdcomp.quantization.mixed import choose_bits, weight_overrides
 from sdcomp.scenes import prompt_accuracy
 
 COLUMNS = (
@@ -47,11 +48,32 @@ def ours(sd: sdcomp.StableDiffusion, calibration: list[str]) -> Iterator[tuple[s
     yield "sdcomp mse W4A4", lambda: published("mse", 4, 4)
     yield "sdcomp weights_gptq W4", lambda: made("weights_gptq", 4)
     yield "sdcomp weights_gptq_groups W3 g64", lambda: made("weights_gptq_groups", 3)
+    yield "sdcomp mixed, 2.5 bits a weight", lambda: mixed(sd, calibration, 2.5)
     yield "sdcomp low_bits W8A8", lambda: made("low_bits", 8, 8)
     yield "sdcomp low_bits W4A8", lambda: made("low_bits", 4, 8)
     yield "sdcomp low_bits W4A4", lambda: made("low_bits", 4, 4)
     yield "sdcomp low_bits W4A4, all layers at 4 bits", lambda: made("low_bits", 4, 4, model={})
     yield "sdcomp low_bits W3A6", lambda: made("low_bits", 3, 6)
+
+
+def mixed(sd: sdcomp.StableDiffusion, calibration: list[str], average: float) -> QuantModel:
+    """Weights of 2, 3, 4 or 8 bits in groups of 64, `average` bits a weight, scales and zero points included.
+
+    The error of the noise is measured for each layer alone at each of these bits; then the bits are divided.
+    """
+    recipe = PRESETS["weights_gptq_groups"]
+    recipe = replace(recipe, weights={**recipe.weights, "symmetric": False}, model={})
+    probes = load_prompts(sd, "calibration", len(calibration) + 8).texts[-8:]
+    trace = thinned(sd.generate(probes, steps=20, trace=True)[1], 8, 4)
+    errors: dict[str, dict[int, float]] = {}
+    for bits in (2, 3, 4, 8):
+        model = quantize(sd, recipe, calibration, weight_bits=bits, seed=1)
+        for name, error in layer_errors(sd, model, probes, trace).items():
+            errors.setdefault(name, {})[bits] = error
+    sizes = {layer.name: layer.weight.numel() for layer in model.quantized_layers()}
+    # Each group of 64 has a scale of 16 bits and a zero point of 8.
+    chosen = choose_bits(errors, sizes, average - 24 / 64)
+    return quantize(sd, recipe, calibration, weight_bits=2, seed=1, overrides=weight_overrides(chosen))
 
 
 def peers(

@@ -143,6 +143,17 @@ def test_a_study_quantizes_as_the_package_does(run, small, call):
     assert not all(torch.equal(by_hand.state_dict()[name], value) for name, value in scales.items())
 
 
+def test_openvino_runs_what_is_simulated(run, small, call):
+    pytest.importorskip("openvino")
+    builder = Builder(run, small, CALIBRATION)
+    variant = quantized("mse", 8, 8, execution="openvino")
+    simulated = call(builder.build(variant.simulation))
+    exported = builder.build(variant)
+    assert isinstance(exported, sdcomp.export.OpenVINOUNet) and variant.method == "mse + openvino"
+    error = (call(exported) - simulated).square().mean() / simulated.square().mean()
+    assert 0 < error < 10**-1.5  # these random weights turn the last bits into 27 dB
+
+
 def test_32_bits_are_not_quantized(run, small, call):
     builder = Builder(run, small, CALIBRATION)
     weights = QuantModel(small.unet, weight_quant_params={"n_bits": 4}, act_quant_params=None)

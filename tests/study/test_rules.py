@@ -10,7 +10,7 @@ import yaml
 from notebook_parameters import NOTEBOOKS, namespace, parameters_cell
 
 from sdcomp.study import ParameterError, read_parameters
-from sdcomp.study.rules import STUDIES
+from sdcomp.study.rules import STUDIES, common
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
@@ -165,3 +165,12 @@ GOOD = [
 def test_what_goes_together_is_taken(study, injected):
     found = read_parameters(namespace(study, **injected), study)
     assert {name: found[name] for name in injected} == injected
+
+
+def test_a_backend_that_is_not_installed_is_refused_in_one_sentence(monkeypatch):
+    injected = {"backends": ["int8", "openvino"]}
+    monkeypatch.setattr(common, "find_spec", lambda name: object())
+    assert read_parameters(namespace(PROFILING, **injected), PROFILING)["backends"] == injected["backends"]
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    with pytest.raises(ParameterError, match=r"not installed: pip install 'sdcomp\[deploy\]', or remove it"):
+        read_parameters(namespace(PROFILING, **injected), PROFILING)

@@ -116,7 +116,7 @@ def _adapter_alphas(file: Path) -> dict[str, float]:
             if key.endswith(".lora_alpha")
         }
         odd = [key for key in settings if key.endswith((".use_rslora", ".alpha_pattern")) and settings[key]]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(f"{file} has wrong settings in {_METADATA}: {one_line(error)}") from None
     if odd:
         raise ModelError(
@@ -159,7 +159,7 @@ def _merge(
     try:
         change = _product(down, up, mid, weight)
         factor = scale * float(lora["alpha"]) / len(down) if "alpha" in lora else scale
-    except (RuntimeError, ValueError):
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
         shapes = [tuple(tensor.shape) for tensor in lora.values()]
         raise ModelError(
             f"{file} is a LoRA of another model: its tensors of {one_line(name)[:100]} have the shapes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,4 +211,11 @@ def check_k(p: Mapping[str, Any], *intervals: int, name: str = "k") -> str | Non
     most = max(intervals, default=0)
     if most > p["calibration_steps"]:
         return f"{name} must be at most calibration_steps, {p['calibration_steps']}, not {most}"
+    return None
+
+
+def check_openvino(p: Mapping[str, Any]) -> str | None:
+    """Refuse the backend of an engine that is not installed."""
+    if "openvino" in p["backends"] and find_spec("openvino") is None:
+        return "backends has openvino, which is not installed: pip install 'sdcomp[deploy]', or remove it"
     return None

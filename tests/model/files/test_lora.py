@@ -181,6 +181,9 @@ XL = {key.replace("lora_unet_input_blocks_3", "lora_te2_3"): tensor for key, ten
     [
         ({**GOOD, DOWN: torch.ones(2, 31)}, r"of another model: its tensors of .* \(2, 31\), \(32, 2\), but"),
         ({**GOOD, UP: torch.ones(32, 3)}, "of another model: its tensors of"),
+        ({**GOOD, UP: torch.tensor(1.0)}, "of another model: its tensors of"),
+        ({**GOOD, DOWN: torch.tensor(1.0)}, "of another model: its tensors of"),
+        ({DOWN: torch.ones(0, 32), UP: torch.ones(32, 0)}, "of another model: its tensors of"),
         ({**GOOD, f"{NAME}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "of another model: its tensors of"),
         ({**GOOD, f"{NAME}.alpha": torch.ones(2)}, "of another model: its tensors of"),
         ({DOWN: GOOD[DOWN]}, "lacks the matrix 'up' of lora_unet_"),
@@ -204,7 +207,16 @@ def test_other_files_end_in_one_sentence(folder, tmp_path, tensors, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", ["[1]", '{"unet.lora_alpha": "much"}', "{", '{"unet.use_rslora": true}'])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "[1]",
+        f'{{"unet.lora_alpha": {10**400}}}',
+        '{"unet.lora_alpha": "much"}',
+        "{",
+        '{"unet.use_rslora": true}',
+    ],
+)
 def test_odd_settings_end_in_one_sentence(folder, tmp_path, settings):
     file = tmp_path / "lora.safetensors"
     save_file(GOOD, file, metadata={"lora_adapter_metadata": settings})

@@ -1,0 +1,198 @@
+"""A quantized UNet as a graph for other engines: integer weights, and operators that round the inputs.
+
+Each engine has its own operators, its `Dialect`. The layers around them are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdcomp.errors import UserError
+from sdcomp.export.checkpoint import rounded_weight
+from sdcomp.integer import PackedModel
+from sdcomp.integer.nbit import NBitLayer
+from sdcomp.model import ModelError, StableDiffusion, UNet
+from sdcomp.model.rebuild import normal_tensors, rebuild
+from sdcomp.quantization import NotCalibratedError, QuantLayer, QuantModel
+from sdcomp.quantization.state import InputGrid, calibrated, input_grids
+
+INPUTS = ("latents", "timestep", "context")
+"""The inputs of an exported UNet, float32: `(B, C, h, w)`, `(1,)` and `(B, L, context_dim)`."""
+
+
+@dataclass(eq=False)
+class Interval:
+    """What the layers share while a graph is recorded: the number of the timestep's interval, `(1,)`."""
+
+    index: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Grids:
+    """How an input is rounded: `rows` has one grid for each timestep interval, as plain numbers."""
+
+    rows: list[InputGrid]
+    affine: bool
+    interval: Interval
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all intervals have the same grid, so that it can be a constant of the graph."""
+        return len(set(self.rows)) == 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the grid has fewer levels than 8 bits hold."""
+        return self.rows[0].high - self.rows[0].low < 254
+
+    def current(self) -> Tensor:
+        """Scale, lowest and highest multiple of the timestep's interval, `(3,)`, chosen in the graph."""
+        if self.fixed:
+            return torch.tensor(self.rows[0])
+        return torch.tensor(self.rows).index_select(0, self.interval.index)[0]
+
+
+class Dialect(Protocol):
+    """An engine's operators."""
+
+    def dequantize(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """Multiply int8 `(out, ...)` by scales `(out,)`, or `(out, columns)` by `(out, groups)`: float32."""
+
+    def quantize(self, x: Tensor, grids: Grids) -> tuple[Tensor, Tensor | None]:
+        """Round an input. The second result, or None, is a scale that the layer's product still lacks."""
+
+
+class GraphLayer(nn.Module):
+    """A convolution or linear layer in the operators of a dialect.
+
+    A layer with a split (see `LayerSpec`) multiplies the two halves of its input apart.
+    """
+
+    def __init__(self, layer: QuantLayer | NBitLayer, dialect: Dialect, interval: Interval) -> None:
+        super().__init__()
+        self.dialect, self.conv = dialect, isinstance(layer, nn.Conv2d)
+        if self.conv:
+            if layer.padding_mode != "zeros":
+                raise UserError(f"layer {layer.name} cannot be exported: its padding is {layer.padding_mode}")
+            self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        out, columns, *kernel = layer.shape if isinstance(layer, NBitLayer) else layer.weight.shape
+        self.sizes = [columns] if layer.split is None else [layer.split, columns - layer.split]
+        self.shapes = [(out, size, *kernel) for size in self.sizes]
+        self.grids = _grids(layer, interval)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        for i, (weight, scale) in enumerate(_weights(layer, self.sizes)):
+            self.register_buffer(f"weight{i}", weight)
+            self.register_buffer(f"scale{i}", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x] if len(self.sizes) == 1 else x.split(self.sizes, dim=1)
+        first, *rest = (self._product(i, part) for i, part in enumerate(parts))
+        return first + rest[0] if rest else first
+
+    def _product(self, i: int, x: Tensor) -> Tensor:
+        """The product of part `i` of the input; the first part's has the bias."""
+        weight, scale = getattr(self, f"weight{i}"), getattr(self, f"scale{i}")
+        if scale is not None:
+            weight = self.dialect.dequantize(weight, scale)
+        weight, bias = weight.reshape(self.shapes[i]), self.bias if i == 0 else None
+        x, factor = (x, None) if self.grids is None else self.dialect.quantize(x, self.grids[i])
+        if factor is None:
+            return self._multiply(x, weight, bias)
+        product = self._multiply(x, weight, None) * factor
+        if bias is None:
+            return product
+        return product + (bias[:, None, None] if self.conv else bias)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, *self.geometry) if self.conv else F.linear(x, weight, bias)
+
+
+def _weights(layer: QuantLayer | NBitLayer, sizes: list[int]) -> list[tuple[Tensor, Tensor | None]]:
+    """Integers and scales of a weight or of its halves; floats and None where int8 cannot hold it."""
+    quantizer = layer.weight_quantizer
+    grouped = quantizer is not None and quantizer.granularity == "group"
+    if (
+        quantizer is None
+        or not layer.state.weights
+        or quantizer.integer_dtype != torch.int8
+        or (grouped and layer.weight_scale.shape[1] * quantizer.group_size != sizes[0])
+    ):
+        return [(part, None) for part in rounded_weight(layer).detach().float().split(sizes, dim=1)]
+    integers, scale = layer.integer_weight(), layer.weight_scale.float()
+    if grouped:
+        return [(integers.flatten(1), scale)]
+    scales = [scale] if layer.split is None else scale
+    parts = integers.split(sizes, dim=1)
+    return [(part.contiguous(), s.expand(len(part))) for part, s in zip(parts, scales, strict=True)]
+
+
+def _grids(layer: QuantLayer | NBitLayer, interval: Interval) -> list[Grids] | None:
+    """The grids of an input or of its halves; None where it is not rounded.
+
+    Raises UserError for scales that each call finds anew, NotCalibratedError for a layer without scales.
+    """
+    quantizer = layer.act_quantizer
+    if quantizer is None or not layer.state.activations:
+        return None
+    if not layer.spec.calibrated:
+        raise UserError(f"layer {layer.name} cannot be exported: its input has a scale for each token")
+    rows = input_grids(layer.act_scale, layer.act_zero_point, quantizer)
+    rows = [calibrated(rows, i, layer.name) for i in range(len(rows))]
+    return [Grids(list(part), not quantizer.symmetric, interval) for part in zip(*rows, strict=True)]
+
+
+class GraphUNet(nn.Module):
+    """A UNet in the operators of a dialect: `forward(latents, timestep, context)`, see `INPUTS`.
+
+    The grids of the inputs are those of the timestep's interval. `unet`: plain, simulated or packed.
+
+    Raises ModelError for a UNet that is not ours, or that runs in int8 already; NotCalibratedError for one
+    without scales; UserError for a layer that cannot be exported.
+    """
+
+    def __init__(self, unet: nn.Module, dialect: Dialect) -> None:
+        super().__init__()
+        quantized = isinstance(unet, QuantModel | PackedModel)
+        inside = unet.module if quantized else unet
+        if not isinstance(inside, UNet):
+            raise ModelError(
+                f"only our UNet, plain, simulated or packed, can be exported, not a {type(inside).__name__}"
+            )
+        self.interval = Interval()
+        self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
+        if quantized and unet.state.activations and not unet.calibrated:
+            raise NotCalibratedError("the activations have no scales yet: calibrate the model first")
+        layers = unet.quantized_layers() if quantized else []
+        with normal_tensors():
+            twins = {layer.name: GraphLayer(layer, dialect, self.interval) for layer in layers}
+            self.module = rebuild(inside, twins).float().requires_grad_(False)
+        self.eval()
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        self.interval.index = (timestep >= self.starts).sum(0, keepdim=True) - 1
+        return self.module(latents, timestep, context)
+
+
+def example_inputs(sd: StableDiffusion) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of the model's own size, two rows, to record a graph with."""
+    config, side = sd.config, sd.config.image_size // sd.config.vae.downsampling
+    context = torch.zeros(2, config.text["max_position_embeddings"], config.unet.context_dim)
+    return torch.zeros(2, config.unet.in_channels, side, side), torch.full((1,), 500.0), context
+
+
+@contextmanager
+def deploy_extra() -> Iterator[None]:
+    """Turn the ImportError of a package that is not installed into one sentence."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install 'sdcomp[deploy]' adds what exports need"
+        ) from None

@@ -1,0 +1,158 @@
+"""OpenVINO models with the calibrated scales as FakeQuantize operators and int8 weights."""
+
+from __future__ import annotations
+
+import warnings
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sdcomp.errors import UserError
+from sdcomp.export.graph import INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
+from sdcomp.files import regular, replacing, resolve_input
+from sdcomp.model import ModelError, StableDiffusion
+from sdcomp.model.files.tensors import one_line
+
+if TYPE_CHECKING:
+    import openvino
+
+_PER_VALUE = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Interpolate")
+"""Operators that move or repeat values. Our UNet's only interpolation takes the nearest pixel."""
+
+
+def save_openvino(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the UNet as `path`, which ends in `.xml`, and a `.bin` with the weights beside it.
+
+    See `sdcomp.export.graph.GraphUNet` for its inputs; batch, height, width and text length may vary. Weights
+    of up to 8 bits are int8 in the file, the rest is float32.
+
+    Raises UserError without OpenVINO, for a `dtype` and for a file that cannot be written, and what
+    `GraphUNet` raises.
+    """
+    with deploy_extra():
+        import openvino
+    if path.suffix != ".xml":
+        raise ModelError(f"{path}: an OpenVINO model needs a name that ends in .xml")
+    if dtype is not None:
+        raise UserError("the openvino format has types of its own: leave dtype out")
+    config = sd.config.unet
+    shapes = ([-1, config.in_channels, -1, -1], [1], [-1, -1, config.context_dim])
+    graph = GraphUNet(sd.unet, _Operators())
+    with torch.no_grad(), warnings.catch_warnings():
+        # Sizes are checked while the graph is recorded; nothing depends on them later.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        model = openvino.convert_model(
+            graph, example_input=example_inputs(sd), input=[openvino.PartialShape(s) for s in shapes]
+        )
+    for port, name in zip(model.inputs, INPUTS, strict=True):
+        port.get_tensor().set_names({name})
+    _raise_quantizers(model)
+    with replacing(path.with_suffix(".bin")) as weights, replacing(path) as text:
+        openvino.save_model(model, weights.with_suffix(".xml"), compress_to_fp16=False)
+        weights.with_suffix(".xml").replace(text)
+    return path
+
+
+class _Operators:
+    """Operators of PyTorch that OpenVINO turns into FakeQuantize and compressed weights.
+
+    The engine's integers have 256 levels, and it is exact for no other number: 8-bit inputs may reach -128,
+    and inputs of fewer bits are clipped before they are rounded to 8 bits.
+    """
+
+    def dequantize(self, integers: Tensor, scale: Tensor) -> Tensor:
+        if scale.dim() == 2:
+            return (integers.unflatten(1, (scale.shape[1], -1)).float() * scale[:, :, None]).flatten(1)
+        return integers.float() * scale.view(-1, *[1] * (integers.dim() - 1))
+
+    def quantize(self, x: Tensor, grids: Grids) -> tuple[Tensor, Tensor | None]:
+        scale, low, high = grids.rows[0]
+        if grids.fixed:
+            x = x.clamp(scale * low, scale * high) if grids.narrow else x
+            return _round(x, scale, low if grids.affine else -128), None
+        scale, *bounds = grids.current()
+        x = x / scale
+        if grids.affine:
+            # Zero points that change with the timestep: the engine computes such layers in floats.
+            return x.round().clamp(*bounds) * scale, None
+        x = x.clamp(low, high) if grids.narrow else x
+        # This scale is no constant, so it must not stand between the integers and their product.
+        return _round(x, 1.0, -128), scale
+
+
+def _round(x: Tensor, scale: float, low: float) -> Tensor:
+    """Round to 256 multiples of a scale, the lowest of which is `low`."""
+    return torch.fake_quantize_per_tensor_affine(x, scale, -int(low), 0, 255)
+
+
+def _raise_quantizers(model: openvino.Model) -> None:
+    """Move FakeQuantize before operators that only move values, in place.
+
+    There it runs as a part of the operator that computes the values, and integers are moved, not floats.
+    """
+    for fake in [op for op in model.get_ordered_ops() if op.get_type_name() == "FakeQuantize"]:
+        if any(prod(fake.input(i).get_partial_shape().to_shape()) != 1 for i in range(1, 5)):
+            continue
+        while True:
+            source = fake.input(0).get_source_output()
+            mover = source.get_node()
+            if mover.get_type_name() not in _PER_VALUE or len(source.get_target_inputs()) > 1:
+                break
+            users = fake.output(0).get_target_inputs()
+            fake.input(0).replace_source_output(mover.input(0).get_source_output())
+            for user in users:
+                user.replace_source_output(source)
+            mover.input(0).replace_source_output(fake.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+class OpenVINOUNet(nn.Module):
+    """A UNet that OpenVINO runs on the CPU, called as `unet(latents, timesteps, context)`.
+
+    `weights`: the content of the `.bin` file, mapped and not read, so that digests and sizes are the file's.
+    Computation is in float32 and in integers. For inference only.
+    """
+
+    def __init__(self, file: Path, compiled: openvino.CompiledModel) -> None:
+        super().__init__()
+        self.file, self._compiled = file, compiled
+        binary = file.with_suffix(".bin")
+        mapped = torch.from_file(str(binary), shared=False, size=binary.stat().st_size, dtype=torch.uint8)
+        self.register_buffer("weights", mapped)
+        self.eval()
+
+    def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
+        timesteps = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1)
+        if (timesteps != timesteps[0]).any():
+            raise ValueError("an exported UNet takes one timestep for all rows: run others separately")
+        arrays = [x.detach().float().cpu().contiguous().numpy() for x in (latents, timesteps[:1], context)]
+        return torch.from_numpy(self._compiled(arrays)[0]).to(latents)
+
+    def extra_repr(self) -> str:
+        return f"OpenVINO, {self.file.name}"
+
+
+def load_openvino(path: str | Path) -> OpenVINOUNet:
+    """Load a UNet that `export` wrote with format "openvino", for `sd.replace(unet=...)`.
+
+    It uses as many threads as PyTorch. Nothing in the files is executed but the operators of the graph.
+    Raises UserError without OpenVINO, ModelError for a file that is missing or damaged.
+    """
+    with deploy_extra():
+        import openvino
+    file = resolve_input(path)
+    for part in (file, file.with_suffix(".bin")):
+        regular(part, ModelError)
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # The engine's defaults: bfloat16 where the CPU has it, and inputs of 8 bits beside weights of 8 bits.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
+    try:
+        return OpenVINOUNet(file, openvino.Core().compile_model(str(file), "CPU", settings))
+    except RuntimeError as error:
+        raise ModelError(f"OpenVINO cannot load {file}: {one_line(error)}; export it again") from None
