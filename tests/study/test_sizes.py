@@ -71,8 +71,8 @@ def test_packed_files_leave_zeros_out(small, tmp_path):
     for unet in (sparse, to_packed(sparse)):
         assert stored_bytes(unet) == (written, True)
     assert written < 0.8 * stored_bytes(QuantModel(small.unet, **four))[0]
-    # The names of the tensors and the layers' other tensors stand beside the weights.
-    assert written == pytest.approx(packed_bytes(sparse), rel=0.3)
+    # The names of the tensors stand beside them.
+    assert packed_bytes(sparse) < written
 
 
 def test_a_packed_file_has_the_bits_of_its_weights(small, tmp_path):
