@@ -52,9 +52,9 @@ def save(
 
     `format` is "sdcomp", "original" or "diffusers", see `sdcomp.model.save`, or "packed". "sdcomp" holds
     every UNet, and a quantized one keeps its type. "packed" is for a quantized or packed UNet: it writes the
-    weights with n bits each. "original" and "diffusers" hold plain UNets only. `dtype` is the type of the
-    plain weights. `record` says more about the model, ready for JSON: its origin, the evaluation that it
-    passed.
+    weights with n bits each, and leaves out the zeros of a pruned one. "original" and "diffusers" hold plain
+    UNets only. `dtype` is the type of the plain weights. `record` says more about the model, ready for JSON:
+    its origin, the evaluation that it passed.
 
     Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold, and
     for "packed" what `sdcomp.to_packed` raises.

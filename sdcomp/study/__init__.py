@@ -1,5 +1,6 @@
 """What notebooks share: parameters, variants, records of runs, paired measurements, plots."""
 
+from sdcomp.study.answers import answer
 from sdcomp.study.build import Builder, as_executed, calibration_settings
 from sdcomp.study.paired import PairedStudy, reference_images
 from sdcomp.study.parameters import ParameterError, read_parameters
@@ -16,6 +17,7 @@ from sdcomp.study.plots import (
     scatter,
     style,
 )
+from sdcomp.study.requests import requested
 from sdcomp.study.run import Run
 from sdcomp.study.times import PairedTimes
 from sdcomp.study.variants import FP32, Variant, pruned, quantized
@@ -28,6 +30,7 @@ __all__ = [
     "ParameterError",
     "Run",
     "Variant",
+    "answer",
     "as_executed",
     "as_list",
     "bit_pairs",
@@ -47,6 +50,7 @@ __all__ = [
     "quantized",
     "read_parameters",
     "reference_images",
+    "requested",
     "scatter",
     "style",
 ]

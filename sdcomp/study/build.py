@@ -6,15 +6,26 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sdcomp.errors import UserError
 from sdcomp.evaluation import load_prompts
 from sdcomp.export import OpenVINOUNet, export, load_openvino
-from sdcomp.integer import to_int8
-from sdcomp.pruning import prune_structured, prune_unstructured
+from sdcomp.integer import to_int8, to_packed
+from sdcomp.pruning import (
+    IMPORTANCES,
+    Calibration,
+    calibrate,
+    n_m_budgets,
+    prune_n_m,
+    prune_structured,
+    prune_unstructured,
+    remove_cheapest,
+)
 from sdcomp.quantization import (
     PRESETS,
     QuantModel,
@@ -26,7 +37,7 @@ from sdcomp.quantization import (
 )
 from sdcomp.quantization.calibration import SAMPLER
 from sdcomp.study.rounding import KeptRounding
-from sdcomp.study.variants import Variant
+from sdcomp.study.variants import Variant, quantized
 from sdcomp.training import recover
 
 if TYPE_CHECKING:
@@ -57,8 +68,9 @@ def calibration_settings(
 class Builder:
     """Builds the UNets of variants.
 
-    It keeps the last simulation, because int8 is made from it, and the last second-order rounding, because
-    variants that differ in their activations alone share it.
+    It keeps the last simulation, because int8 and packed weights are made from it; the last second-order
+    rounding, because variants that differ in their activations alone share it; and what the importance of
+    weights needs to know of their inputs.
     """
 
     def __init__(
@@ -72,8 +84,9 @@ class Builder:
         weights: Mapping[str, Any] | None = None,
         recipes: Mapping[str, Recipe] = PRESETS,
     ) -> None:
-        """`calibration` are arguments of `sd.generate`; None: activations are not calibrated.
+        """`calibration` are arguments of `sd.generate`, for activations and for the importance of weights.
 
+        None: activations are not calibrated, and importance is magnitude.
         `model`, `calibrator` and `weights` replace arguments of a recipe (see `sdcomp.quantization.Recipe`).
         `recipes` are those that variants name.
         """
@@ -82,6 +95,7 @@ class Builder:
         self.recipes = recipes
         self.rounding = KeptRounding()
         self._last: tuple[Variant, QuantModel] | None = None
+        self._seen: Calibration | None = None
 
     def build(self, variant: Variant) -> nn.Module:
         """The UNet of `variant`: pruned, recovered, quantized and converted to integers, as it says."""
@@ -90,6 +104,8 @@ class Builder:
         if variant.calibrated_first:
             return self._calibrated_first(variant)
         simulated = self.calibrated(variant.simulation)
+        if variant.execution == "packed":
+            return to_packed(simulated)
         if variant.execution == "openvino":
             return self._exported(simulated)
         return simulated if variant.execution == "simulated" else to_int8(simulated)
@@ -100,17 +116,56 @@ class Builder:
         A recovery uses up to 128 calibration prompts, four for each image of the study. Its checkpoint is in
         the run's folder, and a killed run resumes from there.
         """
-        amount, norm = variant.amount, variant.criterion or "l2"
         if not variant.pruning:
             return self.sd.unet
-        if variant.pruning == "unstructured":
-            parts = {"parts": [variant.block]} if variant.block else {}
-            unet = prune_unstructured(self.sd.unet, amount, scope=variant.scope, **parts)
-        elif variant.pruning == "masked channels":
-            unet = prune_structured(self.sd.unet, amount, mode="mask", n=int(norm[1]))
-        else:
-            unet = prune_structured(self.sd.unet, amount, mode="remove", criterion=norm)
+        unet = self._removed(variant) if variant.pruning == "removed" else self._zeroed(variant)
         return self._recovered(variant, unet) if variant.recover_steps else unet
+
+    def _zeroed(self, variant: Variant) -> nn.Module:
+        unet, amount = self.sd.unet, variant.amount
+        if variant.pruning == "masked channels":
+            return prune_structured(unet, amount, mode="mask", n=1 if variant.importance == "l1" else 2)
+        how = self._importance(variant)
+        how |= {"parts": [variant.block]} if variant.block else {}
+        if variant.pruning == "unstructured":
+            return prune_unstructured(unet, amount, scope=variant.scope, **how)
+        n, m = map(int, variant.pattern.split(":"))
+        if variant.scope == "global":
+            data = how.get("calibration") or self.seen(gradients=True)
+            n = n_m_budgets(unet, n / m, m, choices=(max(n // 2, 1), n), calibration=data)
+        return prune_n_m(unet, n, m, **how)
+
+    def _removed(self, variant: Variant) -> nn.Module:
+        if variant.scope == "global":
+            return remove_cheapest(self.sd.unet, variant.amount, self.seen(gradients=True))
+        how = self._importance(variant) or {"criterion": variant.importance or "l2"}
+        return prune_structured(self.sd.unet, variant.amount, mode="remove", **how)
+
+    def _importance(self, variant: Variant) -> dict[str, Any]:
+        """The arguments `importance` and `calibration`, where a variant does not go by magnitude."""
+        name = variant.importance
+        if name not in IMPORTANCES:
+            return {}
+        # A pattern, or the weights of one layer by Wanda, need no gradients of the output.
+        rows_alone = name == "wanda" or variant.pruning == "pattern"
+        gradients = variant.scope == "global" or not rows_alone
+        return {"importance": name, "calibration": self.seen(gradients)}
+
+    def seen(self, gradients: bool = False) -> Calibration:
+        """What the importance of weights needs to know of the UNet's layers, gathered once.
+
+        Raises UserError if the study has no calibration.
+        """
+        if self._seen is None or (gradients and not self._seen.gradients):
+            if self.calibration is None:
+                raise UserError(
+                    "importance other than magnitude needs a calibration: give one to the Builder"
+                )
+            generation = dict(self.calibration)
+            prompts = generation.pop("prompts")
+            run = partial(self.sd.generate, prompts, **generation)
+            self._seen = calibrate(self.sd.unet, run, gradients=gradients, seed=self.run.parameters["seed"])
+        return self._seen
 
     def quantized(self, variant: Variant, unet: nn.Module) -> QuantModel:
         """The simulated quantization of `unet`, neither calibrated nor changed by the recipe's methods."""
@@ -164,9 +219,8 @@ class Builder:
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
         """The pruned UNet, with the scales of the UNet before pruning."""
-        whole = replace(
-            variant, pruning="", amount=0.0, scope="layer", recover_steps=0, calibrated_first=False
-        )
+        bits = variant.weight_bits, variant.act_bits
+        whole = quantized(variant.recipe, *bits, variant.k, execution=variant.execution)
         with tempfile.TemporaryDirectory() as folder:
             save_quant_model(self.calibrated(whole), folder)
             return load_quant_model(folder, self.pruned(variant.unquantized))

@@ -23,25 +23,11 @@ def as_list(values: Any) -> list[Any]:
 
 
 def pruned_variants(
-    amounts: float | list[float],
-    structured: bool,
-    mode: str,
-    recover_steps: int = 0,
-    *,
-    scope: str = "layer",
-    criterion: str = "",
+    amounts: float | list[float], structured: bool, mode: str, recover_steps: int = 0
 ) -> list[Variant]:
-    """One variant for each amount, from the parameters of the notebooks that prune.
-
-    The norm `criterion` chooses channels; single weights are ordered the same by every norm.
-    """
-    if not structured:
-        options = {"scope": scope, "recover_steps": recover_steps}
-        return [pruned("unstructured", amount, **options) for amount in as_list(amounts)]
-    kind = {"mask": "masked channels", "remove": "removed"}[mode]
-    criterion = "" if criterion == "l2" else criterion  # l2 is the default
-    options = {"criterion": criterion, "recover_steps": recover_steps}
-    return [pruned(kind, amount, **options) for amount in as_list(amounts)]
+    """One variant for each amount, from the published parameters of `02_pruning`."""
+    kind = {"mask": "masked channels", "remove": "removed"}[mode] if structured else "unstructured"
+    return [pruned(kind, amount, recover_steps=recover_steps) for amount in as_list(amounts)]
 
 
 def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[tuple[int, int]]:

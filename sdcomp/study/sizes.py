@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sdcomp.evaluation import weight_bytes
-from sdcomp.integer import Int8Model, packed_files, save_packed, to_packed
+from sdcomp.integer import Int8Model, PackedModel, packed_files, save_packed, to_packed
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import QuantLayer, QuantModel
 
@@ -16,7 +16,8 @@ from sdcomp.quantization import QuantLayer, QuantModel
 def packed_bytes(unet: nn.Module) -> int:
     """Bytes that a UNet's tensors would take if packed.
 
-    `sdcomp.save(..., format="packed")` writes n-bit weights in about these bytes, zeros included.
+    `sdcomp.save(..., format="packed")` writes n-bit weights in about these bytes. It writes no weights of
+    more bits without their zeros.
 
     A weight that simulates n bits counts n bits, any other number counts its own type. Scales count too.
     Where it saves bytes, zeros are left out: a tensor then counts one bit an entry for where they are.
@@ -41,21 +42,30 @@ def packed_bytes(unet: nn.Module) -> int:
 def stored_bytes(unet: nn.Module) -> tuple[int, bool]:
     """Bytes of a UNet on disk, and whether `sdcomp.save` writes a file of that size.
 
-    Where it does not (simulated low bits, zeros left out) the bytes are `packed_bytes`.
+    Quantized weights have the bytes of a packed file, which is written to a temporary folder and weighed.
+    Where no file leaves zeros out (weights that are not quantized) the bytes are `packed_bytes`.
     """
     if isinstance(unet, Int8Model):
         return disk_sizes(unet.module)["dense"], True
+    if isinstance(unet, PackedModel) or (isinstance(unet, QuantModel) and _can_be_packed(unet)):
+        return packed_file_bytes(unet), True
     packed = packed_bytes(unet)
     if packed < weight_bytes(unet):
         return packed, False
     return disk_sizes(unet)["dense"], True
 
 
-def packed_file_bytes(model: QuantModel) -> int:
+def packed_file_bytes(model: QuantModel | PackedModel) -> int:
     """Bytes of the file of tensors that `sdcomp.save(..., format="packed")` writes for a UNet.
 
     Raises what `sdcomp.to_packed` raises.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_packed(to_packed(model), folder)
+        save_packed(to_packed(model) if isinstance(model, QuantModel) else model, folder)
         return (Path(folder) / packed_files.FILES.tensors).stat().st_size
+
+
+def _can_be_packed(model: QuantModel) -> bool:
+    """Whether all layers round their weights, and know how to round their inputs."""
+    rounded = all(layer.weight_quantizer is not None for layer in model.quantized_layers())
+    return rounded and model.state.weights and (model.calibrated or not model.state.activations)

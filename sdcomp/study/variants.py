@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-PRUNINGS = ("", "unstructured", "masked channels", "removed")
-EXECUTIONS = ("fp32", "simulated", "int8", "int8 (dequantized)", "openvino")
+PRUNINGS = ("", "unstructured", "pattern", "masked channels", "removed")
+EXECUTIONS = ("fp32", "simulated", "packed", "int8", "int8 (dequantized)", "openvino")
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,18 @@ class Variant:
     """
 
     pruning: str = ""
-    """"unstructured" zeroes single weights, "masked channels" zeroes output channels, "removed" makes the
-    network smaller; empty: nothing is pruned."""
+    """"unstructured" zeroes single weights, "pattern" m - n of every m inputs, "masked channels" output
+    channels; "removed" makes the network smaller; empty: nothing is pruned."""
     amount: float = 0.0
     """The share that is pruned, 0 to 1."""
+    pattern: str = ""
+    """The pattern of zeros, n:m, such as "2:4"."""
     scope: str = "layer"
-    """Where the smallest weights are chosen: in each "layer", or "global"."""
-    criterion: str = ""
-    """The norm that finds the smallest channels; empty: l2."""
+    """Each "layer" loses the same share, or "global": those lose more where it costs less. Whole blocks
+    compete for removal only then."""
+    importance: str = ""
+    """What finds the least important: a name in `sdcomp.pruning.IMPORTANCES`, or the norm "l1" or "l2" of
+    channels; empty: magnitude, or l2."""
     block: str = ""
     """The only block that is pruned; empty: all of them."""
     recover_steps: int = 0
@@ -38,22 +42,24 @@ class Variant:
     calibrated_first: bool = False
     """Whether activations were calibrated before the pruning instead of after it."""
     execution: str = "fp32"
-    """"simulated" rounds in floating point. "int8" runs integer kernels, "int8 (dequantized)" turns int8
-    weights into floats layer by layer, "openvino" exports the UNet to that engine. "fp32" is for variants
-    without a recipe."""
+    """"simulated" rounds in floating point, "packed" unpacks n-bit weights layer by layer. "int8" runs
+    integer kernels, "int8 (dequantized)" turns int8 weights into floats, "openvino" exports the UNet to that
+    engine. "fp32" is for variants without a recipe."""
 
     def __post_init__(self) -> None:
         if self.pruning not in PRUNINGS or self.execution not in EXECUTIONS:
             raise ValueError(f"{self.pruning!r} or {self.execution!r} is unknown: see PRUNINGS, EXECUTIONS")
         if bool(self.pruning) != (self.amount > 0):
             raise ValueError(f"pruning={self.pruning!r} and amount={self.amount} contradict each other")
+        if bool(self.pattern) != (self.pruning == "pattern"):
+            raise ValueError(f"pruning={self.pruning!r} and pattern={self.pattern!r} contradict each other")
         if bool(self.recipe) != (self.execution != "fp32"):
             raise ValueError(f"recipe={self.recipe!r} and execution={self.execution!r} contradict each other")
 
     @property
     def method(self) -> str:
         """The kind of the variant, without its numbers: "removed, recovered + timestep_mse + int8"."""
-        pruning = _join(", ", self.pruning, "recovered" if self.recover_steps else "")
+        pruning = _join(", ", self.pattern or self.pruning, "recovered" if self.recover_steps else "")
         how = _join(" + ", pruning, self.recipe, self._executed) or "fp32"
         return _join(", ", how, "calibrated first" if self.calibrated_first else "")
 
@@ -65,10 +71,10 @@ class Variant:
     def describe(self, amount: bool = True) -> str:
         """The `label`; without `amount` it is the same for all amounts, such as all points of a line."""
         pruning = (
-            self.pruning,
-            f"{100 * self.amount:g} %" if self.pruning and amount else "",
+            self.pattern or self.pruning,
+            f"{100 * self.amount:g} %" if self.pruning and amount and not self.pattern else "",
             "global" if self.scope == "global" else "",
-            f"by {self.criterion}" if self.criterion else "",
+            f"by {self.importance}" if self.importance else "",
             f"in {self.block}" if self.block else "",
         )
         quantization = (
@@ -123,6 +129,14 @@ PUBLISHED = Variant(
 def pruned(pruning: str, amount: float, **fields: Any) -> Variant:
     """A pruned variant; the baseline where `amount` is 0, since nothing is pruned then."""
     return Variant(pruning, amount, **fields) if amount else FP32
+
+
+def patterned(pattern: str, **fields: Any) -> Variant:
+    """A variant with an n:m pattern, such as "2:4"; raises ValueError for another text."""
+    n, _, m = pattern.partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m)):
+        raise ValueError(f"a pattern is n:m with n below m, such as 2:4, not {pattern!r}")
+    return Variant("pattern", 1 - int(n) / int(m), pattern=pattern, **fields)
 
 
 def quantized(

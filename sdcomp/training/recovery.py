@@ -74,7 +74,7 @@ def recover(
     calls = _record(sd, prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling)
     quantized = isinstance(unet, QuantModel)
     student = trainable(unet) if quantized else copy.deepcopy(unet).requires_grad_(True)
-    _hold_zeros(student)
+    _hold_zeros(student, unet)
     _set_recompute(student, own < 16 if recompute is None else recompute)
     inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
     inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
@@ -191,14 +191,18 @@ def _set_recompute(unet: nn.Module, recompute: bool) -> None:
         (unet.enable_gradient_checkpointing if recompute else unet.disable_gradient_checkpointing)()
 
 
-def _hold_zeros(module: nn.Module) -> None:
-    """Set the gradients of zero weights to zero; without weight decay AdamW then leaves them at zero."""
-    for layer in module.modules():
+def _hold_zeros(student: nn.Module, unet: nn.Module) -> None:
+    """Set the gradients of weights to zero that are zero in `unet`; AdamW without decay then keeps them zero.
+
+    A weight that quantization rounded to zero may move: in full precision it is not zero.
+    """
+    for name, layer in unet.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
-        for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
+        for kind, parameter in layer.named_parameters(recurse=False):
             if (zeros := parameter.detach() == 0).any():
-                parameter.register_hook(partial(torch.Tensor.masked_fill, mask=zeros, value=0))
+                trained = student.get_submodule(name).get_parameter(kind)
+                trained.register_hook(partial(torch.Tensor.masked_fill, mask=zeros, value=0))
 
 
 def _digest(value: object) -> str:

@@ -58,7 +58,7 @@ def rows(folder: Path, *metrics: str) -> list[dict]:
 
 @pytest.mark.parametrize("broken", [[0.4], [0.2, 0.4]], ids=["one fails", "all fail"])
 def test_a_pruned_variant_that_fails(tmp_path, broken):
-    found = run_with(tmp_path, "02_pruning", broken, amount=[0.2, 0.4], **JUDGED)
+    found = run_with(tmp_path, "02_pruning", broken, amount=[0.2, 0.4], variants=[], **JUDGED)
     failed = rows(tmp_path, "failed")
     assert amounts(failed) == broken
     assert all("step 1 of 2" in row["unit"] for row in failed)
@@ -71,8 +71,8 @@ def test_a_pruned_variant_that_fails(tmp_path, broken):
 
 
 def test_a_combined_variant_that_fails(tmp_path):
-    few = {"n_calibration": 1, "calibration_steps": 10, "order_ablation": False, **JUDGED}
-    settings = {"amount": [0.2, 0.4], "backends": ["fp32"], "remove_amounts": [], **few}
+    few = {"n_calibration": 1, "calibration_steps": 10, **JUDGED}
+    settings = {"amount": [0.2, 0.4], "backends": ["fp32"], "variants": [], **few}
     settings["save_to"] = str(tmp_path / "model")
     found = run_with(tmp_path, "04_combined", [0.4], **settings)
     assert amounts(rows(tmp_path, "failed")) == [0.4]

@@ -42,7 +42,9 @@ BAD = [
     ("02_pruning", ("-p", "mode", "remove"), "set structured to true as well"),
     ("03_profiling", ("-p", "repeats", "0"), "repeats must be between 1 and 10,000, not 0"),
     ("03_profiling", ("-y", "amounts: [1.5]"), "amounts must be a fraction from 0 to below 1"),
-    ("04_combined", ("-p", "dtype", "float16", "-p", "recover_steps", "9"), "recovery trains in float32"),
+    ("02_pruning", ("-y", "variants: [removed 2]"), "variants must be pruned variants, such as"),
+    ("02_pruning", ("-p", "dtype", "float16", "-p", "recover_steps", "9"), "recovery trains in float32"),
+    ("04_combined", ("-y", "{dtype: float16, variants: [2:4 recovered 9]}"), "recovery trains in float32"),
     ("05_claims", ("-p", "seed", "1"), "there is no parameter 'seed'"),
     ("06_low_bits", ("-p", "k", "30"), "k must be at most steps, 20, not 30"),
 ]

@@ -9,10 +9,20 @@ import pytest
 import torch
 
 import sdcomp
-from sdcomp.pruning import count_zeros, prune_structured, prune_unstructured
+from sdcomp.errors import UserError
+from sdcomp.pruning import (
+    calibrate,
+    count_zeros,
+    n_m_budgets,
+    prune_n_m,
+    prune_structured,
+    prune_unstructured,
+    remove_cheapest,
+)
 from sdcomp.quantization import PRESETS, Calibrator, QuantModel, TimeStepCalibratedQuantModel, quantize
 from sdcomp.quantization.methods import SecondOrderRounding
 from sdcomp.study import FP32, Builder, as_executed, calibration_settings, pruned, quantized
+from sdcomp.study.requests import requested
 
 CALIBRATION = {
     "prompts": ["a star"],
@@ -62,14 +72,45 @@ def test_a_study_prunes_as_the_package_does(run, small):
             small.unet, 0.3, parts=["middle_block"]
         ),
         pruned("masked channels", 0.3): prune_structured(small.unet, 0.3),
-        pruned("masked channels", 0.3, criterion="l1"): prune_structured(small.unet, 0.3, n=1),
-        pruned("removed", 0.3, criterion="l1"): prune_structured(
+        pruned("masked channels", 0.3, importance="l1"): prune_structured(small.unet, 0.3, n=1),
+        pruned("removed", 0.3, importance="l1"): prune_structured(
             small.unet, 0.3, mode="remove", criterion="l1"
         ),
     }
     for variant, unet in wanted.items():
         assert same_weights(builder.build(variant), unet)
     assert builder.build(FP32) is small.unet
+
+
+def test_data_dependent_importance_is_that_of_the_calibration(run, small):
+    builder = Builder(run, small, CALIBRATION)
+    data = calibrate(small.unet, lambda: small.generate(**CALIBRATION))
+    unet, second = small.unet, {"importance": "second_order", "calibration": data}
+    n = n_m_budgets(unet, 0.5, calibration=data)
+    wanted = {
+        "unstructured 0.5 wanda": prune_unstructured(unet, 0.5, importance="wanda", calibration=data),
+        "unstructured 0.5 second_order": prune_unstructured(unet, 0.5, **second),
+        "unstructured 0.5 gradient": prune_unstructured(unet, 0.5, importance="gradient", calibration=data),
+        "unstructured 0.5 global second_order": prune_unstructured(unet, 0.5, "global", **second),
+        "2:4": prune_n_m(unet),
+        "2:4 second_order": prune_n_m(unet, **second),
+        "2:4 global second_order": prune_n_m(unet, n, **second),
+        "removed 0.3 second_order": prune_structured(unet, 0.3, mode="remove", **second),
+        "removed 0.3 global second_order": remove_cheapest(unet, 0.3, data),
+    }
+    made = {text: builder.build(requested(text)) for text in wanted}
+    for text, pruned_unet in wanted.items():
+        assert same_weights(made[text], pruned_unet), text
+    with pytest.raises(UserError, match="importance other than magnitude needs a calibration"):
+        Builder(run, small).build(requested("2:4 wanda"))
+
+
+def test_packed_weights_are_those_of_the_simulation(run, small, call):
+    builder = Builder(run, small, CALIBRATION)
+    variant = quantized("weights_gptq", 4, of=requested("unstructured 0.5"), execution="packed")
+    packed = builder.build(variant)
+    assert isinstance(packed, sdcomp.PackedModel)
+    assert torch.equal(call(packed), call(builder.build(variant.simulation)))
 
 
 def test_a_recovery_is_kept_in_the_runs_folder_and_keeps_zeros(run, tmp_path):

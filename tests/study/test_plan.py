@@ -24,16 +24,6 @@ def test_parameters_name_the_pruned_variants(arguments, variants):
     assert pruned_variants(*arguments) == variants
 
 
-def test_norm_and_scope_are_part_of_the_variants_that_depend_on_them():
-    # Every norm orders single weights in the same way, and l2 is the default for channels.
-    (layers,) = pruned_variants(0.3, False, "mask", criterion="l1")
-    (everywhere,) = pruned_variants(0.3, False, "mask", scope="global")
-    assert (layers, everywhere.scope) == (pruned("unstructured", 0.3), "global")
-    for mode in ("mask", "remove"):
-        found = [pruned_variants(0.3, True, mode, criterion=norm)[0].criterion for norm in ("", "l2", "l1")]
-        assert found == ["", "", "l1"]
-
-
 @pytest.mark.parametrize(
     ("weights", "activations", "pairs"),
     [

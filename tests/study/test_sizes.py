@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sdcomp
-from sdcomp.integer import save_int8, to_int8
+from sdcomp.integer import save_int8, to_int8, to_packed
 from sdcomp.pruning import disk_sizes, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
 from sdcomp.study.sizes import packed_bytes, packed_file_bytes, stored_bytes
@@ -49,7 +49,10 @@ def test_only_what_is_written_counts_as_a_file(small):
     simulated = QuantModel(small.unet)
     Calibrator(small, simulated).calibrate(["a star"], steps=2, batch_size=1)
     size, real = stored_bytes(simulated)
-    assert not real and size < 0.5 * dense
+    assert real and size == packed_file_bytes(simulated) < 0.5 * dense
+    assert not stored_bytes(QuantModel(small.unet))[1]  # without scales of inputs nothing runs
+    unrounded = QuantModel(small.unet, weight_quant_params=None).set_use_quant(activations=False)
+    assert stored_bytes(unrounded)[0] > 0.9 * dense
 
 
 def test_an_int8_model_takes_its_file(small, tmp_path):
@@ -58,6 +61,18 @@ def test_an_int8_model_takes_its_file(small, tmp_path):
     int8 = to_int8(simulated)
     size, real = stored_bytes(int8)
     assert real and size == (save_int8(int8, tmp_path) / "int8.safetensors").stat().st_size
+
+
+def test_packed_files_leave_zeros_out(small, tmp_path):
+    four = {"weight_quant_params": {"n_bits": 4}, "act_quant_params": None}
+    sparse = QuantModel(prune_unstructured(small.unet, 0.7), **four)
+    sdcomp.save(small.replace(unet=sparse), tmp_path, format="packed")
+    written = (tmp_path / "packed.safetensors").stat().st_size
+    for unet in (sparse, to_packed(sparse)):
+        assert stored_bytes(unet) == (written, True)
+    assert written < 0.8 * stored_bytes(QuantModel(small.unet, **four))[0]
+    # The names of the tensors stand beside them.
+    assert packed_bytes(sparse) < written
 
 
 def test_a_packed_file_has_the_bits_of_its_weights(small, tmp_path):

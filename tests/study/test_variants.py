@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdcomp.pruning import IMPORTANCES
 from sdcomp.quantization import PRESETS
 from sdcomp.study import FP32, Variant, pruned, quantized
-from sdcomp.study.variants import EXECUTIONS, PRUNINGS
+from sdcomp.study.variants import EXECUTIONS, PRUNINGS, patterned
 
 BITS = st.sampled_from([2, 4, 8, 32])
 
@@ -20,7 +21,10 @@ def variants(draw) -> Variant:
     if pruning := draw(st.sampled_from(PRUNINGS)):
         found |= {"pruning": pruning, "amount": draw(st.integers(1, 999)) / 1000}
         found |= {"scope": draw(st.sampled_from(["layer", "global"]))}
-        found |= {"criterion": draw(st.sampled_from(["", "l1", "l2"]))}
+        found |= {"importance": draw(st.sampled_from(["", "l1", "l2", *IMPORTANCES]))}
+        if pruning == "pattern":
+            found |= {"pattern": draw(st.sampled_from(["2:4", "1:4", "4:8"]))}
+            found |= {"amount": patterned(found["pattern"]).amount}
         found |= {"block": draw(st.sampled_from(["", "middle_block", "input_blocks.1"]))}
     found["recover_steps"] = draw(st.sampled_from([0, 1, 400]))
     if draw(st.booleans()):
@@ -45,7 +49,7 @@ def test_the_parameters_are_what_differs_from_the_baseline(variant):
 def test_without_quantization_only_the_pruning_is_left(variant):
     plain = variant.unquantized
     assert not plain.recipe and plain.execution == "fp32" and plain.act_bits == plain.weight_bits == 32
-    same = ("pruning", "amount", "scope", "criterion", "block", "recover_steps")
+    same = ("pruning", "amount", "pattern", "scope", "importance", "block", "recover_steps")
     assert [getattr(plain, name) for name in same] == [getattr(variant, name) for name in same]
     assert set(plain.parameters) <= set(same)
 
@@ -59,10 +63,16 @@ REMOVED = pruned("removed", 0.25, recover_steps=400)
         (FP32, "fp32", "fp32", "fp32"),
         (pruned("unstructured", 0.475), "unstructured", "unstructured 47.5 %", "unstructured"),
         (
-            pruned("masked channels", 0.05, criterion="l1"),
+            pruned("masked channels", 0.05, importance="l1"),
             "masked channels",
             "masked channels 5 % by l1",
             "masked channels by l1",
+        ),
+        (
+            quantized("weights_gptq", 4, of=patterned("2:4", importance="second_order"), execution="packed"),
+            "2:4 + weights_gptq + packed",
+            "2:4 by second_order, weights_gptq W4 packed",
+            "2:4 by second_order, weights_gptq W4 packed",
         ),
         (REMOVED, "removed, recovered", "removed 25 %, recovered 400", "removed, recovered 400"),
         (quantized("max", 6, 8), "max", "max W6A8", "max W6A8"),
@@ -93,6 +103,8 @@ def test_a_variant_names_itself(variant, method, label, line):
         {"pruning": "removed"},
         {"amount": 0.3},
         {"pruning": "maskd", "amount": 0.3},
+        {"pruning": "pattern", "amount": 0.5},
+        {"pruning": "unstructured", "amount": 0.5, "pattern": "2:4"},
         {"recipe": "max"},
         {"execution": "int8"},
         {"recipe": "max", "execution": "int4"},
@@ -106,7 +118,7 @@ def test_fields_that_contradict_each_other_are_refused(fields):
 
 
 def test_an_amount_of_nothing_is_the_baseline():
-    assert pruned("removed", 0, recover_steps=400, criterion="l1") == FP32
+    assert pruned("removed", 0, recover_steps=400, importance="l1") == FP32
     assert quantized("max", 8, 8, of=pruned("removed", 0.0)) == quantized("max", 8, 8)
 
 

@@ -7,31 +7,31 @@ from dataclasses import replace
 from typing import Any
 
 from sdcomp.quantization import PRESETS
-from sdcomp.study.rules import common
+from sdcomp.study.requests import requested
 from sdcomp.study.rules.common import (
-    AMOUNTS,
+    AMOUNT,
     BITS,
     CALIBRATION,
     COMMON,
     FOLDER,
-    FREE,
     GENERATION,
     INTERVALS,
     JUDGING,
     PRESET,
+    VARIANTS,
     Rule,
     Study,
     between,
     check_k,
     check_pairs,
-    check_pruning,
+    check_recovery,
     first,
     one_of,
 )
 
 
 def _checks(p: Mapping[str, Any]) -> str | None:
-    return first(check_pruning(p), check_pairs(p), _check_int8(p), _check_k(p))
+    return first(check_recovery(p), check_pairs(p), _check_int8(p), _check_k(p))
 
 
 def _check_int8(p: Mapping[str, Any]) -> str | None:
@@ -41,8 +41,9 @@ def _check_int8(p: Mapping[str, Any]) -> str | None:
 
 
 def _check_k(p: Mapping[str, Any]) -> str | None:
-    removed = p["remove_amounts"] or p["recovered_amounts"]  # timestep-aware
-    return check_k(p, p["k"]) if removed or PRESETS[p["method"]].timestep_aware else None
+    in_int8 = any(requested(text).pruning in ("", "removed") for text in p["variants"])
+    more = "int8" in p["backends"] and in_int8  # timestep-aware
+    return check_k(p, p["k"]) if more or PRESETS[p["method"]].timestep_aware else None
 
 
 STUDY = Study(
@@ -50,18 +51,19 @@ STUDY = Study(
         **COMMON,
         **GENERATION,
         **JUDGING,
-        **CALIBRATION,
-        **common.PRUNING,
+        "n_calibration": CALIBRATION["n_calibration"],
+        "calibration_steps": CALIBRATION["calibration_steps"],
+        "amount": AMOUNT,
         "method": PRESET,
         "weight_bits": BITS,
         "act_bits": BITS,
         "k": INTERVALS,
         "backends": replace(one_of("fp32", "simulated", "int8"), unique=True),
-        "weights_only_amounts": AMOUNTS,
-        "weights_only_bits": BITS,
-        "order_ablation": FREE,
+        "variants": VARIANTS,
+        "packed_bits": replace(BITS, may_be_empty=True, unique=True),
         "budgets": Rule(lambda value: 0 < value <= 1, "shares of the fp32 bytes, above 0 and at most 1"),
         "tolerance": between(0, 100),
+        "timing_repeats": between(1, 10_000),
         "save_to": FOLDER,
     },
     _checks,

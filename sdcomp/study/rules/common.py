@@ -15,6 +15,7 @@ from sdcomp.files import resolve_input, resolve_output
 from sdcomp.model import SAMPLERS, is_hub_name
 from sdcomp.quantization import PRESETS
 from sdcomp.quantization.quantizer import BITS as QUANTIZER_BITS
+from sdcomp.study.requests import requested
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ AMOUNT = Rule(lambda value: 0 <= value < 1, "a fraction from 0 to below 1, such 
 AMOUNTS = replace(AMOUNT, may_be_empty=True)
 BITS = between(QUANTIZER_BITS.low, QUANTIZER_BITS.high)
 COUNT = between(1, 100_000)
+VARIANTS = Rule(
+    lambda value: requested(value) is not None,
+    "pruned variants, such as 'unstructured 0.5 second_order' or 'removed 0.25 recovered 400'",
+    may_be_empty=True,
+    unique=True,
+)
 INTERVALS = between(1, 1000)
 PRESET = one_of(*PRESETS)
 FOLDER = Rule(_can_be_made, "a folder that exists or can be made, or empty")
@@ -167,18 +174,6 @@ GENERATION = {
 JUDGING = {"reference": IMAGES, "clip_model": CLIP, "noise_images": between(0, 100_000)}
 """The rules for parameters of notebooks that compare images."""
 
-PRUNING = {
-    "amount": AMOUNT,
-    "structured": FREE,
-    "mode": one_of("mask", "remove"),
-    "recover_steps": between(0, 10_000_000),
-    "remove_amounts": AMOUNTS,
-    "recovered_amounts": AMOUNTS,
-    "recovered_steps": TRAINING_STEPS,
-    "timing_repeats": between(1, 10_000),
-}
-"""The rules for parameters of the notebooks that prune."""
-
 CALIBRATION = {
     "n_calibration": COUNT,
     "calibration_steps": between(1, 1000),
@@ -195,15 +190,11 @@ def first(*sentences: str | None) -> str | None:
     return next((sentence for sentence in sentences if sentence), None)
 
 
-def check_pruning(p: Mapping[str, Any]) -> str | None:
-    """Removal needs structured pruning, and recovery needs float32."""
-    if p["mode"] == "remove" and not p["structured"]:
-        return "mode='remove' removes channels: set structured to true as well"
-    if p["dtype"] != "float32" and (p["recover_steps"] or p["recovered_amounts"]):
-        return (
-            f"recovery trains in float32, not {p['dtype']}: set dtype to float32, or recover_steps to 0 and"
-            " recovered_amounts to []"
-        )
+def check_recovery(p: Mapping[str, Any]) -> str | None:
+    """Recovery needs float32."""
+    recovered = [text for text in p["variants"] if requested(text).recover_steps]
+    if p["dtype"] != "float32" and (recovered or p.get("recover_steps")):
+        return f"recovery trains in float32, not {p['dtype']}: set dtype to float32, or recover nothing"
     return None
 
 

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdcomp.study.rules import common
 from sdcomp.study.rules.common import (
+    AMOUNT,
     AMOUNTS,
     COMMON,
+    COUNT,
+    FREE,
     GENERATION,
     JUDGING,
+    VARIANTS,
     Study,
-    check_pruning,
+    between,
+    check_recovery,
     first,
     one_of,
 )
 
 
 def _checks(p: Mapping[str, Any]) -> str | None:
-    return first(check_pruning(p), _check_scope(p), _check_sensitivity(p))
+    return first(_check_removal(p), check_recovery(p), _check_sensitivity(p))
 
 
-def _check_scope(p: Mapping[str, Any]) -> str | None:
-    if p["scope"] == "global" and p["structured"]:
-        return "scope='global' needs single weights: set structured to false, or scope to layer"
+def _check_removal(p: Mapping[str, Any]) -> str | None:
+    if p["mode"] == "remove" and not p["structured"]:
+        return "mode='remove' removes channels: set structured to true as well"
     return None
 
 
@@ -39,11 +43,14 @@ STUDY = Study(
         **COMMON,
         **GENERATION,
         **JUDGING,
-        **common.PRUNING,
-        "scope": one_of("layer", "global"),
-        "criterion": one_of("l1", "l2", ""),
-        "mask_amounts": AMOUNTS,
+        "amount": AMOUNT,
+        "structured": FREE,
+        "mode": one_of("mask", "remove"),
+        "recover_steps": between(0, 10_000_000),
+        "variants": VARIANTS,
+        "n_calibration": COUNT,
         "sensitivity_amounts": AMOUNTS,
+        "timing_repeats": between(1, 10_000),
     },
     _checks,
 )
