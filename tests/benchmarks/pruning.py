@@ -121,8 +121,10 @@ def measure_pruning(method: str, small: bool, amount: float) -> dict[str, object
     }  # fmt: skip
 
 
-def torch_pruning_remove(unet: UNet, small: bool, amount: float) -> UNet:
+def torch_pruning_remove(unet: UNet, small: bool, amount: float, taylor: bool = False) -> UNet:
     """Torch-Pruning on the same blocks, at the same amount and with the same criterion.
+
+    With `taylor` the criterion is weight times gradient instead, from the gradients that the UNet has.
 
     It also narrows the residual connections, and it cuts a gated feed-forward network by more than the
     amount. So it removes more at one amount: compare at equal multiply-accumulates.
@@ -130,10 +132,13 @@ def torch_pruning_remove(unet: UNet, small: bool, amount: float) -> UNet:
     import torch_pruning as tp
 
     attentions = [m for m in unet.modules() if type(m).__name__ == "CrossAttention"]
+    importance = (
+        tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
+    )
     pruner = tp.pruner.BasePruner(
         unet,
         example(small),
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        importance=importance,
         pruning_ratio=amount,
         num_heads={layer: m.heads for m in attentions for layer in (m.to_q, m.to_k, m.to_v)},
         prune_num_heads=True,
