@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from sdcomp.evaluation.timing import clock, interleaved_times
-from sdcomp.integer.nbit import NBitLayer
+from sdcomp.integer.packed_layers import NBitLayer
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sdcomp import model
 from sdcomp.integer import PackedModel
 from sdcomp.integer.int8_model import float_tensors
-from sdcomp.integer.nbit import NBitLayer
+from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.quantization import QuantLayer, QuantModel

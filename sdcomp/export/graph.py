@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.export.checkpoint import rounded_weight
 from sdcomp.integer import PackedModel
-from sdcomp.integer.nbit import NBitLayer
+from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization import NotCalibratedError, QuantLayer, QuantModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sdcomp.errors import UserError
-from sdcomp.integer import kernels as int8_kernels
+from sdcomp.integer import int8_kernels
 
 EXECUTIONS = ("auto", "kernels", "dequantized")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sdcomp.files import resolve_input
 from sdcomp.integer.execution import choose_execution
+from sdcomp.integer.int8_layers import TENSORS as LAYER_TENSORS
+from sdcomp.integer.int8_layers import Int8Conv2d, Int8Layer, Int8Linear
 from sdcomp.integer.int8_model import Int8Model, float_tensors
-from sdcomp.integer.layers import TENSORS as LAYER_TENSORS
-from sdcomp.integer.layers import Int8Conv2d, Int8Layer, Int8Linear
 from sdcomp.integer.model_files import (
     COMMON,
     Format,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sdcomp.errors import UserError
-from sdcomp.integer.blocks import layer_kind, specialize
 from sdcomp.integer.execution import choose_execution, why_no_kernels
-from sdcomp.integer.layers import Int8Layer, Int8State
+from sdcomp.integer.int8_blocks import layer_kind, specialize
+from sdcomp.integer.int8_layers import Int8Layer, Int8State
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 

@@ -22,11 +22,11 @@ from sdcomp.integer.model_files import (
     refuse_differing,
     write_files,
 )
-from sdcomp.integer.nbit import TENSORS as LAYER_TENSORS
-from sdcomp.integer.nbit import NBitLayer
-from sdcomp.integer.packed import PackedModel, Timesteps
+from sdcomp.integer.packed_layers import TENSORS as LAYER_TENSORS
+from sdcomp.integer.packed_layers import NBitLayer
+from sdcomp.integer.packed_model import PackedModel, Timesteps
 from sdcomp.integer.packing import block, packed_shape
-from sdcomp.integer.sparse import mask_shape, matches_mask
+from sdcomp.integer.sparse_packing import mask_shape, matches_mask
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed

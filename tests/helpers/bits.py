@@ -14,7 +14,7 @@ import warnings
 import conftest
 import torch
 
-from sdcomp.integer import kernels, to_int8
+from sdcomp.integer import int8_kernels, to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
@@ -47,7 +47,7 @@ def main() -> None:
     Calibrator(sd, simulated).calibrate([PROMPT], steps=2)
     unets = {"plain": sd.unet, "simulated": simulated}
     unets["removed"] = prune_structured(sd.unet, 0.3, mode="remove")  # unusual widths take other kernels
-    if kernels.missing() is None:
+    if int8_kernels.missing() is None:
         unets["int8"] = to_int8(simulated)
         small = TimeStepCalibratedQuantModel(unets["removed"], timesteps=2, k=2)
         unets["removed, int8"] = to_int8(Calibrator(sd, small).calibrate([PROMPT], steps=2))

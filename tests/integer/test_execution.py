@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.integer import kernels, load_int8, save_int8, to_int8
+from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.execution import choose_execution
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
@@ -19,7 +19,7 @@ from sdcomp.quantization import (
     TimeStepCalibratedQuantModel,
 )
 
-needs_kernels = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
+needs_kernels = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 PROMPT = "a small red star"
 EXECUTIONS = [pytest.param("kernels", marks=needs_kernels), "dequantized"]
 
@@ -33,7 +33,7 @@ def q(small):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "missing", lambda: "PyTorch 1 has no integer operators")
+    monkeypatch.setattr(int8_kernels, "missing", lambda: "PyTorch 1 has no integer operators")
 
 
 # The choice
@@ -43,7 +43,7 @@ def no_kernels(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "meta"])
 @pytest.mark.parametrize("there", [True, False])
 def test_kernels_need_a_cpu_that_has_them_and_a_type_that_they_take(monkeypatch, device, dtype, there):
-    monkeypatch.setattr(kernels, "missing", lambda: None if there else "no operators here")
+    monkeypatch.setattr(int8_kernels, "missing", lambda: None if there else "no operators here")
     expected = "kernels" if there and device == "cpu" and dtype != torch.float16 else "dequantized"
     assert choose_execution(device, dtype) == choose_execution(device, dtype, "auto") == expected
     assert choose_execution(device, dtype, "dequantized") == "dequantized"
@@ -173,7 +173,7 @@ def test_other_models_have_no_execution_to_choose(small, tmp_path):
 
 
 def models(q: QuantModel) -> list:
-    ways = ["dequantized"] if kernels.missing() else ["kernels", "dequantized"]
+    ways = ["dequantized"] if int8_kernels.missing() else ["kernels", "dequantized"]
     return [q, *(to_int8(q, execution=way) for way in ways), to_int8(q, torch.bfloat16)]
 
 

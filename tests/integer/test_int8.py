@@ -12,9 +12,9 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.integer import kernels, load_int8, save_int8, to_int8
-from sdcomp.integer.blocks import _BLOCKS
-from sdcomp.integer.layers import Int8Layer
+from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
+from sdcomp.integer.int8_blocks import _BLOCKS
+from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import prune_structured
@@ -25,7 +25,7 @@ from sdcomp.quantization import (
     TimeStepCalibratedQuantModel,
 )
 
-pytestmark = pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
+pytestmark = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -107,7 +107,7 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     x, accumulate = random(*shape), layer(random(*shape, seed=1)).detach()
     q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
     convolution = to_int8(q).module
-    monkeypatch.setattr("sdcomp.integer.layers._WIDE", 1)
+    monkeypatch.setattr("sdcomp.integer.int8_layers._WIDE", 1)
     product = to_int8(q).module
     kinds = [type(module._packed[0]).__name__ for module in (convolution, product)]
     plain = name not in ("strided", "dilated", "grouped")
@@ -223,8 +223,8 @@ def test_large_images_take_the_same_way(small, monkeypatch, kind, dtype):
     call = small_call(small)
     m = to_int8(calibrate(build(small.unet, kind), call), dtype)
     wanted = m(*call)
-    monkeypatch.setattr("sdcomp.integer.blocks._LARGE", 1)
-    monkeypatch.setattr("sdcomp.integer.blocks._ROWS", 7)
+    monkeypatch.setattr("sdcomp.integer.int8_blocks._LARGE", 1)
+    monkeypatch.setattr("sdcomp.integer.int8_blocks._ROWS", 7)
     assert decibels(m(*call), wanted) > 80
     # One text for all, as the plain UNet takes it.
     x, t, context = call

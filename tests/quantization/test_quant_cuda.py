@@ -8,7 +8,7 @@ from quantized_models import Layers, calibrate, decibels, random
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.integer import kernels, to_int8
+from sdcomp.integer import int8_kernels, to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.quantization import (
     Calibrator,
@@ -118,7 +118,7 @@ def test_a_model_saved_on_a_cpu_runs_there_and_the_other_way_round(tiny, q, tmp_
     assert torch.equal(back.unet(x.cpu(), t, context.cpu()), to_int8(on_cpu)(x.cpu(), t, context.cpu()))
 
 
-@pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing()))
+@pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 def test_packed_weights_do_not_move_and_dequantized_ones_do(q):
     cpu = copy.deepcopy(q).to("cpu")
     with pytest.raises(UserError, match="not on cuda.* load or make it anew with execution='dequantized'"):
@@ -152,7 +152,7 @@ def test_offloading_leaves_nothing_on_the_device(q):
     with torch.no_grad():
         sd.unet.module.out[2].weight.mul_(0.5)
     assert not torch.equal(sd.generate(PROMPTS, **SETTINGS), images)
-    if kernels.missing() is None:
+    if int8_kernels.missing() is None:
         with pytest.raises(UserError, match="CPUs only, not on cuda"):
             sd.replace(unet=to_int8(sd.unet)).generate(PROMPTS, **SETTINGS)
     unet = to_int8(sd.unet, execution="dequantized")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.integer.layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
+from sdcomp.integer.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 from sdcomp.model.layers import silu
 from sdcomp.model.unet import (
     GEGLU,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.integer import kernels
+from sdcomp.integer import int8_kernels
 from sdcomp.model.layers import linear
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 from sdcomp.quantization.state import InputGrid, calibrated, input_grids
@@ -119,7 +119,7 @@ class Int8Layer(nn.Module):
         return self._prepare(x, self.input_grids()[0])
 
     def _prepare(self, x: Tensor, grid: InputGrid) -> Tensor:
-        return kernels.quantize(x, grid)
+        return int8_kernels.quantize(x, grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
         if not self._packed:
@@ -142,8 +142,8 @@ class Int8Linear(Int8Layer):
 
     _channels = -1
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.PrepackedLinear:
-        return kernels.PrepackedLinear(weight, scale)
+    def _pack(self, weight: Tensor, scale: Tensor) -> int8_kernels.PrepackedLinear:
+        return int8_kernels.PrepackedLinear(weight, scale)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
@@ -188,12 +188,12 @@ class Int8Conv2d(Int8Layer):
         self._inside = isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
         self._padding = layer.padding if self._inside else (0, 0)
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> kernels.Prepacked:
+    def _pack(self, weight: Tensor, scale: Tensor) -> int8_kernels.Prepacked:
         plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
         if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
+            return int8_kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
         geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
-        return kernels.PrepackedConv2d(weight, scale, *geometry)
+        return int8_kernels.PrepackedConv2d(weight, scale, *geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._inside:
@@ -201,7 +201,7 @@ class Int8Conv2d(Int8Layer):
         return F.pad(x, self._pads, mode="constant" if self._mode == "zeros" else self._mode)
 
     def _prepare(self, x: Tensor, grid: InputGrid) -> Tensor:
-        return kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), grid)
+        return int8_kernels.quantize(self._pad(x).contiguous(memory_format=torch.channels_last), grid)
 
     def _float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         geometry = (self._stride, self._padding, self._dilation, self._groups)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution
+from sdcomp.integer.int8_layers import TENSORS
 from sdcomp.integer.int8_model import Int8Model, float_tensors
-from sdcomp.integer.layers import TENSORS
-from sdcomp.integer.nbit import NBitLayer
-from sdcomp.integer.packed import PackedModel
+from sdcomp.integer.packed_layers import NBitLayer
+from sdcomp.integer.packed_model import PackedModel
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.state import NotCalibratedError

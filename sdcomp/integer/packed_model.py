@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import check_dtype
 from sdcomp.integer.int8_model import assemble, call_in, float_tensors
-from sdcomp.integer.nbit import NBitLayer, Workspace, nbit_layer, pack_weight
+from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
