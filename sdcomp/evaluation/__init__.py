@@ -4,8 +4,16 @@ from sdcomp.evaluation.cache import cached_images, cached_trace
 from sdcomp.evaluation.clip import Clip
 from sdcomp.evaluation.distances import frechet_distance, kid_values
 from sdcomp.evaluation.images import load_images
-from sdcomp.evaluation.metrics import UNITS, clip_scores, psnr, scores, ssim
-from sdcomp.evaluation.noise import noise_mse
+from sdcomp.evaluation.metrics import (
+    UNITS,
+    clip_scores,
+    decibels,
+    psnr,
+    scores,
+    squared_errors,
+    ssim,
+)
+from sdcomp.evaluation.noise import branch_errors, noise_mse, path_predictions, step_weights
 from sdcomp.evaluation.path import PathErrors, layer_errors, output_errors, path_errors, thinned
 from sdcomp.evaluation.precision import fix_precision, precision_facts
 from sdcomp.evaluation.profile import (
@@ -34,10 +42,12 @@ __all__ = [
     "Prompts",
     "applicable",
     "bootstrap",
+    "branch_errors",
     "cached_images",
     "cached_trace",
     "clip_scores",
     "component_times",
+    "decibels",
     "estimate",
     "fix_precision",
     "frechet_distance",
@@ -54,12 +64,15 @@ __all__ = [
     "output_errors",
     "paired_difference",
     "path_errors",
+    "path_predictions",
     "peak_memory",
     "precision_facts",
     "psnr",
     "scores",
     "share_estimate",
+    "squared_errors",
     "ssim",
+    "step_weights",
     "thinned",
     "weight_bytes",
 ]

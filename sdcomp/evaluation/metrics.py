@@ -32,23 +32,35 @@ def clip_scores(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Peak signal-to-noise ratio in dB between images `(N, 3, H, W)` in [0, 1] and their baselines.
+    """The `decibels` of the `squared_errors` between images `(N, 3, H, W)` in [0, 1] and their baselines."""
+    return decibels(squared_errors(images, baseline), groups)
 
-    The mean of the squared error over all images is converted to decibels, not each image's error. Raises
-    ValueError for images that are not floating point or have another shape than the baseline, and
+
+def squared_errors(images: Tensor, baseline: Tensor) -> Tensor:
+    """The mean squared error of each image `(N, 3, H, W)` in [0, 1] to its baseline, `(N,)` in float64.
+
+    Raises ValueError for images that are not floating point or have another shape than the baseline, and
     NonFiniteError for pixels that are not finite.
     """
     _check_pairs(images, baseline)
     # Numbers, not tensors: a small tensor for each image would keep the allocator from reusing memory.
     errors = [(a.double() - b).square().mean().item() for a, b in zip(images, baseline, strict=True)]
-    values = torch.tensor(errors, dtype=torch.float64)
-    return bootstrap(values, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def decibels(squared: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
+    """Peak signal-to-noise ratio in dB from the squared errors of images `(N,)`.
+
+    The mean of the squared errors is converted to decibels, not each image's error. Raises the errors of
+    `bootstrap`.
+    """
+    return bootstrap(squared, lambda mse: -10 * np.log10(np.maximum(mse, 1e-12)), groups)
 
 
 def ssim(images: Tensor, baseline: Tensor) -> Tensor:
     """Structural similarity of each image `(N, 3, H, W)` in [0, 1] with its baseline, `(N,)`.
 
-    Wang et al. 2004, computed by torchmetrics. Raises the errors of `psnr`.
+    Wang et al. 2004, computed by torchmetrics. Raises the errors of `squared_errors`.
     """
     _check_pairs(images, baseline)
     # One image at a time: torchmetrics keeps five filtered copies of its input.

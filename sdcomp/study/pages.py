@@ -97,7 +97,8 @@ def _write_page(path: Path) -> str:
         f"</a><figcaption><small>{figure.stem}</small></figcaption></figure>"
         for figure in sorted(path.parent.glob("*.png"))
     ]
-    files = [f'<a href="{study}/{name}">{name}</a>' for name in (path.name, "metrics.csv", "run.json")]
+    names = [path.name, "metrics.csv", "images.csv", "run.json"]
+    files = [f'<a href="{study}/{name}">{name}</a>' for name in names if (path.parent / name).is_file()]
     return "\n".join(
         (
             f'<section>\n<h2><a href="{study}/{study}.html">{escape(title)}</a></h2>',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,20 +12,25 @@ from sdcomp.evaluation import (
     UNITS,
     Clip,
     Prompts,
+    branch_errors,
     cached_images,
     cached_trace,
+    decibels,
     estimate,
     frechet_distance,
     kid_values,
     load_images,
     load_prompts,
-    noise_mse,
     paired_difference,
-    psnr,
+    path_predictions,
     scores,
+    squared_errors,
     ssim,
+    step_weights,
 )
+from sdcomp.model.samplers import SAMPLER, STEPS
 from sdcomp.study.results import FAILED
+from sdcomp.study.scores import SQUARED
 from sdcomp.study.variants import FP32, Variant
 
 if TYPE_CHECKING:
@@ -39,32 +44,45 @@ FEWEST = 32
 """With fewer images, distances between sets of images say nothing."""
 
 
+class Reference(NamedTuple):
+    """Images `(N, 3, H, W)` in [0, 1] that distances are measured to, and their scenes, if known.
+
+    Scenes are named as in `Prompts.groups`.
+    """
+
+    images: Tensor
+    groups: list[str] | None = None
+
+
 def reference_images(
     sd: StableDiffusion, prompts: Prompts, name: str, *, images: str = "", seed: int = 0
-) -> Tensor | None:
-    """The images that distances between sets are measured to, `(N, 3, H, W)` in [0, 1].
+) -> Reference | None:
+    """The images that distances between sets are measured to.
 
     These are the `images` of a file or folder where one is named. Otherwise, for prompts that have scenes,
     they are rendered scenes: those of both `HALVES` where `name` is one of them, else those of `prompts`. For
     other prompts there are none.
     """
     if images:
-        return load_images(images, sd.config.image_size)
+        return Reference(load_images(images, sd.config.image_size))
     if prompts.scenes is None:
         return None
-    drawn = prompts.scenes
-    if name in HALVES:
-        drawn = [scene for half in HALVES for scene in load_prompts(sd, half, 256).scenes]
-    return scenes.render(drawn, seed)
+    drawn = [load_prompts(sd, half, 256) for half in HALVES] if name in HALVES else [prompts]
+    return Reference(
+        scenes.render([scene for part in drawn for scene in part.scenes], seed),
+        [group for part in drawn for group in part.groups],
+    )
 
 
 class PairedStudy:
     """Measures variants of a model's UNet beside the UNet itself, and records the results.
 
     Recorded for each variant: the scores of its images (`scores`); PSNR and SSIM to the baseline's images;
-    the squared error of its noise predictions along the baseline's path, for the first `noise_images`
-    prompts; from 32 images on the Kernel Inception Distance (x 1000) and, with more images than features,
-    the Frechet distance to `reference`. Scores and KID also as paired differences to the baseline.
+    from 32 images on the Kernel Inception Distance (x 1000) and, with more images than features, the Frechet
+    distance to `reference`; for the first `noise_images` prompts the squared errors of its noise predictions
+    along the baseline's path: of the guided prediction and of both branches, as a mean over the steps, as a
+    mean weighted by the square of `step_weights`, and step by step. Scores, KID and the means also as paired
+    differences. `run.images` keeps them image by image.
 
     A variant that gives infinite values or NaN has failed. Then its only row says so, with the reason.
     """
@@ -75,7 +93,7 @@ class PairedStudy:
         sd: StableDiffusion,
         prompts: Prompts,
         *,
-        reference: Tensor | None = None,
+        reference: Reference | None = None,
         clip: Clip | None = None,
         noise_images: int = 0,
         shown: int = 8,
@@ -93,16 +111,18 @@ class PairedStudy:
             raise UserError("nothing here can judge this model's images: name a CLIP with -p clip_model")
         self.reference = None
         if reference is not None and self.clip is not None and len(prompts) >= FEWEST:
-            self.reference = self.clip.embed_images(reference)
+            self.reference = reference._replace(images=self.clip.embed_images(reference.images))
         self._measured: dict[Variant, dict[str, Tensor]] = {}
         self.images = cached_images(sd, prompts.texts, **self.settings)
         self.trace = None
         if noise_images:
             self.traced = prompts.texts[:noise_images]
             self.trace = cached_trace(sd, self.traced, **self.settings)
+            self.wanted = self._predictions(sd.unet)
+            self.weights = self._step_weights()
         self.scores = self._scores(self.images)
         for metric, values in self.scores.items():
-            run.record(FP32, metric, estimate(values, prompts.groups), unit=_unit(metric))
+            self._record(FP32, metric, values)
         self._record_frechet(FP32, self.images)
 
     @classmethod
@@ -128,20 +148,19 @@ class PairedStudy:
         """
         try:
             images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **self.settings)
-            errors = None if self.trace is None else self.noise_errors(unet)
+            errors = {} if self.trace is None else self._branch_errors(unet)
         except NonFiniteError as error:
             self.run.record(variant, FAILED, 1, unit=str(error))
             return None
         found = self._scores(images)
-        self._record_scores(variant, found, images)
-        if errors is not None:
-            found["noise MSE"] = errors.mean(0)
-            self._record_noise(variant, errors)
-        self._measured[variant] = found
+        pairs = self._record_scores(variant, found, images)
+        self._measured[variant] = found | pairs | self._record_noise(variant, errors)
         return images[: self.shown].clone()  # a slice would keep all images in memory
 
     def compare(self, variant: Variant, to: Variant) -> None:
-        """Record the paired differences of one measured variant to another: scores, KID and noise MSE.
+        """Record the paired differences of one measured variant to another, by every metric.
+
+        PSNR is a mean over images in decibels; here the squared errors behind it are compared.
 
         Raises ValueError where one of them was not measured.
         """
@@ -158,17 +177,21 @@ class PairedStudy:
 
         Raises NonFiniteError where a prediction is not finite.
         """
-        errors = noise_mse(
-            self.sd,
-            unet,
-            self.traced,
-            self.trace,
-            guidance_scale=self.settings.get("guidance_scale"),
-            negative_prompt=self.settings.get("negative_prompt", ""),
-            batch_size=self.settings.get("batch_size"),
-            progress=self.run.progress,
-        )
-        finite = errors.isfinite().all(1).tolist()
+        return self._branch_errors(unet)["guided"]
+
+    def _predictions(self, unet: nn.Module) -> Tensor:
+        asked = {
+            name: self.settings[name]
+            for name in ("guidance_scale", "negative_prompt", "batch_size", "progress")
+            if name in self.settings
+        }
+        return path_predictions(self.sd, unet, self.traced, self.trace, **asked)
+
+    def _branch_errors(self, unet: nn.Module) -> dict[str, Tensor]:
+        scale = self.settings.get("guidance_scale")
+        scale = self.sd.config.guidance_scale if scale is None else scale
+        errors = branch_errors(self._predictions(unet), self.wanted, scale)
+        finite = errors["guided"].isfinite().all(1).tolist()
         if not all(finite):
             timestep = self.trace.timesteps[finite.index(False)].item()
             raise NonFiniteError(
@@ -176,39 +199,67 @@ class PairedStudy:
             )
         return errors
 
+    def _step_weights(self) -> Tensor:
+        """The share of each step `(S, 1)` in the weighted error; they add up to 1."""
+        sampler, steps = self.settings.get("sampler", SAMPLER), self.settings.get("steps", STEPS)
+        squared = step_weights(sampler, self.sd.schedule, steps, len(self.trace.timesteps)).square()
+        shares = squared / squared.sum()
+        for timestep, share in zip(self.trace.timesteps.tolist(), shares.tolist(), strict=True):
+            self.run.record(FP32, "weight of the step", share, timestep=timestep)
+        return shares[:, None]
+
     def _scores(self, images: Tensor) -> dict[str, Tensor]:
         found = scores(self.sd, images, self.prompts, self.clip)
         if self.reference is not None:
-            found["KID"] = 1000 * kid_values(self.clip.embed_images(images), self.reference)
+            features, (theirs, scenes) = self.clip.embed_images(images), self.reference
+            found["KID"] = 1000 * kid_values(features, theirs, self.prompts.groups, scenes)
         return found
 
-    def _record_scores(self, variant: Variant, found: dict[str, Tensor], images: Tensor) -> None:
-        record, groups = self.run.record, self.prompts.groups
+    def _record(
+        self, variant: Variant, metric: str, values: Tensor, to: Variant | None = None, **about: Any
+    ) -> None:
+        """Record the mean of scores, and keep them image by image; `to` is what they are measured against."""
+        groups = self.prompts.groups[: len(values)]
+        found, baseline = estimate(values, groups), to or ""
+        self.run.record(variant, metric, found, unit=_unit(metric), baseline=baseline, **about)
+        self.run.images.keep(variant, metric, values, groups, **about)
+
+    def _record_scores(self, variant: Variant, found: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Record scores and their differences; returns the comparisons with the baseline's images."""
+        groups = self.prompts.groups
         for metric, values in found.items():
+            self._record(variant, metric, values)
             change = paired_difference(values, self.scores[metric], groups)
-            record(variant, metric, estimate(values, groups), unit=_unit(metric))
-            record(variant, f"{metric} difference", change, unit=_unit(metric), baseline=FP32)
+            self.run.record(variant, f"{metric} difference", change, unit=_unit(metric), baseline=FP32)
         self._record_frechet(variant, images)
-        record(variant, "PSNR", psnr(images, self.images, groups), unit="dB", baseline=FP32)
-        record(variant, "SSIM", estimate(ssim(images, self.images), groups), baseline=FP32)
+        pairs = {SQUARED: squared_errors(images, self.images), "SSIM": ssim(images, self.images)}
+        self.run.record(variant, "PSNR", decibels(pairs[SQUARED], groups), unit="dB", baseline=FP32)
+        self.run.images.keep(variant, SQUARED, pairs[SQUARED], groups)
+        self._record(variant, "SSIM", pairs["SSIM"], FP32)
+        return pairs
 
     def _record_frechet(self, variant: Variant, images: Tensor) -> None:
         if self.reference is None:
             return
-        features = self.clip.embed_images(images)
-        n, d = min(len(features), len(self.reference)), features.shape[1]
+        features, theirs = self.clip.embed_images(images), self.reference.images
+        n, d = min(len(features), len(theirs)), features.shape[1]
         if n > d:
-            distance = frechet_distance(features, self.reference)
+            distance = frechet_distance(features, theirs)
             few = "; n < 10 d: biased" if n < 10 * d else ""
             self.run.record(variant, "Frechet distance", distance, unit=f"n = {n}, d = {d}{few}")
 
-    def _record_noise(self, variant: Variant, errors: Tensor) -> None:
-        record, groups = self.run.record, self.prompts.groups[: errors.shape[1]]
-        record(variant, "noise MSE", estimate(errors.mean(0), groups), baseline=FP32)
-        for timestep, values in zip(self.trace.timesteps.tolist(), errors, strict=True):
-            found = estimate(values, groups)
-            record(variant, "noise MSE at timestep", found, baseline=FP32, timestep=timestep)
+    def _record_noise(self, variant: Variant, errors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Record the squared errors `(S, N)` of the guided prediction and its branches; returns the means."""
+        means = {}
+        for branch, squared in errors.items():
+            metric = "noise MSE" if branch == "guided" else f"noise MSE of the {branch}"
+            means |= {metric: squared.mean(0), f"weighted {metric}": (self.weights * squared).sum(0)}
+            for timestep, values in zip(self.trace.timesteps.tolist(), squared, strict=True):
+                self._record(variant, f"{metric} at timestep", values, FP32, timestep=timestep)
+        for metric, values in means.items():
+            self._record(variant, metric, values, FP32)
+        return means
 
 
 def _unit(metric: str) -> str:
-    return {"KID": "x 1000", "noise MSE": "", **UNITS}[metric]
+    return {"KID": "x 1000", **UNITS}.get(metric, "")

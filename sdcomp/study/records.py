@@ -22,6 +22,7 @@ def record_path(run: Run, variant: Variant, errors: PathErrors, groups: Sequence
     ):
         unit = "%" if metric == "gain" else ""
         run.record(variant, metric, bootstrap(values, groups=groups), unit=unit, baseline=FP32)
+        run.images.keep(variant, metric, values, groups, prompts="probes")
 
 
 def record_attributes(
@@ -35,7 +36,9 @@ def record_attributes(
         return
     found = prompt_accuracy(sd.reader, images, prompts.scenes[: len(images)])
     for attribute, right in found.by_attribute.items():
-        values, groups = applicable(right, prompts.groups[: len(images)])
+        scenes = prompts.groups[: len(images)]
+        values, groups = applicable(right, scenes)
         if len(values):
             missed = share_estimate(1 - values, groups)
             run.record(variant, "missed", missed, unit="%", attribute=attribute)
+            run.images.keep(variant, "missed", 1 - right, scenes, attribute=attribute)

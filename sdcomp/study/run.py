@@ -24,6 +24,7 @@ from sdcomp.files import ROOT, replacing, resolve_output, sha256
 from sdcomp.model import local_model
 from sdcomp.study.parameters import read_parameters
 from sdcomp.study.results import COLUMNS, Row, columns, name_of, table, typed
+from sdcomp.study.scores import ImageScores
 from sdcomp.study.variants import Variant
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 class Run:
     """One run of a study, started by its notebook's third cell.
 
-    `metrics.csv`, `run.json` and the figures go into `folder`: the parameter `out`, or
-    `reports/runs/<study>/<hash of the parameters>` where that is empty.
+    `metrics.csv`, `images.csv` (the `images` of a run that judges some), `run.json` and the figures go into
+    `folder`: the parameter `out`, or `reports/runs/<study>/<hash of the parameters>` where that is empty.
     """
 
     def __init__(self, study: str, namespace: dict[str, Any]) -> None:
@@ -68,6 +69,7 @@ class Run:
             raise UserError(f"model={name!r} has no weights: no file in it ends in {', '.join(WEIGHTS)}")
         fix_precision()
         self.facts: dict[str, Any] = {}
+        self.images = ImageScores()
         self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
         self._commit = _commit()
         self._start = time.time()
@@ -163,7 +165,7 @@ class Run:
         return path
 
     def save(self) -> Path:
-        """Write `metrics.csv` and `run.json`; returns the folder.
+        """Write `metrics.csv`, `images.csv` and `run.json`; returns the folder.
 
         Raises UserError when a parameter was changed after the run was started.
         """
@@ -177,6 +179,9 @@ class Run:
                 for row in self._rows.values()
             )
             self._write(self.folder / "metrics.csv", buffer.getvalue().encode())
+        if self.images:
+            with replacing(self.folder / "images.csv") as partial:
+                self.images.write(partial)
         record = {
             "run_id": self.id,
             "study": self.study,

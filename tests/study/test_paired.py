@@ -10,10 +10,12 @@ from torch import nn
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.evaluation import Prompts, cache, clip_scores, load_prompts
+from sdcomp.evaluation import Clip, Prompts, bootstrap, cache, clip_scores, kid_values, load_prompts
 from sdcomp.model.text import build_clip
 from sdcomp.scenes import render
 from sdcomp.study import FP32, PairedStudy, Variant, pruned, quantized, reference_images
+from sdcomp.study.paired import Reference
+from sdcomp.study.scores import ImageScores
 
 
 class Record:
@@ -22,7 +24,7 @@ class Record:
     progress = False
 
     def __init__(self):
-        self.rows = {}
+        self.rows, self.images = {}, ImageScores()
 
     def record(self, variant, metric, estimate, *, unit="", baseline="", **about):
         assert isinstance(variant, Variant)
@@ -66,7 +68,7 @@ def study(seeing, tmp_path, monkeypatch):
         monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
     prompts = Prompts([f"star number {i}" for i in range(32)])
     reference = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    options = {"reference": reference, "noise_images": 2, "shown": 32}
+    options = {"reference": Reference(reference), "noise_images": 2, "shown": 32}
     return PairedStudy(Record(), seeing, prompts, **options, steps=2, batch_size=8, guidance_scale=1.0)
 
 
@@ -99,6 +101,13 @@ def test_a_variant_with_another_prediction_is_told_apart(study, seeing):
     for timestep, expected in zip(study.trace.timesteps.tolist(), 0.01 * power, strict=True):
         found = rows[LOUDER, "noise MSE at timestep", timestep].estimate
         assert found.value == pytest.approx(expected.item(), rel=1e-3) and found.n == 2
+    # The weighted mean over the steps, by the weights that were recorded.
+    steps = study.trace.timesteps.tolist()
+    weights = [rows[FP32, "weight of the step", timestep].estimate for timestep in steps]
+    assert sum(weights) == pytest.approx(1) and len(set(weights)) == 2
+    errors = [rows[LOUDER, "noise MSE at timestep", timestep].estimate.value for timestep in steps]
+    expected = sum(weight * error for weight, error in zip(weights, errors, strict=True))
+    assert rows[LOUDER, "weighted noise MSE"].estimate.value == pytest.approx(expected, rel=1e-5)
     # 32 images cannot span 128 features, so there is no Frechet distance.
     assert not any("Frechet" in metric for _, metric, *_ in rows)
 
@@ -110,7 +119,8 @@ def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
     study.compare(TWICE, LOUDER)
     rows = {metric: row for (_, metric), row in study.run.rows.items()}
     assert set(study.run.rows) == {(TWICE, metric) for metric in rows}
-    assert set(rows) == {"CLIP score difference", "KID difference", "noise MSE difference"}
+    scores = ("CLIP score", "KID", "SSIM", "squared error", "noise MSE", "weighted noise MSE")
+    assert set(rows) == {f"{score} difference" for score in scores}
     assert {row.baseline for row in rows.values()} == {LOUDER}
 
     # A paired bootstrap by hand: prompts drawn with replacement, each with the images of both.
@@ -126,7 +136,7 @@ def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
     assert found.value == pytest.approx(one.mean() - other.mean(), rel=1e-6)
     assert [found.low, found.high] == pytest.approx([low, high], abs=0.1 * (high - low))
     # The values of KID and noise MSE themselves were recorded; their difference must agree.
-    for metric in ("KID", "noise MSE"):
+    for metric in ("KID", "SSIM", "noise MSE", "weighted noise MSE"):
         values = [measured[variant, metric].estimate.value for variant in (TWICE, LOUDER)]
         assert rows[f"{metric} difference"].estimate.value == pytest.approx(values[0] - values[1], rel=1e-6)
     assert rows["noise MSE difference"].estimate.n == 2
@@ -143,7 +153,7 @@ def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch)
     monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
     reference = torch.rand(40, 3, 64, 64)
     few = Prompts(["a star"] * 4)
-    study = PairedStudy(Record(), seeing, few, reference=reference, steps=1, batch_size=4)
+    study = PairedStudy(Record(), seeing, few, reference=Reference(reference), steps=1, batch_size=4)
     assert sorted(study.scores) == ["CLIP score"] and study.trace is None
 
 
@@ -163,7 +173,7 @@ def test_a_run_names_the_judges_by_its_parameters(seeing, tmp_path, monkeypatch)
     run.parameters = {"reference": str(tmp_path), "clip_model": "", "noise_images": 9, "seed": 0}
     prompts = Prompts([f"star number {i}" for i in range(32)])
     study = PairedStudy.of(run, seeing, prompts, steps=1, batch_size=8)
-    assert len(study.traced) == 9 and len(study.reference) == 3
+    assert len(study.traced) == 9 and len(study.reference.images) == 3
     run.rows.clear()
     # There are fewer prompts than noise predictions are asked for.
     few = PairedStudy.of(run, seeing, Prompts(["a star"] * 4), steps=1, batch_size=4)
@@ -216,10 +226,37 @@ def test_only_the_images_of_a_figure_are_kept(seeing, tmp_path, monkeypatch):
 def test_distances_are_to_scenes_of_the_prompt_set_or_to_the_images_named(tmp_path):
     tiny = sdcomp.load("data/tiny")
     prompts = load_prompts(tiny, "unseen", 4)
-    assert torch.equal(reference_images(tiny, prompts, "unseen", seed=7), render(prompts.scenes, 7))
-    assert len(reference_images(tiny, load_prompts(tiny, "test", 4), "test")) == 512
+    assert torch.equal(reference_images(tiny, prompts, "unseen", seed=7).images, render(prompts.scenes, 7))
+    both = reference_images(tiny, load_prompts(tiny, "test", 4), "test")
+    assert len(both.images) == len(both.groups) == 512
+    assert both.groups[:256] == load_prompts(tiny, "test", 256).groups
     assert reference_images(tiny, Prompts(["a star"]), "test") is None
     Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path / "white.png")
-    white = reference_images(tiny, prompts, "test", images=str(tmp_path))
+    white, scenes = reference_images(tiny, prompts, "test", images=str(tmp_path))
+    assert scenes is None
     assert white.shape == (1, 3, tiny.config.image_size, tiny.config.image_size)
     assert white.min() > 0.999
+
+
+def test_rendered_against_rendered_scenes_is_about_zero():
+    tiny = sdcomp.load("data/tiny")
+    prompts, clip = load_prompts(tiny, "test", 256), Clip.of(tiny)
+    reference = reference_images(tiny, prompts, "test", seed=4)
+    x, y = clip.embed_images(render(prompts.scenes, 99)), clip.embed_images(reference.images)
+    kid = bootstrap(1000 * kid_values(x, y, prompts.groups, reference.groups), groups=prompts.groups)
+    assert kid.low < 0 < kid.high
+    # With pairs of one scene it is below 0 for certain.
+    naive = bootstrap(1000 * kid_values(x, y), groups=prompts.groups)
+    assert naive.value < kid.value and abs(kid.value) < abs(naive.value)
+
+
+def test_with_guidance_the_branches_have_errors_of_their_own(seeing, tmp_path, monkeypatch):
+    for function in (cache.cached_images, cache.cached_trace):
+        monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
+    prompts = Prompts([f"star number {i}" for i in range(4)])
+    study = PairedStudy(Record(), seeing, prompts, noise_images=2, steps=2, batch_size=4, guidance_scale=3.0)
+    study.measure(LOUDER, Louder(seeing.unet, 1.1))
+    power = study.wanted.square().mean((1, 2, 3, 4, 5))
+    for branch, expected in zip(("negative prompt", "prompt"), 0.01 * power, strict=True):
+        found = study.run.rows[LOUDER, f"noise MSE of the {branch}"].estimate
+        assert (found.value, found.n) == (pytest.approx(expected.item(), rel=1e-3), 2)

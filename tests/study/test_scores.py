@@ -1,0 +1,86 @@
+"""Every interval follows from the scores of single images, as they are written."""
+
+from types import SimpleNamespace
+
+import pytest
+import recompute_intervals
+import torch
+from made_up import STUDY, notebook
+from made_up import made_up_study as made_up_study
+
+from sdcomp.evaluation import bootstrap, estimate, paired_difference, share_estimate
+from sdcomp.evaluation.metrics import decibels
+from sdcomp.study import FP32, Run, quantized
+from sdcomp.study.scores import ReadScores
+
+MSE = quantized("mse", 6, 6)
+SCENES = [("scene", i // 2) for i in range(40)]
+
+
+def drawn(seed: int) -> torch.Tensor:
+    return torch.rand(40, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run with every kind of score."""
+    run = Run(STUDY, notebook({"out": str(tmp_path / "results")}))
+    right = {FP32: drawn(0) < 0.9, MSE: drawn(1) < 0.6}
+    clip = {FP32: 20 + drawn(2), MSE: 19 + drawn(3)}
+    for subject in (FP32, MSE):
+        for metric, values in (("prompt accuracy", right[subject]), ("CLIP score", clip[subject])):
+            run.record(subject, metric, estimate(values, SCENES))
+            run.images.keep(subject, metric, values, SCENES)
+    for metric, values in (("prompt accuracy", right), ("CLIP score", clip)):
+        change = paired_difference(values[MSE], values[FP32], SCENES)
+        run.record(MSE, f"{metric} difference", change, baseline=FP32)
+    run.record(MSE, "PSNR", decibels(drawn(4).double(), SCENES), unit="dB", baseline=FP32)
+    run.images.keep(MSE, "squared error", drawn(4).double(), SCENES)
+    # Of the first images only, of the images to which it applies, and of other prompts.
+    run.record(MSE, "noise MSE at timestep", estimate(drawn(5)[:9], SCENES[:9]), baseline=FP32, timestep=951)
+    run.images.keep(MSE, "noise MSE at timestep", drawn(5)[:9], SCENES[:9], timestep=951)
+    missed = torch.where(drawn(6) < 0.5, float("nan"), (drawn(7) < 0.1).float())
+    kept = [i for i in range(40) if not missed[i].isnan()]
+    run.record(
+        MSE, "missed", share_estimate(missed[kept], [SCENES[i] for i in kept]), unit="%", attribute="size"
+    )
+    run.images.keep(MSE, "missed", missed, SCENES, attribute="size")
+    run.record(MSE, "gain", bootstrap(drawn(8), groups=SCENES), unit="%", baseline=FP32)
+    run.images.keep(MSE, "gain", drawn(8), SCENES, prompts="probes")
+    return run
+
+
+def test_scores_survive_the_file_bit_by_bit(run):
+    run.save()
+    scores = ReadScores(run.folder / "images.csv")
+    assert list(scores.table)[:4] == ["subject", "prompts", "image", "scene"]
+    assert len(scores.table) == 3 * 40
+    right, scenes = scores.of("fp32", "prompt accuracy")
+    assert right.dtype == torch.bool and torch.equal(right, drawn(0) < 0.9)
+    assert scenes == [i // 2 for i in range(40)]
+    assert torch.equal(scores.of(MSE.label, "CLIP score")[0].float(), 19 + drawn(3))
+    assert len(scores.of(MSE.label, "noise MSE at timestep 951")[0]) == 9
+    assert scores.of("fp32", "noise MSE at timestep 951") is None and scores.of("fp32", "KID") is None
+
+
+def test_a_run_without_images_leaves_no_scores(tmp_path):
+    run = Run(STUDY, notebook({"out": str(tmp_path / "results")}))
+    run.save()
+    assert not (run.folder / "images.csv").exists()
+
+
+def test_the_tool_finds_every_interval_again(run, capsys):
+    run.record(MSE, "time relative to fp32", SimpleNamespace(value=1.0, low=0.9, high=1.1, n=5))
+    run.save()
+    assert recompute_intervals.main([str(run.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "10 intervals are the same" in said and "time relative to fp32" in said
+
+
+def test_the_tool_tells_what_differs(run, capsys):
+    run.save()
+    path = run.folder / "images.csv"
+    path.write_text(path.read_text().replace("False", "True", 1))
+    assert recompute_intervals.main([str(run.folder)]) == 1
+    said = capsys.readouterr().out
+    assert "fp32, prompt accuracy  differs" in said and "2 differ" in said
