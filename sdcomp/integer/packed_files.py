@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.files import resolve_input
+from sdcomp.integer.bit_packing import block, packed_shape
 from sdcomp.integer.execution import DTYPES
 from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.model_files import (
@@ -25,7 +26,6 @@ from sdcomp.integer.model_files import (
 from sdcomp.integer.packed_layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel, Timesteps
-from sdcomp.integer.packing import block, packed_shape
 from sdcomp.integer.sparse_packing import mask_shape, matches_mask
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device

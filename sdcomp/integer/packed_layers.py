@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from sdcomp.integer.packing import Columns, block, dequantize, pack, unpack
+from sdcomp.integer.bit_packing import Columns, block, dequantize, pack, unpack
 from sdcomp.integer.sparse_packing import dequantize_sparse, pack_sparse, pays, unpack_mask, unpack_sparse
 from sdcomp.model.layers import is_recorded, linear
 from sdcomp.model.rebuild import normal_tensors
@@ -60,7 +60,7 @@ class NBitLayer(nn.Module):
     """What `NBitConv2d` and `NBitLinear` have in common.
 
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
-    `sdcomp.integer.packing`; `weight_mask`, for a weight whose zeros are left out, see
+    `sdcomp.integer.bit_packing`; `weight_mask`, for a weight whose zeros are left out, see
     `sdcomp.integer.sparse_packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
     `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales are float16 where a
     file has them so. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sdcomp.integer.packing import Columns, pack, packed_shape, unpack
+from sdcomp.integer.bit_packing import Columns, pack, packed_shape, unpack
 
 
 def mask_shape(shape: Sequence[int]) -> tuple[int]:

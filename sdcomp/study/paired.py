@@ -29,6 +29,7 @@ from sdcomp.evaluation import (
     step_weights,
 )
 from sdcomp.model.samplers import SAMPLER, STEPS
+from sdcomp.study.plots import IMAGES_IN_A_ROW
 from sdcomp.study.results import FAILED
 from sdcomp.study.scores import SQUARED
 from sdcomp.study.variants import FP32, Variant
@@ -96,7 +97,7 @@ class PairedStudy:
         reference: Reference | None = None,
         clip: Clip | None = None,
         noise_images: int = 0,
-        shown: int = 8,
+        shown: int = IMAGES_IN_A_ROW,
         **settings: Any,
     ) -> None:
         """`settings` are arguments of `generate`; `shown` images of each variant are kept, for figures.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdcomp.errors import UserError
-from sdcomp.study.rules import STUDIES
-from sdcomp.study.rules.common import COMMON, Rule
+from sdcomp.study.parameter_rules import STUDIES
+from sdcomp.study.parameter_rules.common import COMMON, Rule
 
 LONGEST = 4000
 """The longest text, in characters: longer than any path, and than any prompt that a model reads."""
@@ -35,7 +35,7 @@ def read_parameters(namespace: dict[str, Any], study: str) -> dict[str, Any]:
     another type, for a value that breaks its rule (`STUDIES`), and for values that contradict each other.
     """
     if study not in STUDIES:
-        raise ParameterError(f"the study {study!r} has no rules; write them in sdcomp/study/rules")
+        raise ParameterError(f"the study {study!r} has no rules; write them in sdcomp/study/parameter_rules")
     declared, injected = _declared(namespace)
     for name in injected:
         if name not in declared:
@@ -43,7 +43,7 @@ def read_parameters(namespace: dict[str, Any], study: str) -> dict[str, Any]:
     rules = STUDIES[study].rules
     if odd := sorted(declared.keys() ^ rules.keys()):
         where = "no rule" if odd[0] in declared else "a rule, and is not declared"
-        raise ParameterError(f"the parameter {odd[0]!r} has {where}; see sdcomp/study/rules")
+        raise ParameterError(f"the parameter {odd[0]!r} has {where}; see sdcomp/study/parameter_rules")
     values = {name: _check(name, line, namespace[name], rules[name]) for name, line in declared.items()}
     if sentence := STUDIES[study].checks(values):
         raise ParameterError(sentence)

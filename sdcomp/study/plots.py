@@ -27,14 +27,23 @@ def style() -> None:
     )
 
 
+IMAGES_IN_A_ROW = 8
+"""Images that a figure shows of each variant."""
+
+
 def image_grid(
-    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = ()
+    rows: Sequence[Tensor],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str] = (),
+    *,
+    columns: int = IMAGES_IN_A_ROW,
 ) -> Figure:
     """Draw a grid of images: each of `rows` is a tensor `(N, 3, H, W)` in [0, 1].
 
-    Labels of rows stand at the left, those of columns (prompts) on top. Rows are cut to the shortest.
+    Labels of rows stand at the left, those of columns (prompts) on top. Rows are cut to the shortest, and to
+    `columns` images.
     """
-    columns = min(len(images) for images in rows)
+    columns = min(columns, *(len(images) for images in rows))
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.25 * columns + 1, 1.25 * len(rows) + 0.6), squeeze=False
     )

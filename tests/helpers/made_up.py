@@ -4,7 +4,7 @@ import pytest
 from papermill.translators import PythonTranslator
 
 from sdcomp.study import read_parameters
-from sdcomp.study.rules import STUDIES, common
+from sdcomp.study.parameter_rules import STUDIES, common
 
 PARAMETERS = """\
 model: str = "data/tiny"  # model folder

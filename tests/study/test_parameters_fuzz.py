@@ -11,7 +11,7 @@ import pytest
 from notebook_parameters import NOTEBOOKS, namespace, parameters_cell
 
 from sdcomp.study import ParameterError, read_parameters
-from sdcomp.study.rules import STUDIES
+from sdcomp.study.parameter_rules import STUDIES
 
 DRAWS = 24_000
 loop: list = []

@@ -10,7 +10,7 @@ import yaml
 from notebook_parameters import NOTEBOOKS, namespace, parameters_cell
 
 from sdcomp.study import ParameterError, read_parameters
-from sdcomp.study.rules import STUDIES, common
+from sdcomp.study.parameter_rules import STUDIES, common
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {

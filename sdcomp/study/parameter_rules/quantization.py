@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdcomp.quantization import PRESETS
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     BITS,
     CALIBRATION,
     COMMON,

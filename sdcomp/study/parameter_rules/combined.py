@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdcomp.quantization import PRESETS
-from sdcomp.study.requests import requested
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     AMOUNT,
     BITS,
     CALIBRATION,
@@ -29,6 +28,7 @@ from sdcomp.study.rules.common import (
     first,
     one_of,
 )
+from sdcomp.study.requests import requested
 
 
 def _checks(p: Mapping[str, Any]) -> str | None:

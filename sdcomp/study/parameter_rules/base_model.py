@@ -1,6 +1,6 @@
 """The parameters of 00_base_model."""
 
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     COMMON,
     FOLDER,
     GENERATION,

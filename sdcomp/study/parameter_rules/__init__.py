@@ -1,7 +1,15 @@
 """The values that each notebook's parameters may have: one module for each study."""
 
-from sdcomp.study.rules import base_model, claims, combined, low_bits, profiling, pruning, quantization
-from sdcomp.study.rules.common import Rule, Study
+from sdcomp.study.parameter_rules import (
+    base_model,
+    claims,
+    combined,
+    low_bits,
+    profiling,
+    pruning,
+    quantization,
+)
+from sdcomp.study.parameter_rules.common import Rule, Study
 
 STUDIES: dict[str, Study] = {
     "00_base_model": base_model.STUDY,

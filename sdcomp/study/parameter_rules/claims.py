@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdcomp.study.rules.common import COMMON, COUNT, Rule, Study, between, one_of, there
+from sdcomp.study.parameter_rules.common import COMMON, COUNT, Rule, Study, between, one_of, there
 
 
 def _is_folder(path: str) -> bool:

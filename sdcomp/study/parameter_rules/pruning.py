@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     AMOUNT,
     AMOUNTS,
     COMMON,

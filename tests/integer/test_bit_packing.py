@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdcomp.integer import to_packed
-from sdcomp.integer.packing import block, pack, packed_shape, unpack
+from sdcomp.integer.bit_packing import block, pack, packed_shape, unpack
 from sdcomp.quantization import QuantModel
 
 BITS = range(1, 9)
@@ -104,7 +104,7 @@ def test_dense_weights_are_those_of_the_simulation_and_of_numpy(
     q = QuantModel(layer, weight_quant_params=params, act_quant_params=None)
     simulated, packed = q.quantized_layers()[0], to_packed(q).module
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdcomp.integer.packing._CHUNK", chunk)
+        patch.setattr("sdcomp.integer.bit_packing._CHUNK", chunk)
         assert torch.equal(packed.dense_weight(torch.float32), simulated.fake_weight())
         for dtype in (torch.bfloat16, torch.float16):
             assert torch.equal(packed.dense_weight(dtype), simulated.fake_weight().to(dtype))

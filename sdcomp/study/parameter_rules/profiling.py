@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     AMOUNT,
     CALIBRATION,
     COMMON,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdcomp.quantization import PRESETS
 from sdcomp.study.low_bits import LADDER
-from sdcomp.study.rules.common import (
+from sdcomp.study.parameter_rules.common import (
     BITS,
     CLIP,
     COMMON,
