@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -279,13 +278,10 @@ def main() -> None:
     for method, argument, make in trials(sd, load_prompts(sd, "calibration", args.calibration).texts):
         if args.only not in method:
             continue
-        start = time.monotonic()
         unet = make()
-        seconds = time.monotonic() - start
         images = sd.replace(unet=unet).generate(prompts.texts, steps=20)
         row = {"method": method, "argument": argument, **judge(sd, clip, images, baseline, prompts)}
         row["step_error"] = round(noise_mse(sd, unet, held_out, trace).mean().item(), 4)
-        row["calibration_seconds"] = round(seconds)
         rows.append(row)
         print(row, flush=True)
         if args.out:
