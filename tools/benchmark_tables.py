@@ -114,7 +114,17 @@ def int8_where_table() -> str:
     return _benchmark("int8_sd15_where", columns)
 
 
+def coverage_table() -> str:
+    """How often intervals contain the truth."""
+    columns = {
+        "statistic": ("statistic", ""), "interval": ("interval", ""), "images": ("n", ""), "truth": ("truth", ""),
+        "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
+    }  # fmt: skip
+    return _benchmark("coverage", columns)
+
+
 TABLES = {
+    "coverage": coverage_table,
     "loading": loading_table,
     "steps": steps_table,
     "quantization, SD 1.5": lambda: quantization_table("sd15"),

@@ -70,7 +70,9 @@ def _members(values: Tensor, groups: Sequence[Hashable] | None) -> np.ndarray:
         raise ValueError(f"{len(groups)} groups for {len(values)} values: give one for each")
     if not len(values):
         raise ValueError("an estimate needs at least one value")
-    return np.unique([repr(g) for g in groups], return_inverse=True)[1] if groups else np.arange(len(values))
+    numbers: dict[Hashable, int] = {}
+    # By first appearance, so that the names of groups do not change what is drawn.
+    return np.array([numbers.setdefault(g, len(numbers)) for g in groups or range(len(values))])
 
 
 def require_finite(what: str, *values: Tensor) -> None:

@@ -100,6 +100,8 @@ def test_images_of_one_scene_are_resampled_together():
     assert many.value == pytest.approx(few.value) and (few.n, many.n) == (40, 400)
     # Ten copies hold no more information than one, but would seem to if they were independent.
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
+    # The names of the scenes do not matter.
+    assert bootstrap(repeated, groups=[999 - i // 10 for i in range(400)]) == many
     plain = bootstrap(repeated)
     assert plain.high - plain.low == pytest.approx((few.high - few.low) / math.sqrt(10), rel=0.15)
 

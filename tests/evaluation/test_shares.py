@@ -107,6 +107,6 @@ def test_95_percent_intervals_contain_the_truth_in_95_percent(part, rows):
 @pytest.mark.slow
 def test_the_bootstrap_of_means_contains_the_truth_in_95_percent():
     for row in COVERAGE["means"](600):
-        # The standard error is 0.9. The skewness of few exponential scores costs 3 points.
-        expected = 92 if "exponential" in row["statistic"] and row["n"] == 16 else 95
-        assert row["coverage_%"] == pytest.approx(expected, abs=2.7), row
+        # The skewness of few exponential scores costs 2 or 3 points. The standard error is 0.9.
+        skewed = "exponential" in row["statistic"] and row["n"] < 256
+        assert row["coverage_%"] == pytest.approx(92.5 if skewed else 95, abs=2.7), row
