@@ -38,7 +38,7 @@ def diffusion_gradients(sd: sdcomp.StableDiffusion, count: int = 64) -> nn.Modul
     prompts = load_prompts(sd, "calibration", count)
     images = render(prompts.scenes, 0).float() / 255
     mean, _ = sd.encoder(2 * images - 1)
-    latents, context = sd.config.latent_scale * mean, sd.encode_prompts(prompts.texts)
+    latents, context = sd.config.vae.latent_scale * mean, sd.encode_prompts(prompts.texts)
     generator, largest = torch.Generator().manual_seed(0), 0.0
     with torch.inference_mode(False), torch.enable_grad():
         unet = copy.deepcopy(sd.unet).requires_grad_(True)
