@@ -1,4 +1,4 @@
-"""How much to save at each layer: a total is reached, and the summed error is the smallest."""
+"""How much to save at each layer, so that a total is reached at a small summed error."""
 
 from __future__ import annotations
 
@@ -22,17 +22,32 @@ class Curve:
 
 
 def allocate(curves: Mapping[Name, Curve], total: float) -> dict[Name, int]:
-    """Choose levels that together save `total` or more, with the smallest summed error.
+    """Choose levels that together save `total` or more, with a small summed error.
 
     Returns the index of a level for each curve. Takes steps along the lower convex hulls in the order of
     error per saving. After each step the result is optimal for what it saves (Lagrange multipliers; Shoham &
-    Gersho 1988). If the total lies between two steps, the result saves more than the total. Raises ValueError
-    for a total beyond what all curves can save.
+    Gersho 1988). What is left before the last step comes from the one level of any curve that adds the least
+    error, so the result may save more than the total, and may miss the best one. Raises ValueError for a
+    total beyond what all curves can save.
     """
     levels = dict.fromkeys(curves, 0)
-    for name, level, _ in _steps(curves, total):
+    for name, level, needed in _steps(curves, total):
+        saved = curves[name].saved
+        if needed < saved[level] - saved[levels[name]]:
+            name, level = _cheapest(curves, levels, needed)
         levels[name] = level
     return levels
+
+
+def _cheapest(curves: Mapping[Name, Curve], levels: Mapping[Name, int], left: float) -> tuple[Name, int]:
+    """The curve and its level that save `left` more, at the least additional error."""
+    added = {
+        (name, level): curve.error[level] - curve.error[levels[name]]
+        for name, curve in curves.items()
+        for level in range(levels[name] + 1, len(curve.saved))
+        if curve.saved[level] - curve.saved[levels[name]] >= left
+    }
+    return min(added, key=added.get)
 
 
 def divide(curves: Mapping[Name, Curve], total: float) -> dict[Name, float]:

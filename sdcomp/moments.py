@@ -107,7 +107,11 @@ class MomentObserver:
     @torch.no_grad()
     def _see(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        key = None if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.padding)
+        key = (
+            None
+            if isinstance(layer, nn.Linear)
+            else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        )
         shared = self._last.get(x, key)
         if shared is None:
             shared = self._moments.setdefault(name, _Moments(self._seed))

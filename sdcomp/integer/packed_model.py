@@ -127,6 +127,8 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     """
     if model.weight_quantizer is None:
         raise UserError("the weights are not quantized, so there is nothing to pack")
+    if not model.state.weights:
+        raise UserError("the weights are switched off: call set_use_quant(weights=True) before to_packed()")
     activations = model.state.activations
     if activations and not model.calibrated:
         raise NotCalibratedError(

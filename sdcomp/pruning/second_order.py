@@ -24,6 +24,9 @@ from sdcomp.moments import weight_matrix
 class MaskRule:
     """Zeroes the weights that `mask` `(out, columns)` marks."""
 
+    m = 1
+    """The sweep's blocks are multiples of this many columns."""
+
     def __init__(self, mask: Tensor | None = None) -> None:
         self.mask, self.start = mask, 0
 
@@ -110,7 +113,7 @@ def prune_layer(
     """
     before, moments = _ordered(layer, moments, order)
     factor = inverse_factor(moments)
-    after = sweep(before, factor, make(factor.diagonal()))
+    after = _swept(before, factor, make)
     after = descend(before, after, moments, MaskRule(after == 0), passes=passes)
     if order is not None:
         after = torch.empty_like(after).index_copy_(1, order, after)
@@ -127,8 +130,13 @@ def layer_errors(
     """
     before, moments = _ordered(layer, moments, order)
     factor = inverse_factor(moments)
-    changes = (sweep(before, factor, make(factor.diagonal())).sub_(before) for make in rules)
+    changes = (_swept(before, factor, make).sub_(before) for make in rules)
     return [(change @ moments).mul_(change).sum(1) for change in changes]
+
+
+def _swept(weight: Tensor, factor: Tensor, make: MakeRule) -> Tensor:
+    rule = make(factor.diagonal())
+    return sweep(weight, factor, rule, block=max(128 // rule.m, 1) * rule.m)
 
 
 def _ordered(layer: nn.Module, moments: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from sdcomp.quantization.specs import Overrides
 def choose_bits(
     errors: Mapping[str, Mapping[int, float]], weights: Mapping[str, int], average: float
 ) -> dict[str, int]:
-    """Choose bits for each layer: at most `average` bits a weight over all, with the smallest summed error.
+    """Choose bits for each layer: at most `average` bits a weight over all, with a small summed error.
 
     `errors[layer][bits]` is what quantizing this layer alone costs, for example by
     `sdcomp.evaluation.layer_errors`; errors of different layers add up if they are independent. `weights` are

@@ -42,6 +42,7 @@ class RoundingCheckpoint:
             with safe_open(self.path, "pt") as file:
                 about = file.metadata() or {}
             done = set(json.loads(about["done"]))
+            calibration = json.loads(about["calibration"])
         except (SafetensorError, OSError, KeyError, ValueError):
             raise UserError(
                 f"{self.path} is no checkpoint of a quantization: delete it or name another"
@@ -49,6 +50,7 @@ class RoundingCheckpoint:
         if about.get("inputs") != self._inputs:
             raise UserError(f"{self.path} is of another quantization: delete it, or name another checkpoint")
         load_quantization_state(model, self.path)
+        model.calibration |= calibration
         return done
 
     def keep(self, model: QuantModel, done: set[str], now: bool = False) -> None:
@@ -56,8 +58,10 @@ class RoundingCheckpoint:
         if self.path is None or not (now or time.monotonic() - self._saved > _EVERY):
             return
         tensors = {name: t.detach().cpu().contiguous() for name, t in quantization_state(model).items()}
+        about = {"inputs": self._inputs, "done": json.dumps(sorted(done))}
+        about["calibration"] = json.dumps(model.calibration)
         with replacing(self.path) as partial:
-            save_file(tensors, partial, {"inputs": self._inputs, "done": json.dumps(sorted(done))})
+            save_file(tensors, partial, about)
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from sdcomp.errors import UserError
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
@@ -28,8 +29,11 @@ def trainable(model: QuantModel) -> QuantModel:
     """Copy a calibrated model so that its weights, biases, norms and scales can be trained.
 
     Weights start from their rounded values. Each scale is multiplied by 1 + a parameter that starts at 0, so
-    that one learning rate fits scales of all sizes. `rounded` ends the training.
+    that one learning rate fits scales of all sizes. `rounded` ends the training. Raises UserError for inputs
+    that are rounded to a grid for each token: these have no scales to learn.
     """
+    if model.act_quantizer is not None and model.act_quantizer.granularity == "token":
+        raise UserError("inputs with a grid for each token cannot be trained: use granularity 'tensor'")
     model = copy.deepcopy(model)
     with normal_tensors():
         for layer in model.quantized_layers():
@@ -53,7 +57,9 @@ def rounded(model: QuantModel) -> QuantModel:
         for side in ("weight", "act"):
             change = getattr(layer, f"{side}_scale_change")
             if change is not None:
-                getattr(layer, f"{side}_scale").mul_(_factor(change))
+                scale = getattr(layer, f"{side}_scale").mul_(_factor(change))
+                if side == "weight" and layer.weight_quantizer.granularity == "group":
+                    scale.copy_(scale.half().clamp(min=2**-24))  # two bytes hold the scale of a group
             delattr(layer, f"{side}_scale_change")
         layer.clear_cache()
         if layer.weight_quantizer is not None:

@@ -36,7 +36,7 @@ from sdcomp.quantization import (
     save_quant_model,
 )
 from sdcomp.quantization.calibration import SAMPLER
-from sdcomp.study.rounding import KeptRounding
+from sdcomp.study.rounding import KeptRounding, take_rounding
 from sdcomp.study.variants import Variant, quantized
 from sdcomp.training import recover
 
@@ -218,15 +218,18 @@ class Builder:
         return self.run.folder / (re.sub(r"\W+", "_", variant.label) + ".ckpt")
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
-        """The pruned UNet, with the scales of the UNet before pruning."""
+        """The pruned UNet, with the scales of the UNet before pruning; methods round its own weights."""
         bits = variant.weight_bits, variant.act_bits
         whole = quantized(variant.recipe, *bits, variant.k, execution=variant.execution)
         with tempfile.TemporaryDirectory() as folder:
             save_quant_model(self.calibrated(whole), folder)
-            return load_quant_model(folder, self.pruned(variant.unquantized))
+            made = load_quant_model(folder, self.pruned(variant.unquantized))
+        if self.recipe(variant).methods:
+            take_rounding(made, self.calibrated(replace(variant, calibrated_first=False)))
+        return made
 
     def _exported(self, simulated: QuantModel) -> OpenVINOUNet:
-        """The UNet in OpenVINO. What it has loaded stays when its files are gone."""
+        """The UNet in OpenVINO, which keeps the loaded model after the folder is deleted."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "unet.xml")
             return load_openvino(export(self.sd.replace(unet=simulated), file, format="openvino"))
@@ -236,7 +239,7 @@ class Builder:
         return recover(
             unet,
             self.sd,
-            load_prompts(self.sd, "calibration", min(4 * p["n_images"], 128)).texts,
+            load_prompts(self.sd, p["calibration_prompts"], min(4 * p["n_images"], 128)).texts,
             variant.recover_steps,
             lr=5e-4,
             guidance_scale=self.run.generation(self.sd)["guidance_scale"],

@@ -10,6 +10,14 @@ from sdcomp.study.variants import Variant
 _BUFFERS = ("weight_scale", "weight_zero_point", "weight_integers")
 
 
+def take_rounding(model: QuantModel, other: QuantModel) -> None:
+    """Give a model the rounded weights of another one of the same UNet."""
+    for layer, rounded in zip(model.quantized_layers(), other.quantized_layers(), strict=True):
+        for name in _BUFFERS:
+            layer.register_buffer(name, getattr(rounded, name))
+        layer.clear_cache()
+
+
 class KeptRounding:
     """Keeps the last weights that a recipe's methods rounded, for models that round them in the same way.
 

@@ -3,9 +3,10 @@
     python tests/benchmarks/second_order.py --threads 2 --out reports/benchmarks/second_order_sd15.csv
     python tests/benchmarks/second_order.py --threads 2 --zeros 0.5 --out reports/benchmarks/pruning_sd15.csv
 
-Weights are random: time and memory do not depend on them. The layers' inputs are observed in a few UNet calls
-on random latents, once for each part of the layers whose second moments fit into `--memory` GiB. With
-`--checkpoint` a killed run goes on where it stopped. `--zeros` prunes instead, one block at a time.
+Weights are random: memory does not depend on them, and time hardly does. The layers' inputs are observed in a
+few UNet calls on random latents, once for each part of the layers whose second moments fit into `--memory`
+GiB. With `--checkpoint` a killed rounding goes on where it stopped. `--zeros` prunes instead, one block at a
+time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.zeros and args.checkpoint:
+        parser.error("--checkpoint is for rounding: pruning does not resume")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = (sdcomp.SD15 if args.config == "sd15" else sdcomp.TINY).unet

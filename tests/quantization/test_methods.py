@@ -128,7 +128,8 @@ def test_a_recipe_is_the_same_whatever_memory_it_has(small):
 
 def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeypatch):
     settings = {"weight_bits": 4, "act_bits": 4, "steps": 2}
-    expected = quantize(small, RECIPE, PROMPTS, **settings).state_dict()
+    whole = quantize(small, RECIPE, PROMPTS, **settings)
+    expected = whole.state_dict()
     file, rounded = tmp_path / "quantize.ckpt", []
     monkeypatch.setattr("sdcomp.quantization.resume._EVERY", 0)
     plain = SecondOrderRounding.__call__
@@ -148,6 +149,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
     # Nothing was rounded twice but the layer at which it was killed.
     assert len(rounded) == 1 + len(resumed.quantized_layers()) and not file.exists()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    assert resumed.calibration == whole.calibration
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no checkpoint of a quantization"):
         quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)

@@ -97,6 +97,22 @@ def test_a_model_without_scales_is_refused(small):
         recover(QuantModel(small.unet), small, PROMPTS, 1, progress=False)
 
 
+def test_inputs_with_a_grid_for_each_token_are_refused(small):
+    q = QuantModel(small.unet, act_quant_params={"n_bits": 4, "granularity": "token"})
+    with pytest.raises(UserError, match="a grid for each token cannot be trained"):
+        trainable(q)
+
+
+def test_two_bytes_hold_the_scales_of_groups_after_training(small):
+    params = {"n_bits": 4, "granularity": "group", "group_size": 16}
+    q = trainable(QuantModel(small.unet, weight_quant_params=params, act_quant_params=None))
+    for layer in q.quantized_layers():
+        with torch.no_grad():
+            layer.weight_scale_change.fill_(0.123)
+    for layer in rounded(q).quantized_layers():
+        assert torch.equal(layer.weight_scale, layer.weight_scale.half().float())
+
+
 def test_zeros_stay_zero_while_a_quantized_model_recovers(small):
     unet = prune_unstructured(small.unet, 0.4)
     q = QuantModel(unet, weight_quant_params=FOUR, act_quant_params=None)

@@ -143,6 +143,15 @@ def test_a_study_quantizes_as_the_package_does(run, small, call):
     assert not all(torch.equal(by_hand.state_dict()[name], value) for name, value in scales.items())
 
 
+def test_a_model_that_is_calibrated_first_keeps_the_zeros_of_pruning(run, small):
+    builder = Builder(run, small, CALIBRATION)
+    variant = quantized("low_bits", 4, 4, of=pruned("unstructured", 0.5))
+    sparse = builder.pruned(variant.unquantized)
+    for layer in builder.build(replace(variant, calibrated_first=True)).quantized_layers():
+        zeros = sparse.get_submodule(layer.name).weight == 0
+        assert not layer.fake_weight()[zeros].any()
+
+
 def test_openvino_runs_what_is_simulated(run, small, call):
     pytest.importorskip("openvino")
     builder = Builder(run, small, CALIBRATION)
