@@ -117,8 +117,8 @@ def int8_where_table() -> str:
 def coverage_table() -> str:
     """How often intervals contain the truth."""
     columns = {
-        "statistic": ("statistic", ""), "interval": ("interval", ""), "images": ("n", ""), "truth": ("truth", ""),
-        "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
+        "statistic": ("statistic", ""), "interval": ("interval", ""), "images": ("n", ""),
+        "truth": ("truth", ""), "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
     }  # fmt: skip
     return _benchmark("coverage", columns)
 
