@@ -118,8 +118,7 @@ def coverage_table() -> str:
     """How often intervals contain the truth."""
     columns = {
         "statistic": ("statistic", ""), "interval": ("interval", ""), "images": ("n", ""),
-        "truth": ("truth", ""),
-        "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
+        "truth": ("truth", ""), "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
     }  # fmt: skip
     return _benchmark("coverage", columns)
 

@@ -42,7 +42,7 @@ def diffusion_gradients(sd: sdcomp.StableDiffusion, count: int = 64) -> nn.Modul
     generator, largest = torch.Generator().manual_seed(0), 0.0
     with torch.inference_mode(False), torch.enable_grad():
         unet = copy.deepcopy(sd.unet).requires_grad_(True)
-        latents, context = latents.clone(), context.clone()
+        latents, context = latents.detach().clone(), context.detach().clone()
         for timestep in range(0, sd.config.schedule.train_timesteps, 50):
             noise = torch.randn(latents.shape, generator=generator)
             noisy = sd.schedule.add_noise(latents, noise, torch.full((count,), timestep))
