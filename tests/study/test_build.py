@@ -38,7 +38,8 @@ CALIBRATION = {
 def run(tmp_path) -> SimpleNamespace:
     """Takes the place of a `Run`."""
     return SimpleNamespace(
-        folder=tmp_path, progress=False, parameters={"n_images": 1, "seed": 0},
+        folder=tmp_path, progress=False,
+        parameters={"n_images": 1, "seed": 0, "calibration_prompts": "calibration"},
         generation=lambda sd: {"guidance_scale": 1.0, "batch_size": 2},
     )  # fmt: skip
 
