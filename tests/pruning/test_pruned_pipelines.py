@@ -26,6 +26,20 @@ def error(made, unet: nn.Module, expected: torch.Tensor) -> float:
     return (found - expected).square().mean().item()
 
 
+def prediction_error(made, unet: nn.Module) -> float:
+    """The squared error of `unet` on the calls that the pipeline makes of its own UNet."""
+    errors = []
+
+    def compare(_: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        found, expected = unet(*args, **kwargs)[0], output[0]
+        errors.append((found - expected).square().mean().item())
+
+    handle = made.pipe.unet.register_forward_hook(compare, with_kwargs=True)
+    made.run()
+    handle.remove()
+    return sum(errors) / len(errors)
+
+
 def zeros(unet: nn.Module, kinds: tuple[type, ...] = (nn.Conv2d, nn.Linear)) -> dict[str, float]:
     """The share of zeros in each weight."""
     layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, kinds)}
@@ -43,7 +57,7 @@ def test_second_order_zeros_weights_of_blocks_and_is_closer_than_magnitude(made)
 
 
 def test_2_4_patterns_are_kept_and_corrected(made):
-    unet, expected = made.pipe.unet, made.run()
+    unet = made.pipe.unet
     magnitude = prune_n_m(unet)
     second = prune_n_m(unet, importance="second_order", calibration=made.run)
     for name, layer in second.named_modules():
@@ -52,7 +66,8 @@ def test_2_4_patterns_are_kept_and_corrected(made):
             fours = layer.weight.flatten(2) if layer.weight.dim() == 4 else layer.weight[..., None]
             if fours.shape[1] % 16 == 0 and fours.shape[0] % 8 == 0:
                 assert (fours.unflatten(1, (-1, 4)) != 0).sum(2).max() <= 2, name
-    assert error(made, second, expected) < error(made, magnitude, expected)
+    # Single predictions: over the steps of this random model the errors grow at random.
+    assert prediction_error(made, second) < prediction_error(made, magnitude)
 
 
 def test_channels_and_heads_go_where_it_costs_least(made):
