@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ class Rows:
 
     def __init__(self):
         self.rows = {}
+        self.images = SimpleNamespace(keep=lambda *_, **__: None)
 
     def record(self, variant, metric, estimate, *, unit="", baseline="", **about):
         self.rows[metric, *about.values()] = estimate
