@@ -123,6 +123,27 @@ def coverage_table() -> str:
     return _benchmark("coverage", columns)
 
 
+def packed_table() -> str:
+    """One UNet step on packed weights."""
+    columns = {
+        "variant": ("variant", ""), "step (s)": ("seconds", ".2f"), "speed, fp32 = 1": ("speedup", ".2f"),
+        "interval": ("speedup_low..speedup_high", ".2f"), "file (GB)": ("file_gb", ".3f"),
+        "loaded in (s)": ("load_seconds", ".2f"),
+        "memory beyond activations (GiB)": ("weights_gib", ".2f"), "n": ("n", ".0f"),
+    }  # fmt: skip
+    return _benchmark("packed_sd15", columns)
+
+
+def trials_table() -> str:
+    """Other methods for low bits, on top of this package's recipe."""
+    columns = {
+        "method": ("method", ""), "argument": ("argument", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
+        "PSNR (dB)": ("psnr", ".1f"), "step error": ("step_error", ".3f"), "n": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("low_bit_trials", columns)
+
+
 TABLES = {
     "coverage": coverage_table,
     "loading": loading_table,
@@ -135,4 +156,6 @@ TABLES = {
     "int8, SD 1.5": lambda: int8_table("sd15"),
     "int8, where": int8_where_table,
     "int8, tiny": lambda: int8_table("base"),
+    "packed weights": packed_table,
+    "trials": trials_table,
 }
