@@ -142,6 +142,16 @@ def trials_table() -> str:
     return _benchmark("low_bit_trials", columns)
 
 
+def low_bits_table() -> str:
+    """Images at few bits, here and elsewhere."""
+    columns = {
+        "variant": ("variant", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
+        "PSNR (dB)": ("psnr", ".1f"), "packed file (MB)": ("megabytes", ".2f"), "n": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("low_bits", columns)
+
+
 TABLES = {
     "coverage": coverage_table,
     "loading": loading_table,
@@ -155,5 +165,6 @@ TABLES = {
     "int8, where": int8_where_table,
     "int8, tiny": lambda: int8_table("base"),
     "packed weights": packed_table,
+    "low bits": low_bits_table,
     "trials": trials_table,
 }
