@@ -34,7 +34,7 @@ class Recipe:
 
 
 _MAX = {"act_scale_policy": "max", "act_update_policy": "maximum"}
-# The widest of the calls' ranges: a range of merged calls has less error, but clips single timesteps more.
+# The widest of the calls' ranges: those of merged calls have less error, yet lose more images at 4 bits.
 _MSE = {"act_scale_policy": "mse", "act_update_policy": "maximum"}
 # Intervals are chosen by the error of merged calls, so the ranges are those of merged calls too.
 _MERGED = {"act_scale_policy": "mse", "act_update_policy": "merged"}
