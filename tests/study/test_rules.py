@@ -118,7 +118,7 @@ BAD = [
     (COMBINED, {"packed_bits": [4, 4]}, "packed_bits must name each of its values once"),
     (COMBINED, {"method": "weights_only"}, "int8 quantizes activations, and method='weights_only' does not"),
     (COMBINED, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length"),
-    (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp32 bytes"),
+    (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp16 bytes"),
     (COMBINED, {"variants": ["removed 0.1 recovered 9"], "dtype": "float16"}, "recovery trains in float32"),
     (LOW_BITS, {"act_bits": [9]}, "act_bits must be between 2 and 8, or 32"),
     (LOW_BITS, {"act_bits": [4, 32]}, "the last of act_bits is that of the ladder"),
