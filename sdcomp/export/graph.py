@@ -22,6 +22,7 @@ from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization import NotCalibratedError, QuantLayer, QuantModel
+from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.state import InputGrid, calibrated, input_grids
 
 INPUTS = ("latents", "timestep", "context")
@@ -175,6 +176,7 @@ class GraphUNet(nn.Module):
         self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
         if quantized and unet.state.activations and not unet.calibrated:
             raise NotCalibratedError("the activations have no scales yet: calibrate the model first")
+        refuse_quantized_products(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []
         with normal_tensors():
             twins = {layer.name: GraphLayer(layer, dialect, self.interval) for layer in layers}

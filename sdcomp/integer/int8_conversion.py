@@ -11,6 +11,7 @@ from sdcomp.integer.int8_layers import TENSORS
 from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
+from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.state import NotCalibratedError
@@ -35,14 +36,15 @@ def to_int8(
     Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor.
 
     Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
-    not quantized or have other grids, and (NotCalibratedError) for a model that is not calibrated; ValueError
-    for another dtype or execution.
+    not quantized or have other grids, for quantized attention products, and (NotCalibratedError) for a model
+    that is not calibrated; ValueError for another dtype or execution.
     """
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
     if not model.calibrated:
         raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
+    refuse_quantized_products(model, "int8 execution")
     for layer in model.quantized_layers():
         _check(layer)
     layers = {layer.name: layer for layer in model.quantized_layers()}

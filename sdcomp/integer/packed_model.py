@@ -14,6 +14,7 @@ from sdcomp.integer.execution import check_dtype
 from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
+from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import UniformQuantizer
@@ -122,8 +123,8 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     inputs as the simulation does: to calibrated grids, or to a grid for each token that each call finds anew.
     If the model's activations are switched off, it rounds none.
 
-    Raises UserError for a model or a layer whose weights are not quantized; NotCalibratedError where inputs
-    have no scales yet; ValueError for another dtype.
+    Raises UserError for a model or a layer whose weights are not quantized, and for quantized attention
+    products; NotCalibratedError where inputs have no scales yet; ValueError for another dtype.
     """
     if model.weight_quantizer is None:
         raise UserError("the weights are not quantized, so there is nothing to pack")
@@ -135,6 +136,7 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
             "the activations have no scales yet: calibrate the model before to_packed(), or switch them off"
             " with set_use_quant(activations=False)"
         )
+    refuse_quantized_products(model, "a packed model")
     layers = {layer.name: _packed(layer, activations) for layer in model.quantized_layers()}
     floats = dict(float_tensors(model.module, layers))
     timesteps = Timesteps(model.starts, model.train_timesteps, getattr(model, "timestep_arg", None))

@@ -11,6 +11,7 @@ from torch import nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
 from sdcomp.model.rebuild import normal_tensors, rebuild
+from sdcomp.quantization.attention import quantized_products
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
@@ -28,9 +29,8 @@ class QuantModel(QuantizedWrapper):
     """A module with simulated n-bit weights and activations, called like the module itself.
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
-    channel, and its input, per tensor. Attention's products of queries, keys and values are not quantized.
-    `module` itself stays as it is; its weights are shared, not copied. For inference only: see
-    `sdcomp.quantization.training` for gradients through the rounding.
+    channel, and its input, per tensor. `module` itself stays as it is; its weights are shared, not copied.
+    For inference only: see `sdcomp.quantization.training` for gradients through the rounding.
 
     Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
     (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
@@ -45,10 +45,13 @@ class QuantModel(QuantizedWrapper):
     in `sdcomp.quantization.specs.OVERRIDES`. Of several that match, the last one decides.
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
+    `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
+    the bits of `act_quant_params`: see `QuantAttentionProduct`. This is simulated only.
 
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
-    `split_shortcuts` of a module whose skip concatenations are unknown, for a module that is quantized
-    already, and for weights that are not finite.
+    `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`
+    without such products or without `act_quant_params`, for a module that is quantized already, and for
+    weights that are not finite.
     """
 
     train_timesteps = 1000
@@ -62,6 +65,7 @@ class QuantModel(QuantizedWrapper):
         quant_filters: Sequence[str] | str = (),
         overrides: Mapping[str, Mapping[str, object]] | str = {},
         split_shortcuts: bool = False,
+        quantize_attention_products: bool = False,
         _starts: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
@@ -75,6 +79,7 @@ class QuantModel(QuantizedWrapper):
             raise ValueError("weight_quant_params and act_quant_params are both None: nothing to quantize")
         self.quant_filters = _as_filters(quant_filters, module)
         self.split_shortcuts = split_shortcuts
+        self.quantize_attention_products = quantize_attention_products
         self.state = QuantState()
 
         layers = {name: layer for name, layer in module.named_modules() if is_quantizable(layer)}
@@ -88,6 +93,8 @@ class QuantModel(QuantizedWrapper):
             twins = {
                 name: quantize_layer(layers[name], name, self.state, spec) for name, spec in specs.items()
             }
+            if quantize_attention_products:
+                twins |= quantized_products(module, self.act_quantizer, self.state)
             self.module = rebuild(module, twins)
             # Weights alone need no calibration.
             self.register_buffer(
@@ -179,6 +186,7 @@ class QuantModel(QuantizedWrapper):
             "quant_filters": self.quant_filters,
             "overrides": self.overrides,
             "split_shortcuts": self.split_shortcuts,
+            "quantize_attention_products": self.quantize_attention_products,
         }
 
     def _load_from_state_dict(self, *args: object) -> None:

@@ -64,6 +64,7 @@ _PLAIN: dict[str, Rule] = {
     "quant_filters": ListOf(Text(), 0, 1000),
     "overrides": TableOf(TableOf(_TABLE_OR_NONE)),
     "split_shortcuts": FLAG,
+    "quantize_attention_products": FLAG,
 }
 _ARGUMENTS = {
     "QuantModel": _PLAIN,
