@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcomp.model import StableDiffusion, Trace
+from sdcomp.model.guidance import BRANCHES, guided
 from sdcomp.model.samplers import make_sampler
 from sdcomp.model.schedule import NoiseSchedule
-
-BRANCHES = ("negative prompt", "prompt")
-"""The two predictions of a guided step. A step without guidance has the last one only."""
 
 
 @torch.no_grad()
@@ -56,11 +54,6 @@ def branch_predictions(
 
 def _scale(sd: StableDiffusion, guidance_scale: float | None) -> float:
     return sd.config.guidance_scale if guidance_scale is None else guidance_scale
-
-
-def guided(branches: Tensor, scale: float) -> Tensor:
-    """The guided prediction from those of the `BRANCHES` `(branches, ...)` (Ho & Salimans 2022)."""
-    return branches[-1] if len(branches) == 1 else branches[0] + scale * (branches[1] - branches[0])
 
 
 def predictions(

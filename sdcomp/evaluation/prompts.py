@@ -10,7 +10,7 @@ from pathlib import Path
 from sdcomp.errors import UserError
 from sdcomp.files import regular, resolve_input
 from sdcomp.model import StableDiffusion
-from sdcomp.model.requests import as_texts
+from sdcomp.model.generate_arguments import as_texts
 from sdcomp.scenes import Scene
 
 FOLDER = Path("data/prompts")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sdcomp.errors import UserError
 from sdcomp.model import StableDiffusion, weights_digest
-from sdcomp.model.requests import image_pixels, rows_at_once
+from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
+from sdcomp.model.generate_arguments import image_pixels
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
 from sdcomp.quantization.training import rounded, trainable
@@ -66,7 +67,7 @@ def recover(
     `batch_size`; UserError for an int8 or packed UNet; and what `generate` and `fit` raise.
     """
     prompts = _check(unet, prompts, steps, batch_size)
-    own = rows_at_once(16, image_pixels(sd.config, sampling.get("size")))
+    own = default_batch_size(image_pixels(sd.config, sampling.get("size")))
     rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole_number("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
@@ -75,7 +76,7 @@ def recover(
     quantized = isinstance(unet, QuantModel)
     student = trainable(unet) if quantized else copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student, unet)
-    _set_recompute(student, own < 16 if recompute is None else recompute)
+    _set_recompute(student, own < BATCH_SIZE if recompute is None else recompute)
     inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
     inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
     loss = _distillation_loss(student, calls, batch_size, rows, autocast)

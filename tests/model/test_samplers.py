@@ -6,8 +6,9 @@ import torch
 from diffusers_keys import BETAS, diffusers_scheduler
 
 from sdcomp.model.config import ScheduleConfig
-from sdcomp.model.samplers import SAMPLERS, make_sampler, row_noise
+from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
+from sdcomp.model.seeds import row_noise
 
 SPACINGS = ("leading", "trailing")
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 from torch import Tensor
 
+from sdcomp.model.batch_size import default_batch_size
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.seeds import image_seeds
 from sdcomp.settings import whole_number
 
 
@@ -75,24 +75,15 @@ def check_request(
     return Request(
         prompts=prompts,
         negatives=negatives,
-        seeds=_row_seeds(seed, prompts),
+        seeds=image_seeds(seed, prompts),
         steps=steps,
         first=0 if image is None else steps - max(1, min(int(steps * strength), steps)),
         scale=scale,
         image=image,
         pixels=pixels,
         shape=_latent_shape(config, pixels),
-        batch_size=batch_size or rows_at_once(16, pixels),
+        batch_size=batch_size or default_batch_size(pixels),
     )
-
-
-def rows_at_once(n: int, pixels: Sequence[int]) -> int:
-    """Return how many of `n` images to compute at a time, within the memory of one image of 512x512.
-
-    The number divides `n`, so that all batches have one size: the size determines an image's last bits.
-    """
-    most = max(1, 512 * 512 // (pixels[0] * pixels[1]))
-    return max(rows for rows in range(1, n + 1) if n % rows == 0 and rows <= most) if n else 1
 
 
 def image_pixels(config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -140,22 +131,3 @@ def _check_image(config: ModelConfig, image: Tensor, n: int, size: tuple[int, in
         raise ValueError("size and image disagree: leave size out, or resize the image first")
     _latent_shape(config, tuple(image.shape[2:]))
     return image
-
-
-def _row_seeds(seed: int | Sequence[int], prompts: list[str]) -> list[int]:
-    if isinstance(seed, Iterable) and not isinstance(seed, str):
-        seeds = [whole_number("seed", s) for s in seed]
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one for each")
-        for s in seeds:
-            if not 0 <= s < 2**64:
-                raise ValueError(f"a seed of an image must be at least 0 and below 2**64, not {s}")
-        return seeds
-    seed = whole_number("seed", seed)
-    seen: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        text = f"{seed}\0{seen[prompt]}\0{prompt}".encode(errors="surrogatepass")
-        seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1)
-        seen[prompt] += 1
-    return seeds
