@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.errors import UserError
-from sdcomp.evaluation.images import center_crop
+from sdcomp.evaluation.image_files import center_crop
 from sdcomp.files import resolve_input
 from sdcomp.model import StableDiffusion
 from sdcomp.model.text import clip_pixels, tokenize

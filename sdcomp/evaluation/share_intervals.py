@@ -1,29 +1,16 @@
 """Score intervals of shares and of paired differences of shares, for independent images and for clusters.
 
-A score interval contains every share that a test at 5 % does not reject. It has a width also where all
+A score interval contains every share that the score test does not reject. It has a width also where all
 images agree. Shares are arrays of any shape, so that a simulation computes many intervals at once.
 """
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import numpy as np
 
-Z = NormalDist().inv_cdf(0.975)
+from sdcomp.evaluation.confidence import Z, student
+
 Ends = tuple[np.ndarray, np.ndarray]
-
-
-def student(df: np.ndarray | float) -> np.ndarray:
-    """The 97.5 % quantile of Student's t (Abramowitz & Stegun 1964, 26.7.5), to 1 % from df = 3 on."""
-    z, df = Z, np.asarray(df, dtype=float)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
 
 
 def effective_number(values: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -46,14 +33,14 @@ def effective_number(values: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def wilson(share: np.ndarray, n: np.ndarray) -> Ends:
-    """The 95 % score interval of a share of `n` images (Wilson 1927)."""
+    """The score interval of a share of `n` images (Wilson 1927)."""
     center = (share + Z**2 / 2 / n) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + (Z / 2 / n) ** 2)
     return center - half, center + half
 
 
 def tango(gained: np.ndarray, lost: np.ndarray, n: np.ndarray) -> Ends:
-    """The 95 % score interval of a paired difference of shares, gained - lost (Tango 1998, section 3).
+    """The score interval of a paired difference of shares, gained - lost (Tango 1998, section 3).
 
     `gained` and `lost` are the shares of the `n` pairs where only the one, or only the other, answer is
     right. For clusters, `n` is the effective number (Yang, Sun & Hardin 2012).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image.kid import poly_kernel
 
-from sdcomp.evaluation.statistics import require_finite
+from sdcomp.evaluation.non_finite import require_finite
 
 
 def kid_values(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from sdcomp.model.device import device_name
 
 
 def fix_precision() -> None:
@@ -55,18 +55,3 @@ _VARIABLES = (
 def _rounds(operator: Any) -> bool:
     """Whether this kind of operator of `torch.backends` rounds float32 inputs to a narrower type."""
     return operator.fp32_precision in ("tf32", "bf16")
-
-
-def device_name(device: torch.device | str) -> str:
-    """The name of a GPU, or of the CPU with its number of cores."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdcomp.evaluation import paired_difference, share_estimate
-from sdcomp.evaluation.shares import effective_number, student, tango, wilson
+from sdcomp.evaluation.share_intervals import effective_number, student, tango, wilson
 
 COVERAGE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "coverage.py"))
 

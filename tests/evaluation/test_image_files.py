@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation import load_images
-from sdcomp.evaluation.images import center_crop
+from sdcomp.evaluation.image_files import center_crop
 
 
 @pytest.mark.parametrize(
