@@ -23,7 +23,7 @@ from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization import NotCalibratedError, QuantLayer, QuantModel
 from sdcomp.quantization.attention import refuse_quantized_products
-from sdcomp.quantization.state import InputGrid, calibrated, input_grids
+from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
 
 INPUTS = ("latents", "timestep", "context")
 """The inputs of an exported UNet, float32: `(B, C, h, w)`, `(1,)` and `(B, L, context_dim)`."""

@@ -12,9 +12,9 @@ from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
 from sdcomp.quantization.attention import refuse_quantized_products
+from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
-from sdcomp.quantization.state import NotCalibratedError
 
 _FLOATS = tuple(kind for kind in TENSORS if kind != "weight")
 

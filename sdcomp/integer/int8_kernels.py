@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdcomp.quantization.state import InputGrid
+from sdcomp.quantization.input_grids import InputGrid
 
 ZERO = 128
 """The byte that stands for 0 in an input whose integers fit into a signed byte."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sdcomp.integer import int8_kernels
 from sdcomp.model.layers import linear
+from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
-from sdcomp.quantization.state import InputGrid, calibrated, input_grids
 
 _WIDE = 1024
 """A convolution with at least that many output channels is one matrix product. In SD 1.5 these see maps of

@@ -31,8 +31,8 @@ from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
-from sdcomp.quantization.specs import parameters_of, quantizer_of
-from sdcomp.quantization.state import LayerSpec
+from sdcomp.quantization.scales import STORED
+from sdcomp.quantization.specs import LayerSpec, parameters_of, quantizer_of
 from sdcomp.quantization.storage import QuantizationFileError
 from sdcomp.settings import ANYTHING, AnyOf, ListOf, OneOf, Rule, TableOf, Whole, shown
 
@@ -70,16 +70,16 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     state = {
-        name: _half_if_exact(tensor) if tensor.is_floating_point() else tensor
+        name: _stored_if_exact(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in model.module.state_dict().items()
     }
     return write_files(folder, FILES, model.module, settings, state, indent=1)
 
 
-def _half_if_exact(tensor: Tensor) -> Tensor:
-    """Return a tensor in float16 if that holds all its values exactly."""
-    half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+def _stored_if_exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in the type `STORED` if that holds all its values exactly."""
+    narrow = tensor.to(STORED)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def load_packed(

@@ -12,9 +12,12 @@ from sdcomp.integer.bit_packing import Columns, block, dequantize, pack, unpack
 from sdcomp.integer.sparse_packing import dequantize_sparse, pack_sparse, pays, unpack_mask, unpack_sparse
 from sdcomp.model.layers import is_recorded, linear
 from sdcomp.model.rebuild import normal_tensors
+from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer
-from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
+from sdcomp.quantization.quantizer import UniformQuantizer
+from sdcomp.quantization.scales import Grid
+from sdcomp.quantization.specs import LayerSpec
+from sdcomp.quantization.state import QuantState
 
 TENSORS = (
     "packed_weight",

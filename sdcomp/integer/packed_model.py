@@ -15,10 +15,12 @@ from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
+from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import UniformQuantizer
-from sdcomp.quantization.state import LayerSpec, NotCalibratedError, QuantState
+from sdcomp.quantization.specs import LayerSpec
+from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
 
 

@@ -3,13 +3,13 @@
 from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.describe import describe
 from sdcomp.quantization.filters import FILTERS, published_filters
+from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.observer import CalibrationError
 from sdcomp.quantization.quantize import apply_recipe, quantize
 from sdcomp.quantization.quantizer import UniformQuantizer, UniformSymmetricQuantizer, fake_quantize
 from sdcomp.quantization.recipes import PRESETS, Recipe, build
-from sdcomp.quantization.state import NotCalibratedError
 from sdcomp.quantization.storage import QuantizationFileError, load_quant_model, save_quant_model
 
 __all__ = [

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import Linear, linear
 from sdcomp.model.rebuild import normal_tensors, shared
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer
-from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
+from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
+from sdcomp.quantization.quantizer import UniformQuantizer
+from sdcomp.quantization.scales import Grid
+from sdcomp.quantization.specs import LayerSpec
+from sdcomp.quantization.state import QuantState
 
 
 class QuantLayer(nn.Module):

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.filters import matches
 from sdcomp.quantization.quantizer import UniformQuantizer
-from sdcomp.quantization.state import LayerSpec
 
 SIDES = ("weight_quant_params", "act_quant_params")
 Overrides = dict[str, dict[str, dict[str, object] | None]]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized.
+
+    A side without a quantizer stays in full precision. `intervals`: how many timestep intervals have their
+    own input grid. `split`: the input channels of the first half of a skip concatenation whose halves have
+    their own grids, else None.
+    """
+
+    weight_quantizer: UniformQuantizer | None
+    act_quantizer: UniformQuantizer | None
+    intervals: int = 1
+    split: int | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the input's grid comes from a calibration; that of each token is found at each call."""
+        return self.act_quantizer is not None and self.act_quantizer.granularity != "token"
 
 
 def quantizer_of(params: Mapping[str, object] | None, *, weights: bool) -> UniformQuantizer | None:

@@ -16,7 +16,8 @@ from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
-from sdcomp.quantization.quantizer import Grid, Number
+from sdcomp.quantization.quantizer import Number
+from sdcomp.quantization.scales import Grid, as_stored
 
 
 def straight_through(x: Tensor, scale: Tensor, high: Number, low: Number) -> Tensor:
@@ -61,7 +62,7 @@ def rounded(model: QuantModel) -> QuantModel:
             if change is not None:
                 scale = getattr(layer, f"{side}_scale").mul_(_factor(change))
                 if side == "weight" and layer.weight_quantizer.granularity == "group":
-                    scale.copy_(scale.half().clamp(min=2**-24))  # two bytes hold the scale of a group
+                    scale.copy_(as_stored(scale).clamp(min=2**-24))  # a scale stays positive
             delattr(layer, f"{side}_scale_change")
         layer.clear_cache()
         if layer.weight_quantizer is not None:

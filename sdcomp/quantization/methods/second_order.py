@@ -15,7 +15,8 @@ from torch import Tensor
 from sdcomp.column_sweep import DAMPING, descend, inverse_factor, sweep
 from sdcomp.moments import ROWS, weight_matrix
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
+from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
+from sdcomp.quantization.scales import Grid
 
 
 @dataclass(frozen=True)
