@@ -14,10 +14,11 @@ from sdcomp.integer.execution import choose_execution, why_no_kernels
 from sdcomp.integer.int8_blocks import layer_kind, specialize
 from sdcomp.integer.int8_layers import Int8Layer, Int8State
 from sdcomp.model.rebuild import normal_tensors, rebuild
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.timestep_argument import TimestepArgument
 
 
-class Int8Model(QuantizedWrapper):
+class Int8Model(QuantizedModel):
     """A quantized model with int8 weights, called like the module; made by `to_int8`.
 
     `execution` is "kernels" or "dequantized": see `sdcomp.integer.execution.choose_execution`. Everything but

@@ -18,10 +18,11 @@ from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
+from sdcomp.quantization.model_base import QuantizedModel
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.specs import LayerSpec
 from sdcomp.quantization.state import QuantState
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.timestep_argument import TimestepArgument
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Timesteps:
     timestep_arg: int | str | None
 
 
-class PackedModel(QuantizedWrapper):
+class PackedModel(QuantizedModel):
     """A quantized model with n-bit weights, called like the module; made by `to_packed`.
 
     Each layer unpacks its weight into `dtype` when it runs and computes in floating point, on any device:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import Linear, linear
 from sdcomp.model.rebuild import normal_tensors, shared
-from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
-from sdcomp.quantization.quantizer import UniformQuantizer
+from sdcomp.quantization.layer_base import QuantizedLayer
 from sdcomp.quantization.scales import Grid
 from sdcomp.quantization.specs import LayerSpec
 from sdcomp.quantization.state import QuantState
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(QuantizedLayer):
     """What `QuantConv2d` and `QuantLinear` have in common.
 
     `weight`, `bias`: full precision, their memory shared with the original layer. `spec`: quantizers and
@@ -36,8 +35,6 @@ class QuantLayer(nn.Module):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     weight_integers: Tensor | None
-    act_scale: Tensor | None
-    act_zero_point: Tensor | None
     act_clipped: Tensor | None
 
     @classmethod
@@ -80,21 +77,6 @@ class QuantLayer(nn.Module):
         """Construct a layer of the same geometry, without memory for its weights."""
         raise NotImplementedError
 
-    @property
-    def split(self) -> int | None:
-        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
-        return self.spec.split
-
-    @property
-    def weight_quantizer(self) -> UniformQuantizer | None:
-        """The quantizer of the weight."""
-        return self.spec.weight_quantizer
-
-    @property
-    def act_quantizer(self) -> UniformQuantizer | None:
-        """The quantizer of the input."""
-        return self.spec.act_quantizer
-
     def set_weight_grids(self, grids: list[Grid]) -> None:
         """Take over the grids of the weight, or of each of its halves."""
         for kind, halves in zip(("scale", "zero_point"), zip(*grids, strict=True), strict=True):
@@ -113,9 +95,6 @@ class QuantLayer(nn.Module):
         integers = torch.cat([self.weight_quantizer.integers(half, grid) for half, grid in pairs], dim=1)
         self.register_buffer("weight_integers", integers)
         self.clear_cache()
-
-    def _read_input_grids(self) -> None:
-        self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
 
     def halves(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return a weight itself, or its two halves if there is a split."""
@@ -184,13 +163,6 @@ class QuantLayer(nn.Module):
             self.act_zero_point.copy_(zero_points)
         self._read_input_grids()
 
-    def input_grids(self) -> list[InputGrid]:
-        """The grids of the input in the current interval, one, or two with a split.
-
-        Raises NotCalibratedError, which names the layer.
-        """
-        return calibrated(self._input_grids, self.state.interval, self.name)
-
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the weight to compute with."""
         state, grids = self.state, None
@@ -210,15 +182,8 @@ class QuantLayer(nn.Module):
         quantized = state.weights and self.weight_quantizer is not None
         return x, self.fake_weight() if quantized else self.weight
 
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        """Round each token, a slice along the last dimension, to a grid of its own."""
-        return self.act_quantizer(x)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)
         self.clear_cache()
         return self
 
@@ -244,10 +209,6 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self._operands(x)
         return self._conv_forward(x, weight, self.bias)
-
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        # A kernel covers several pixels, so an image is the smallest part with one scale.
-        return self.act_quantizer(x.flatten(1)).view_as(x)
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -15,17 +15,18 @@ from sdcomp.quantization.attention import quantized_products
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
+from sdcomp.quantization.model_base import QuantizedModel
 from sdcomp.quantization.shortcuts import shortcut_splits
 from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.state import QuantState
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.timestep_argument import TimestepArgument
 from sdcomp.settings import whole_number
 
 TIMESTEPS = 40
 """The steps of a calibration by default."""
 
 
-class QuantModel(QuantizedWrapper):
+class QuantModel(QuantizedModel):
     """A module with simulated n-bit weights and activations, called like the module itself.
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
