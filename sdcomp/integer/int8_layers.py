@@ -14,10 +14,6 @@ from sdcomp.model.layers import linear
 from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 
-_WIDE = 1024
-"""A convolution with at least that many output channels is one matrix product. In SD 1.5 these see maps of
-8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
-
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
 """The tensors of an integer layer."""
 
@@ -189,11 +185,8 @@ class Int8Conv2d(Int8Layer):
         self._padding = layer.padding if self._inside else (0, 0)
 
     def _pack(self, weight: Tensor, scale: Tensor) -> int8_kernels.Prepacked:
-        plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
-        if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return int8_kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
-        geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
-        return int8_kernels.PrepackedConv2d(weight, scale, *geometry)
+        geometry = (self._stride, self._padding, self._dilation, self._groups)
+        return int8_kernels.prepack_convolution(weight, scale, *geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._inside:

@@ -19,7 +19,12 @@ from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
 from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
-from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
+from sdcomp.quantization.quantization_files import (
+    TIMESTEP_ARG,
+    TRAIN_TIMESTEPS,
+    QuantizationFileError,
+    starts_rule,
+)
 from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
 
 COMMON: dict[str, Rule] = {

@@ -30,10 +30,10 @@ from sdcomp.integer.sparse_packing import mask_shape, matches_mask
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed
+from sdcomp.quantization.layer_specs import LayerSpec, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
+from sdcomp.quantization.quantization_files import QuantizationFileError
 from sdcomp.quantization.scales import STORED
-from sdcomp.quantization.specs import LayerSpec, parameters_of, quantizer_of
-from sdcomp.quantization.storage import QuantizationFileError
 from sdcomp.settings import ANYTHING, AnyOf, ListOf, OneOf, Rule, TableOf, Whole, shown
 
 FILES = Format("packed", "packed.json", "packed.safetensors")

@@ -12,10 +12,10 @@ from sdcomp.integer.sparse_packing import dequantize_sparse, pack_sparse, pays, 
 from sdcomp.model.layers import is_recorded, linear
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.layer_base import QuantizedLayer
+from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.scales import Grid
-from sdcomp.quantization.specs import LayerSpec
-from sdcomp.quantization.state import QuantState
+from sdcomp.quantization.shared_state import QuantState
 
 TENSORS = (
     "packed_weight",

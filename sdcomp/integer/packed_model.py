@@ -16,12 +16,12 @@ from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.input_grids import NotCalibratedError
+from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.model_base import QuantizedModel
 from sdcomp.quantization.quantizer import UniformQuantizer
-from sdcomp.quantization.specs import LayerSpec
-from sdcomp.quantization.state import QuantState
+from sdcomp.quantization.shared_state import QuantState
 from sdcomp.quantization.timestep_argument import TimestepArgument
 
 

@@ -7,10 +7,10 @@ from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.observer import CalibrationError
+from sdcomp.quantization.quantization_files import QuantizationFileError, load_quant_model, save_quant_model
 from sdcomp.quantization.quantize import apply_recipe, quantize
 from sdcomp.quantization.quantizer import UniformQuantizer, UniformSymmetricQuantizer, fake_quantize
 from sdcomp.quantization.recipes import PRESETS, Recipe, build
-from sdcomp.quantization.storage import QuantizationFileError, load_quant_model, save_quant_model
 
 __all__ = [
     "FILTERS",

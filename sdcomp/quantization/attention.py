@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.quantization.quantizer import UniformQuantizer
-from sdcomp.quantization.state import QuantState
+from sdcomp.quantization.shared_state import QuantState
 
 
 class QuantAttentionProduct(AttentionProduct):

@@ -12,9 +12,9 @@ from sdcomp.errors import UserError
 from sdcomp.model.layers import Linear, linear
 from sdcomp.model.rebuild import normal_tensors, shared
 from sdcomp.quantization.layer_base import QuantizedLayer
+from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.scales import Grid
-from sdcomp.quantization.specs import LayerSpec
-from sdcomp.quantization.state import QuantState
+from sdcomp.quantization.shared_state import QuantState
 
 
 class QuantLayer(QuantizedLayer):

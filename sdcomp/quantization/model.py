@@ -14,11 +14,11 @@ from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.attention import quantized_products
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
+from sdcomp.quantization.layer_specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
 from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.shared_state import QuantState
 from sdcomp.quantization.shortcuts import shortcut_splits
-from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
-from sdcomp.quantization.state import QuantState
 from sdcomp.quantization.timestep_argument import TimestepArgument
 from sdcomp.settings import whole_number
 
@@ -31,7 +31,7 @@ class QuantModel(QuantizedModel):
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
     channel, and its input, per tensor. `module` itself stays as it is; its weights are shared, not copied.
-    For inference only: see `sdcomp.quantization.training` for gradients through the rounding.
+    For inference only: see `sdcomp.quantization.rounding_gradients` for gradients through the rounding.
 
     Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
     (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
@@ -43,7 +43,7 @@ class QuantModel(QuantizedModel):
     `quant_filters`: see `sdcomp.quantization.filters.matches`; or "published", see `published_filters`.
     `overrides`: filters, each with `weight_quant_params` and `act_quant_params` that change those of the
     layers it matches, for example `{"time_embed": {"act_quant_params": {"n_bits": 8}}}`; or the name of a set
-    in `sdcomp.quantization.specs.OVERRIDES`. Of several that match, the last one decides.
+    in `sdcomp.quantization.overrides.OVERRIDES`. Of several that match, the last one decides.
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
     `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
@@ -206,7 +206,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
     or "optimal", where calibration places them. `timestep_arg`: where the module takes its timesteps, by
     position or name; by default the argument named `timestep` or `timesteps`, or else position 1. A name that
     the module's `forward` does not have, as for a block without timesteps, is a keyword argument that the
-    wrapper takes for itself. Calls give timesteps as a number or a tensor.
+    model takes for itself. Calls give timesteps as a number or a tensor.
 
     Calls raise ValueError for timesteps out of 0 to `train_timesteps`, and for a batch whose timesteps lie in
     different intervals.

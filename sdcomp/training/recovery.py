@@ -23,7 +23,7 @@ from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
 from sdcomp.model.generate_arguments import image_pixels
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
-from sdcomp.quantization.training import rounded, trainable
+from sdcomp.quantization.rounding_gradients import rounded, trainable
 from sdcomp.settings import whole_number
 from sdcomp.training.loop import Loss, Trained, fit
 
@@ -53,7 +53,7 @@ def recover(
     with the prompt and with the negative prompt. Training then runs the compressed UNet alone. The generation
     takes `sampling_steps` steps; `sampling` are further arguments of `StableDiffusion.generate`:
     `negative_prompt`, `sampler`, `guidance_scale`, `size`. A `QuantModel` is trained through the rounding,
-    see `sdcomp.quantization.training`. Its full-precision weights are then the trained ones.
+    see `sdcomp.quantization.rounding_gradients`. Its full-precision weights are then the trained ones.
 
     There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
     new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.

@@ -107,7 +107,7 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     x, accumulate = random(*shape), layer(random(*shape, seed=1)).detach()
     q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
     convolution = to_int8(q).module
-    monkeypatch.setattr("sdcomp.integer.int8_layers._WIDE", 1)
+    monkeypatch.setattr("sdcomp.integer.int8_kernels._WIDE", 1)
     product = to_int8(q).module
     kinds = [type(module._packed[0]).__name__ for module in (convolution, product)]
     plain = name not in ("strided", "dilated", "grouped")

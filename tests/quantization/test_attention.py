@@ -9,7 +9,7 @@ from sdcomp.export.graph import GraphUNet
 from sdcomp.integer import to_int8, to_packed
 from sdcomp.model.attention import AttentionProduct, CrossAttention
 from sdcomp.quantization import Calibrator, QuantModel, load_quant_model, save_quant_model
-from sdcomp.quantization.training import trainable
+from sdcomp.quantization.rounding_gradients import trainable
 
 TOKENS = {"n_bits": 8, "granularity": "token"}
 

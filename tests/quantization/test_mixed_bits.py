@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sdcomp.quantization.mixed import choose_bits, weight_overrides
+from sdcomp.quantization.mixed_bits import choose_bits, weight_overrides
 
 
 def test_bits_are_near_those_of_an_exhaustive_search():

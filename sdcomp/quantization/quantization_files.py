@@ -17,8 +17,8 @@ from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.overrides import SIDES
 from sdcomp.quantization.quantizer import BITS, GRANULARITIES, SCALE_METHODS
-from sdcomp.quantization.specs import SIDES
 from sdcomp.settings import (
     ANYTHING,
     FLAG,

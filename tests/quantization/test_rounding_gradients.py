@@ -12,7 +12,7 @@ from sdcomp.quantization import (
     TimeStepCalibratedQuantModel,
     fake_quantize,
 )
-from sdcomp.quantization.training import rounded, straight_through, trainable
+from sdcomp.quantization.rounding_gradients import rounded, straight_through, trainable
 from sdcomp.training import recover
 
 PROMPTS = ["a red star on a navy background", "a blue circle"]

@@ -1,0 +1,65 @@
+"""The base of layers with simulated and with packed weights: quantizers, and the rounding of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
+from sdcomp.quantization.layer_specs import LayerSpec
+from sdcomp.quantization.quantizer import UniformQuantizer
+from sdcomp.quantization.shared_state import QuantState
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with a `name`, a `spec`, and what the layers of its model share, `state`.
+
+    The buffers `act_scale` and `act_zero_point` are calibrated scales, or None. `to` changes the types of
+    parameters only, never those of buffers.
+    """
+
+    name: str
+    spec: LayerSpec
+    state: QuantState
+    act_scale: Tensor | None
+    act_zero_point: Tensor | None
+
+    @property
+    def split(self) -> int | None:
+        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
+        return self.spec.split
+
+    @property
+    def weight_quantizer(self) -> UniformQuantizer | None:
+        """The quantizer of the weight."""
+        return self.spec.weight_quantizer
+
+    @property
+    def act_quantizer(self) -> UniformQuantizer | None:
+        """The quantizer of the input."""
+        return self.spec.act_quantizer
+
+    def input_grids(self) -> list[InputGrid]:
+        """The grids of the input in the current interval, one, or two with a split.
+
+        Raises NotCalibratedError, which names the layer.
+        """
+        return calibrated(self._input_grids, self.state.interval, self.name)
+
+    def _read_input_grids(self) -> None:
+        self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
+
+    def _round_tokens(self, x: Tensor) -> Tensor:
+        """Round each token, a slice along the last dimension, to a grid of its own."""
+        if isinstance(self, nn.Conv2d):
+            # A kernel covers several pixels, so an image is the smallest part with one scale.
+            return self.act_quantizer(x.flatten(1)).view_as(x)
+        return self.act_quantizer(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
