@@ -528,14 +528,6 @@ def test_the_first_use_converts_convolutions_and_keeps_them_trainable(single, pl
         assert all(p.grad is not None for p in part.parameters())
 
 
-@pytest.mark.parametrize(
-    ("n", "size", "rows"),
-    [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
-)
-def test_rows_at_once_divide_the_batch(n, size, rows):
-    assert pipeline.rows_at_once(n, (size, size)) == rows
-
-
 def test_parameters_at_the_size_of_stable_diffusion():
     with torch.device("meta"):
         unet, vae = UNet(SD15.unet), nn.ModuleList([VAEEncoder(SD15.vae), VAEDecoder(SD15.vae)])
