@@ -17,7 +17,9 @@ from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.model_files import (
     COMMON,
     Format,
+    are_codes,
     check_common,
+    differing,
     read_files,
     refuse_damaged,
     refuse_differing,
@@ -134,11 +136,7 @@ def _check(
 ) -> None:
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the specs say."""
     layers, wanted = dict(module.named_modules()), dict(float_tensors(module, specs))
-    wrong = list(wanted.keys() ^ floats.keys())
-    for name in wanted.keys() & floats.keys():
-        dtypes = DTYPES if wanted[name].is_floating_point() else (wanted[name].dtype,)
-        if floats[name].shape != wanted[name].shape or floats[name].dtype not in dtypes:
-            wrong.append(name)
+    wrong = differing(floats, wanted, DTYPES)
     for name, spec in specs.items():
         layer = layers.get(name)
         known = is_quantizable(layer) or isinstance(layer, QuantLayer | NBitLayer)
@@ -208,9 +206,5 @@ def _sound(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
         and bool((scale > 0).all())
         and (zeros is None or bool((zeros <= spec.weight_quantizer.qmax).all()))
         and (act_scale is None or bool((act_scale >= 0).all()))
-        and (act_zeros is None or _codes(act_zeros, spec.act_quantizer.qmax))
+        and (act_zeros is None or are_codes(act_zeros, spec.act_quantizer.qmax))
     )
-
-
-def _codes(zeros: Tensor, qmax: int) -> bool:
-    return bool(((zeros >= 0) & (zeros <= qmax) & (zeros == zeros.round())).all())
