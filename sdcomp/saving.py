@@ -32,7 +32,7 @@ from sdcomp.integer import (
     to_packed,
 )
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.shrinking import apply_channel_map, channel_map
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.quantization import QuantModel, load_quant_model, quantization_files, save_quant_model
 from sdcomp.quantization.layers import is_quantizable
 

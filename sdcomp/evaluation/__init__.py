@@ -2,7 +2,7 @@
 
 from sdcomp.evaluation.bootstrap import bootstrap
 from sdcomp.evaluation.cache import cached_images, cached_trace
-from sdcomp.evaluation.clip import Clip
+from sdcomp.evaluation.clip_judge import Clip
 from sdcomp.evaluation.confidence import Estimate
 from sdcomp.evaluation.float_precision import fix_precision, precision_facts
 from sdcomp.evaluation.image_files import load_images
@@ -21,7 +21,7 @@ from sdcomp.evaluation.metrics import (
 from sdcomp.evaluation.noise_errors import branch_errors, noise_mse, path_predictions, step_weights
 from sdcomp.evaluation.path_errors import PathErrors, path_errors, thinned
 from sdcomp.evaluation.profile import component_times, layer_profile, machine_peaks, macs
-from sdcomp.evaluation.prompts import Prompts, load_prompts
+from sdcomp.evaluation.prompt_sets import Prompts, load_prompts
 from sdcomp.evaluation.statistics import applicable, estimate, paired_difference, share_estimate
 from sdcomp.evaluation.timing import interleaved_times, median
 

@@ -12,7 +12,7 @@ from sdcomp.integer import PackedModel
 from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
-from sdcomp.model.shrinking import apply_channel_map, channel_map
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.quantization import QuantLayer, QuantModel
 
 

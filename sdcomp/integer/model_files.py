@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
-from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
 from sdcomp.quantization.quantization_files import (
     TIMESTEP_ARG,

@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from sdcomp.errors import NonFiniteError
 from sdcomp.model.batch_size import default_batch_size, rows_at_once
+from sdcomp.model.clip import encode_text
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.generate_arguments import Request, check_request, image_pixels
 from sdcomp.model.guidance import guided
 from sdcomp.model.offloading import weights_on
+from sdcomp.model.prompt_warnings import check_prompts
 from sdcomp.model.samplers import SAMPLER, STEPS, Sampler, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.seeds import image_generators, row_noise
-from sdcomp.model.text import check_prompts, encode_text, tokenize
+from sdcomp.model.tokenizer import tokenize
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import VOCABULARY
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sdcomp.model.attention import CrossAttention
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
-from sdcomp.model.shrinking import PruneGroup
+from sdcomp.model.prune_groups import PruneGroup
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:

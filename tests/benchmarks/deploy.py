@@ -43,7 +43,8 @@ from torch import nn
 from sdcomp.evaluation import macs
 from sdcomp.export import export, load_openvino
 from sdcomp.integer import load_int8, save_int8, to_int8
-from sdcomp.model.shrinking import apply_channel_map, prune_groups
+from sdcomp.model.channel_map import apply_channel_map
+from sdcomp.model.prune_groups import prune_groups
 
 
 def smaller(unet: nn.Module, amount: float, multiple: int = 16) -> nn.Module:

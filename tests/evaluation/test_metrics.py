@@ -24,7 +24,7 @@ from sdcomp.evaluation import (
     ssim,
 )
 from sdcomp.evaluation.non_finite import require_finite
-from sdcomp.model.text import build_clip
+from sdcomp.model.clip import build_clip
 from sdcomp.scenes import SceneReader, render, sample_scenes
 
 

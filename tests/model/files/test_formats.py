@@ -24,8 +24,9 @@ from sdcomp.model import (
     load_from_standard_weights,
 )
 from sdcomp.model import pipeline as pipeline
+from sdcomp.model.clip import build_clip, build_text_encoder
 from sdcomp.model.offloading import weights_on
-from sdcomp.model.text import build_clip, build_text_encoder, save_tokenizer, tokenize
+from sdcomp.model.tokenizer import save_tokenizer, tokenize
 from sdcomp.pruning import prune_structured
 
 PROMPTS = ["a small red star on a navy background"]

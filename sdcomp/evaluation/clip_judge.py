@@ -13,7 +13,8 @@ from sdcomp.errors import UserError
 from sdcomp.evaluation.image_files import center_crop
 from sdcomp.files import resolve_input
 from sdcomp.model import StableDiffusion
-from sdcomp.model.text import clip_pixels, tokenize
+from sdcomp.model.clip import clip_pixels
+from sdcomp.model.tokenizer import tokenize
 
 # Mean and deviation of the pixels of OpenAI's CLIP (Radford et al. 2021, published code).
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
