@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
-from sdcomp.evaluation.confidence import Estimate, student
+from sdcomp.evaluation.confidence_intervals import Estimate, student
 from sdcomp.evaluation.non_finite import require_finite
 
 RESAMPLES = 2000

@@ -12,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from sdcomp.evaluation.bootstrap import bootstrap
 from sdcomp.evaluation.clip_judge import Clip
-from sdcomp.evaluation.confidence import Estimate
+from sdcomp.evaluation.confidence_intervals import Estimate
 from sdcomp.evaluation.non_finite import require_finite
 from sdcomp.evaluation.prompt_sets import Prompts
 from sdcomp.model import StableDiffusion

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdcomp.evaluation.confidence import Z, student
+from sdcomp.evaluation.confidence_intervals import Z, student
 
 Ends = tuple[np.ndarray, np.ndarray]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdcomp.evaluation.bootstrap import bootstrap, members_of
-from sdcomp.evaluation.confidence import Estimate
+from sdcomp.evaluation.confidence_intervals import Estimate
 from sdcomp.evaluation.share_intervals import effective_number, tango, wilson
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from sdcomp.evaluation.confidence import LEVEL, Estimate
+from sdcomp.evaluation.confidence_intervals import LEVEL, Estimate
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -12,9 +12,9 @@ from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
 from sdcomp.quantization.attention import refuse_quantized_products
-from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
+from sdcomp.quantization.not_calibrated import require_calibrated
 
 _FLOATS = tuple(kind for kind in TENSORS if kind != "weight")
 
@@ -42,8 +42,7 @@ def to_int8(
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
-    if not model.calibrated:
-        raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
+    require_calibrated(model, "before to_int8()")
     refuse_quantized_products(model, "int8 execution")
     for layer in model.quantized_layers():
         _check(layer)

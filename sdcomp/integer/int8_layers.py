@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sdcomp.integer import int8_kernels
 from sdcomp.model.layers import linear
-from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
+from sdcomp.quantization.input_grids import InputGrid, input_grids
+from sdcomp.quantization.not_calibrated import calibrated
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")

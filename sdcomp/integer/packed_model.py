@@ -15,11 +15,11 @@ from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
-from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.not_calibrated import require_calibrated
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.shared_state import QuantState
 from sdcomp.quantization.timestep_argument import TimestepArgument
@@ -134,10 +134,9 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     if not model.state.weights:
         raise UserError("the weights are switched off: call set_use_quant(weights=True) before to_packed()")
     activations = model.state.activations
-    if activations and not model.calibrated:
-        raise NotCalibratedError(
-            "the activations have no scales yet: calibrate the model before to_packed(), or switch them off"
-            " with set_use_quant(activations=False)"
+    if activations:
+        require_calibrated(
+            model, "before to_packed(), or switch them off with set_use_quant(activations=False)"
         )
     refuse_quantized_products(model, "a packed model")
     layers = {layer.name: _packed(layer, activations) for layer in model.quantized_layers()}

@@ -3,9 +3,9 @@
 from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.describe import describe
 from sdcomp.quantization.filters import FILTERS, published_filters
-from sdcomp.quantization.input_grids import NotCalibratedError
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.not_calibrated import NotCalibratedError
 from sdcomp.quantization.observer import CalibrationError
 from sdcomp.quantization.quantization_files import QuantizationFileError, load_quant_model, save_quant_model
 from sdcomp.quantization.quantize import apply_recipe, quantize

@@ -7,12 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdcomp.errors import UserError
 from sdcomp.quantization.quantizer import UniformQuantizer
-
-
-class NotCalibratedError(UserError, RuntimeError):
-    """A layer must quantize its input, but has no scale for it."""
 
 
 class InputGrid(NamedTuple):
@@ -36,14 +31,3 @@ def input_grids(
         bounds = (quantizer.bounds(None if zero_points is None else z) for z in zero)
         rows.append([InputGrid(s, *ends) for s, ends in zip(some, bounds, strict=True)])
     return rows
-
-
-def calibrated(grids: list[list[InputGrid]], interval: int, layer: str) -> list[InputGrid]:
-    """Return a layer's input grids in an interval. Raises NotCalibratedError, which names the layer."""
-    if min(grid.scale for grid in grids[interval]) <= 0:
-        where = f" in interval {interval}" if len(grids) > 1 else ""
-        raise NotCalibratedError(
-            f"layer {layer} has no scale for its input{where}: calibrate the model first, with prompts that"
-            " make this layer run, or switch the activations off"
-        )
-    return grids[interval]

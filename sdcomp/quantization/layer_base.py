@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from sdcomp.quantization.input_grids import InputGrid, calibrated, input_grids
+from sdcomp.quantization.input_grids import InputGrid, input_grids
 from sdcomp.quantization.layer_specs import LayerSpec
+from sdcomp.quantization.not_calibrated import calibrated
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.shared_state import QuantState
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.errors import UserError
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
 from sdcomp.model.generate_arguments import image_pixels
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
+from sdcomp.quantization.not_calibrated import require_calibrated
 from sdcomp.quantization.rounding_gradients import rounded, trainable
 from sdcomp.settings import whole_number
 from sdcomp.training.loop import Loss, Trained, fit
@@ -98,8 +98,8 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not isinstance(unet, QuantModel):
         prunable_layers(unet, [""])  # refuses integer layers and weights that are not finite
-    elif not unet.calibrated:
-        raise UserError("this model has no scales for its inputs yet: calibrate it before the recovery")
+    else:
+        require_calibrated(unet, "before the recovery")
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
     if whole_number("batch_size", batch_size) < 1:

@@ -93,7 +93,7 @@ def test_recovery_brings_a_quantized_model_nearer(small, kind):
 
 
 def test_a_model_without_scales_is_refused(small):
-    with pytest.raises(UserError, match="calibrate it before the recovery"):
+    with pytest.raises(UserError, match="calibrate the model before the recovery"):
         recover(QuantModel(small.unet), small, PROMPTS, 1, progress=False)
 
 
