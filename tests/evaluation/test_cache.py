@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from sdcomp.errors import NonFiniteError, UserError
-from sdcomp.evaluation import cache, cached_images, fix_precision
+from sdcomp.evaluation import cache, cached_images, fix_precision, float_precision
 
 PROMPTS = ["a small red star"]
 QUICK = {"steps": 1, "batch_size": 1}
@@ -36,9 +36,7 @@ def test_another_number_of_threads_has_another_key(key):
         lambda patch: patch.setattr(torch.backends.cudnn, "allow_tf32", True),
         lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
         lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
-        lambda patch: patch.setattr(
-            "sdcomp.evaluation.float_precision.device_name", lambda device: "another"
-        ),
+        lambda patch: patch.setattr(float_precision, "device_name", lambda device: "another"),
         lambda patch: patch.setattr(torch, "__version__", "another"),
     ],
 )

@@ -49,3 +49,21 @@ def test_a_file_without_a_whole_image_is_refused_in_one_sentence(tmp_path, monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
         load_images(tmp_path, 8)
+
+
+def test_a_folder_of_images_becomes_a_batch(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    images = load_images(tmp_path, 8)
+    assert images.shape == (2, 3, 8, 8) and (images[0] == 1).all()
+    middle = torch.from_numpy(pixels[:, 2:10]).permute(2, 0, 1) / 255
+    assert torch.allclose(images[1], middle, atol=1e-6)
+    assert load_images(tmp_path, 4).shape == (2, 3, 4, 4)
+    assert torch.equal(load_images(tmp_path / "b.png", 8), images[1:])
+    (tmp_path / "c.png").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"c\.png cannot be read as an image"):
+        load_images(tmp_path, 8)
+    with pytest.raises(UserError, match="no image and no folder"):
+        load_images(tmp_path / "nowhere", 8)
