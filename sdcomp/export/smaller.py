@@ -16,7 +16,8 @@ from sdcomp.errors import UserError
 from sdcomp.export.checkpoint import rounded_unet
 from sdcomp.files import resolve_input, write_text
 from sdcomp.model import ModelError, StableDiffusion
-from sdcomp.model.channel_map import Bypass, apply_channel_map, channel_map
+from sdcomp.model.bypass import Bypass
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.files.diffusers_config import latent_size, unet_config, unet_settings
 from sdcomp.model.files.diffusers_folder import write_diffusers
 from sdcomp.model.files.names import unet_name
