@@ -24,6 +24,7 @@ from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization import QuantLayer, QuantModel
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.input_grids import InputGrid, input_grids
+from sdcomp.quantization.methods import refuse_branches
 from sdcomp.quantization.not_calibrated import calibrated, require_calibrated
 
 INPUTS = ("latents", "timestep", "context")
@@ -178,6 +179,8 @@ class GraphUNet(nn.Module):
         if quantized and unet.state.activations:
             require_calibrated(unet, "first")
         refuse_quantized_products(unet, "an exported graph")
+        if quantized:
+            refuse_branches(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []
         with normal_tensors():
             twins = {layer.name: GraphLayer(layer, dialect, self.interval) for layer in layers}

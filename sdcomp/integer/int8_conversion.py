@@ -33,7 +33,8 @@ def to_int8(
     kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
     layer: that saves memory and no time.
 
-    Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor.
+    Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor, and
+    without low-rank branches.
 
     Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
     not quantized or have other grids, for quantized attention products, and (NotCalibratedError) for a model
@@ -87,6 +88,8 @@ def _check(layer: QuantLayer | NBitLayer) -> None:
         reason = "only one of its sides is quantized"
     elif not weight.symmetric or weight.granularity == "group":
         reason = "its weights are affine or in groups of columns"
+    elif layer.branch_up is not None:
+        reason = "it has a low-rank branch"
     elif not layer.spec.calibrated:
         reason = "its input has a scale for each token"
     else:

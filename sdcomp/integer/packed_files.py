@@ -169,6 +169,10 @@ def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None
         blocks = packed.shape[1] if packed.dim() == 3 else 0
         wanted["packed_weight"] = ((block(spec.weight_quantizer.n_bits)[1], blocks, 1), (torch.uint8,))
         wanted["weight_mask"] = (mask_shape(weight), (torch.uint8,))
+    if (up := tensors["branch_up"]) is not None:
+        rank = max(up.shape[-1:].numel(), 1)
+        wanted["branch_down"] = ((rank, *weight[1:]), DTYPES)
+        wanted["branch_up"] = ((weight[0], rank), DTYPES)
     if layer.bias is not None:
         wanted["bias"] = (weight[:1], DTYPES)
     return all(
@@ -199,8 +203,8 @@ def _wanted(weight: tuple[int, ...], spec: LayerSpec) -> Iterator[tuple[str, tup
 
 def _sound(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
     """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
-    _, _, scale, zeros, act_scale, act_zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
-    floats = (t for t in (scale, act_scale, act_zeros, bias) if t is not None)
+    _, _, scale, zeros, act_scale, act_zeros, down, up, bias = (tensors[kind] for kind in LAYER_TENSORS)
+    floats = (t for t in (scale, act_scale, act_zeros, down, up, bias) if t is not None)
     return (
         all(finite(t) for t in floats)
         and bool((scale > 0).all())

@@ -24,6 +24,8 @@ TENSORS = (
     "weight_zero_point",
     "act_scale",
     "act_zero_point",
+    "branch_down",
+    "branch_up",
     "bias",
 )
 """The tensors of an n-bit layer."""
@@ -62,9 +64,10 @@ class NBitLayer(QuantizedLayer):
 
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
     `sdcomp.integer.bit_packing`; `weight_mask`, for a weight whose zeros are left out, see
-    `sdcomp.integer.sparse_packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
-    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales are float16 where a
-    file has them so. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
+    `sdcomp.integer.sparse_packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale`,
+    `act_zero_point`, `branch_down` and `branch_up`, in the shapes that they have in `QuantLayer`; `bias`.
+    Scales and branches are float16 where a file has them so. Tensors that the spec does not need are None.
+    `shape`: the shape of the dense weight.
     `to` changes the type of the bias alone.
     """
 
@@ -169,8 +172,8 @@ class NBitConv2d(NBitLayer, nn.Conv2d):
         self._fill(*args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._round(x)
-        return self._conv_forward(x, self.dense_weight(x.dtype), self.bias)
+        rounded = self._round(x)
+        return self._plus_branch(self._conv_forward(rounded, self.dense_weight(x.dtype), self.bias), x)
 
 
 class NBitLinear(NBitLayer, nn.Linear):
@@ -181,8 +184,8 @@ class NBitLinear(NBitLayer, nn.Linear):
         self._fill(*args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._round(x)
-        return linear(x, self.dense_weight(x.dtype), self.bias)
+        rounded = self._round(x)
+        return self._plus_branch(linear(rounded, self.dense_weight(x.dtype), self.bias), x)
 
 
 def nbit_layer(layer: nn.Module, *args: object) -> NBitLayer:
@@ -215,5 +218,7 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
         "weight_zero_point": None if zero is None else zero.to(torch.uint8),
         "act_scale": layer.act_scale,
         "act_zero_point": layer.act_zero_point,
+        "branch_down": layer.branch_down,
+        "branch_up": layer.branch_up,
         "bias": None if layer.bias is None else layer.bias.detach(),
     }

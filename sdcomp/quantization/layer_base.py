@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.quantization.input_grids import InputGrid, input_grids
@@ -16,8 +17,10 @@ from sdcomp.quantization.shared_state import QuantState
 class QuantizedLayer(nn.Module):
     """A layer with a `name`, a `spec`, and what the layers of its model share, `state`.
 
-    The buffers `act_scale` and `act_zero_point` are calibrated scales, or None. `to` changes the types of
-    parameters only, never those of buffers.
+    The buffers `act_scale` and `act_zero_point` are calibrated scales, or None. So are the factors of a
+    low-rank branch: `branch_down`, `(rank, in)` or `(rank, in, kh, kw)`, and `branch_up`, `(out, rank)`; see
+    `sdcomp.quantization.methods.LowRankBranch`. `to` changes the types of parameters only, never those of
+    buffers.
     """
 
     name: str
@@ -25,6 +28,8 @@ class QuantizedLayer(nn.Module):
     state: QuantState
     act_scale: Tensor | None
     act_zero_point: Tensor | None
+    branch_down: Tensor | None
+    branch_up: Tensor | None
 
     @property
     def split(self) -> int | None:
@@ -57,6 +62,22 @@ class QuantizedLayer(nn.Module):
             # A kernel covers several pixels, so an image is the smallest part with one scale.
             return self.act_quantizer(x.flatten(1)).view_as(x)
         return self.act_quantizer(x)
+
+    def branch_weight(self) -> Tensor | None:
+        """Return the low-rank branch as a matrix `(out, columns)`, float32; None without one."""
+        if self.branch_up is None:
+            return None
+        return self.branch_up.float() @ self.branch_down.float().flatten(1)
+
+    def _plus_branch(self, output: Tensor, x: Tensor) -> Tensor:
+        """Add the output of the low-rank branch for the input `x`, which is not rounded."""
+        if self.branch_up is None:
+            return output
+        down, up = self.branch_down.to(x.dtype), self.branch_up.to(x.dtype)
+        if isinstance(self, nn.Conv2d):
+            inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation)
+            return output + F.conv2d(inner, up[:, :, None, None])
+        return output + F.linear(F.linear(x, down), up)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

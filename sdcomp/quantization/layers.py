@@ -13,7 +13,7 @@ from sdcomp.model.layers import Linear, linear
 from sdcomp.model.rebuild import normal_tensors, shared
 from sdcomp.quantization.layer_base import QuantizedLayer
 from sdcomp.quantization.layer_specs import LayerSpec
-from sdcomp.quantization.scales import Grid
+from sdcomp.quantization.scales import STORED, Grid
 from sdcomp.quantization.shared_state import QuantState
 
 
@@ -29,6 +29,7 @@ class QuantLayer(QuantizedLayer):
     the nearest. Buffers `(k,)`, one value for each timestep interval, or `(k, 2)` with a split: `act_scale`
     (0: not calibrated), `act_zero_point`, and `act_clipped`, the share of calibration values beyond the
     range. Zero points are there for affine grids. All are float32 and stay so when the model is converted.
+    Where there is a low-rank branch, the weight without it is rounded: see `rounded_part`.
     """
 
     weight: nn.Parameter
@@ -51,7 +52,8 @@ class QuantLayer(QuantizedLayer):
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             setattr(made, kind, getattr(layer, kind).copy())
         made._fake_weight = None
-        made.register_buffer("weight_integers", None)
+        for kind in ("weight_integers", "branch_down", "branch_up"):
+            made.register_buffer(kind, None)
         grids = [Grid(None)]
         if spec.weight_quantizer is not None:
             try:
@@ -96,6 +98,21 @@ class QuantLayer(QuantizedLayer):
         self.register_buffer("weight_integers", integers)
         self.clear_cache()
 
+    def set_branch(self, down: Tensor, up: Tensor) -> None:
+        """Take over the factors of a low-rank branch, `(rank, columns)` and `(out, rank)`.
+
+        They are rounded to `STORED`. The grids become those of the rest of the weight.
+        """
+        self.register_buffer("branch_down", down.to(STORED).float().view(-1, *self.weight.shape[1:]))
+        self.register_buffer("branch_up", up.to(STORED).float())
+        self.register_buffer("weight_integers", None)
+        self.set_weight_grids([self.weight_quantizer.grid(half) for half in self.halves(self.rounded_part())])
+
+    def rounded_part(self) -> Tensor:
+        """Return what is rounded: the weight, without the product of a low-rank branch."""
+        weight, branch = self.weight.detach(), self.branch_weight()
+        return weight if branch is None else weight - branch.view_as(weight).to(weight.dtype)
+
     def halves(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return a weight itself, or its two halves if there is a split."""
         if self.split is None:
@@ -110,17 +127,17 @@ class QuantLayer(QuantizedLayer):
         return [Grid(scale, zero) for scale, zero in zip(self.weight_scale, zeros, strict=True)]
 
     def per_half(self, function: Callable[[Tensor, Grid], Tensor], weight: Tensor | None = None) -> Tensor:
-        """Apply `function(weight, grid)` to the weight, or to each half and join the results.
+        """Apply `function(weight, grid)` to the `rounded_part`, or to each half and join the results.
 
         Another tensor of its shape may be given for the weight.
         """
-        weight = self.weight.detach() if weight is None else weight
+        weight = self.rounded_part() if weight is None else weight
         pairs = zip(self.halves(weight), self.weight_grids(), strict=True)
         halves = [function(half, grid) for half, grid in pairs]
         return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
 
     def integer_weight(self) -> Tensor:
-        """Return the weight as multiples of its scale, in its shape: int8, or int16 for 8 bits and affine.
+        """Return the rounded part as multiples of its scale: int8, or int16 for 8 bits and affine.
 
         Raises ValueError where weights are not quantized.
         """
@@ -131,7 +148,7 @@ class QuantLayer(QuantizedLayer):
         return self.per_half(self.weight_quantizer.integers)
 
     def fake_weight(self) -> Tensor:
-        """Return the rounded weight. It is made at the first call and kept until the weight changes."""
+        """Return the rounded part after rounding. It is made once, and kept until the weight changes."""
         weight = self.weight if self.weight_integers is None else self.weight_integers
         # Inference tensors do not count their changes; a tracer's tensors must not outlive it.
         keep = not (weight.is_inference() or torch.compiler.is_compiling())
@@ -207,8 +224,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self._operands(x)
-        return self._conv_forward(x, weight, self.bias)
+        rounded, weight = self._operands(x)
+        output = self._conv_forward(rounded, weight, self.bias)
+        return output if weight is self.weight else self._plus_branch(output, x)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -219,8 +237,9 @@ class QuantLinear(QuantLayer, nn.Linear):
         return cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self._operands(x)
-        return linear(x, weight, self.bias)
+        rounded, weight = self._operands(x)
+        output = linear(rounded, weight, self.bias)
+        return output if weight is self.weight else self._plus_branch(output, x)
 
 
 _KINDS: dict[type, type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, Linear: QuantLinear}

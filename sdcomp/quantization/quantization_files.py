@@ -85,6 +85,8 @@ _BUFFERS = (
     "act_scale",
     "act_zero_point",
     "act_clipped",
+    "branch_down",
+    "branch_up",
 )
 """What a layer adds to the state dict."""
 _LARGEST = {"weight_zero_point": 255, "act_zero_point": 255}
@@ -161,9 +163,15 @@ def load_quantization_state(model: QuantModel, file: Path) -> None:
     """
     saved = read_safetensors(file, QuantizationFileError)
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantLayer) and layer.weight_quantizer and f"{name}.weight_integers" in saved:
+        if not (isinstance(layer, QuantLayer) and layer.weight_quantizer):
+            continue
+        if f"{name}.weight_integers" in saved:
             integers = torch.zeros(layer.weight.shape, dtype=layer.weight_quantizer.integer_dtype)
             layer.register_buffer("weight_integers", integers)
+        if f"{name}.branch_up" in saved:
+            rank = max(saved[f"{name}.branch_up"].shape[-1:].numel(), 1)
+            layer.register_buffer("branch_down", torch.zeros(rank, *layer.weight.shape[1:]))
+            layer.register_buffer("branch_up", torch.zeros(len(layer.weight), rank))
     wanted = quantization_state(model)
     differing = sorted(
         name
@@ -205,6 +213,8 @@ def _sound(name: str, tensor: Tensor, train_timesteps: int) -> bool:
         return starts_rule(train_timesteps)(tensor.tolist())
     if not tensor.is_floating_point():
         return True
+    if kind.startswith("branch"):
+        return bool(tensor.isfinite().all())
     if kind.endswith("zero_point") and not (tensor == tensor.round()).all():
         return False
     within_range = (

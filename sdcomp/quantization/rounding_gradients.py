@@ -15,6 +15,7 @@ from sdcomp.errors import UserError
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.methods import refuse_branches
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import Number
 from sdcomp.quantization.scales import Grid, as_stored
@@ -33,10 +34,12 @@ def trainable(model: QuantModel) -> QuantModel:
     Weights start from their rounded values. Each scale is multiplied by 1 + a parameter that starts at 0, so
     that one learning rate fits scales of all sizes. `rounded` ends the training. Raises UserError for inputs
     that are rounded to a grid for each token, as attention's products are: these have no scales to learn.
+    Low-rank branches are refused too.
     """
     if model.act_quantizer is not None and model.act_quantizer.granularity == "token":
         raise UserError("inputs with a grid for each token cannot be trained: use granularity 'tensor'")
     refuse_quantized_products(model, "training")
+    refuse_branches(model, "training")
     model = copy.deepcopy(model)
     with normal_tensors():
         for layer in model.quantized_layers():

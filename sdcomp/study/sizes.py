@@ -11,6 +11,7 @@ from sdcomp.evaluation import weight_bytes
 from sdcomp.integer import Int8Model, PackedModel, packed_files, save_packed, to_packed
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import QuantLayer, QuantModel
+from sdcomp.quantization.scales import STORED
 
 
 def packed_bytes(unet: nn.Module) -> int:
@@ -33,6 +34,8 @@ def packed_bytes(unet: nn.Module) -> int:
             continue  # counted with the weight
         layer = rounded.get(name)
         bits = layer.weight_quantizer.n_bits if layer else 8 * tensor.element_size()
+        if name.endswith((".branch_down", ".branch_up")):
+            bits = 8 * STORED.itemsize
         values = layer.integer_weight() if layer else tensor
         n, nonzero = values.numel(), int(values.count_nonzero())
         total += -(-min(n * bits, n + nonzero * bits) // 8)
