@@ -81,3 +81,19 @@ def test_good_parameters_write_results_into_the_folder_asked_for(tmp_path):
     assert [row["n"] for row in rows if row["metric"] == "PSNR"] == ["2", "2"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert {"metrics.csv", "run.json", "quality.png", "images.png"} <= written
+
+
+@pytest.mark.slow
+def test_openvino_is_one_more_execution_of_a_combined_variant(tmp_path):
+    pytest.importorskip("openvino")
+    wanted = "{backends: [simulated, openvino], packed_bits: [4], budgets: [0.5]}"
+    few = ("-p", "k", "2", "-p", "calibration_steps", "2", "-p", "n_calibration", "1")
+    result = papermill(tmp_path, "04_combined", "-y", wanted, *few, *QUICK, "-p", "out", "results")
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "results" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "openvino" in row["method"]]
+    assert {row["method"] for row in rows} == {
+        "unstructured + timestep_mse + openvino",
+        "removed + timestep_mse + openvino",
+    }
+    assert {"PSNR", "UNet file", "time relative to fp32"} <= {row["metric"] for row in rows}
