@@ -60,11 +60,10 @@ class DiffusersUNet(nn.Module):
         for name, value in others.items():
             if value is not None and value != {}:
                 raise ValueError(f"this UNet takes no {name}")
-        residuals = (down_block_additional_residuals, mid_block_additional_residual)
-        absent = [residual is None for residual in residuals]
-        if any(absent) and not all(absent):
+        down, mid = down_block_additional_residuals, mid_block_additional_residual
+        if (down is None) != (mid is None):
             raise ValueError("a ControlNet gives residuals of the down blocks and the mid block: give both")
-        residuals = () if all(absent) else residuals
+        residuals = () if down is None else (down, mid)  # not every module takes them
         noise = self.unet(sample, timestep, encoder_hidden_states, *residuals)
         return SimpleNamespace(sample=noise) if return_dict else (noise,)
 
