@@ -7,8 +7,10 @@ its weight, as a matrix `(out, in * kh * kw)`, with the patches of its input (im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import dropwhile
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from sdcomp.errors import UserError
 
 ROWS = 1024
 """Rows of a layer's input that each call of the model contributes, where a caller names no other number."""
+MEMORY = 8 * 2**30
+"""The bytes of second moments that are held at a time, where a caller names no other number."""
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LastInput:
@@ -139,6 +144,64 @@ def second_moments(
     with MomentObserver(module, layers, rows=rows, seed=seed) as observer:
         run()
     return observer.result()
+
+
+def within_memory(layers: Sequence[Layer], memory: float) -> Iterator[list[Layer]]:
+    """Yield layers in order, as many at a time as `memory` bytes hold the second moments of, at least one."""
+    group: list[Layer] = []
+    size = 0
+    for layer in layers:
+        own = 4 * weight_matrix(layer).shape[1] ** 2
+        if group and size + own > memory:
+            yield group
+            group, size = [], 0
+        group.append(layer)
+        size += own
+    if group:
+        yield group
+
+
+class MomentsOnDemand(Mapping[str, Tensor]):
+    """The second moments of many layers by name, of which at most `memory` bytes are held at a time.
+
+    Asking for a layer that is not held calls `run` again and observes this layer and the next ones. So ask in
+    order, and change neither `module` nor what `run` computes. `rows` and `seed`: see `MomentObserver`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[str],
+        run: Callable[[], object],
+        *,
+        memory: float = MEMORY,
+        rows: int = ROWS,
+        seed: int = 0,
+    ) -> None:
+        self._module, self._names, self._run = module, list(layers), run
+        self._memory, self._rows, self._seed = memory, rows, seed
+        self._held: dict[str, Tensor] = {}
+
+    def gather(self, first: str) -> None:
+        """Call `run`, and hold the moments of the layer `first` and of the next ones that fit."""
+        self._held = {}  # frees the memory first
+        rest = list(dropwhile(lambda name: name != first, self._names))
+        layers = [self._module.get_submodule(name) for name in rest]
+        fit = rest[: len(next(within_memory(layers, self._memory)))]
+        self._held = second_moments(self._module, fit, self._run, rows=self._rows, seed=self._seed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._held:
+            self.gather(name)
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Moments:

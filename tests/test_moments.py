@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.moments import LastInput, second_moments, weight_matrix
+from sdcomp.moments import LastInput, MomentsOnDemand, second_moments, weight_matrix
 
 
 class Shared(nn.Module):
@@ -48,6 +48,24 @@ def test_rows_are_drawn_over_all_images_and_calls():
     x = torch.cat([torch.ones(1, 100, 2), 3 * torch.ones(1, 100, 2)])
     found = second_moments(nn.Sequential(module), ["0"], lambda: module(x), rows=10)["0"]
     torch.testing.assert_close(found, torch.full((2, 2), 5.0))  # the mean of 1 and 9
+
+
+def test_moments_on_demand_are_those_of_one_run_in_as_many_runs_as_memory_needs():
+    module, runs = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), []
+
+    def run():
+        runs.append(module(random(1, 50, 8)))
+
+    names = [str(i) for i in range(5)]
+    expected = second_moments(module, names, run, rows=10)
+    runs.clear()
+    found = MomentsOnDemand(module, names, run, memory=2 * 4 * 8**2, rows=10)  # two layers at a time
+    assert list(found) == names and len(found) == 5
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert len(runs) == 3
+    assert torch.equal(found["1"], expected["1"]) and len(runs) == 4
+    with pytest.raises(KeyError):
+        found["5"]
 
 
 def test_what_cannot_be_observed_is_refused():

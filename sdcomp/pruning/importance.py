@@ -15,6 +15,7 @@ The data-dependent kinds estimate the error of losing a weight w_ij of a layer w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.moments import ROWS, input_columns, second_moments, weight_matrix
+from sdcomp.moments import MEMORY, ROWS, MomentsOnDemand, input_columns, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
 
 RIDGE = 0.05
@@ -67,18 +68,21 @@ def calibrate(
     *,
     parts: Sequence[str] | None = None,
     gradients: bool = True,
+    memory: float = MEMORY,
     rows: int = ROWS,
     seed: int = 0,
 ) -> Calibration:
     """Observe the layers below `parts` (default: the UNet's blocks) while `run` calls `module`.
 
-    `run` is any callable, for example a generation; with `gradients` it runs twice. For `rows` and for the
-    memory that the moments take see `MomentObserver`; prune large models part by part. Raises UserError for a
-    layer that did not run and for inputs that are not finite.
+    `run` is any callable, for example a generation; with `gradients` it runs twice. If the moments take more
+    than `memory` bytes, it runs again while pruning goes on, once for each part that fits
+    (`sdcomp.moments.MomentsOnDemand`); the result is the same. For `rows` see `MomentObserver`. Raises
+    UserError for a layer that did not run and for inputs that are not finite.
     """
     names = list(prunable_layers(module, parts))
+    moments = MomentsOnDemand(module, names, run, memory=memory, rows=rows, seed=seed)
     with _means(module, names) as means:
-        moments = second_moments(module, names, run, rows=rows, seed=seed)
+        moments.gather(names[0])
     return Calibration(moments, means, output_gradients(module, names, run, seed=seed) if gradients else {})
 
 
@@ -184,11 +188,16 @@ def gather(
     calibration: Calibration | Callable[[], object] | None,
     parts: Sequence[str] | None,
     gradients: bool,
+    inplace: bool = False,
 ) -> Calibration | None:
-    """Return the calibration itself, or gather one while the callable runs the module."""
+    """Return the calibration itself, or gather one while the callable runs the module.
+
+    A module that is pruned in place cannot run as it was again: then all moments are held at once.
+    """
     if calibration is None or isinstance(calibration, Calibration):
         return calibration
-    return calibrate(module, calibration, parts=parts, gradients=gradients)
+    memory = math.inf if inplace else MEMORY
+    return calibrate(module, calibration, parts=parts, gradients=gradients, memory=memory)
 
 
 @torch.no_grad()

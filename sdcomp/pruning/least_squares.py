@@ -20,7 +20,7 @@ STEPS = 64
 """The most steps in which `removal_levels` removes the units of a group."""
 
 Levels = list[list[int]]
-"""The units that stay at each level of removal: all at the first, none at the last."""
+"""The units that stay at each level of removal: all at the first."""
 
 
 @torch.no_grad()
@@ -31,20 +31,22 @@ def removal_levels(
     units: int,
     *,
     steps: int = STEPS,
+    fewest: int = 0,
     damping: float = DAMPING,
 ) -> tuple[Levels, list[float]]:
     """Remove the input units of a weight matrix `(out, columns)` step by step, and measure the error.
 
     `units`: how many there are; each has the same number of consecutive columns. `covariance` is of the
     inputs, `(columns, columns)`; `gradients` `(out,)` weighs the outputs' squared errors. A step removes the
-    unit that costs least at its turn, or several if there are more than `steps`. Returns the units kept at
-    each level, and the error there, with the other weights corrected.
+    unit that costs least at its turn, or several if there are more than `steps`; the last one leaves `fewest`
+    units or fewer. Returns the units kept at each level, and the error there, with the other weights
+    corrected.
     """
     factor = inverse_factor(covariance, damping)
     inverse, weight = factor.T @ factor, weight.float().clone()
     kept, width = list(range(units)), weight.shape[1] // units
     levels, errors = [kept], [0.0]
-    while kept:
+    while len(kept) > fewest:
         costs = _unit_costs(weight, inverse, gradients, width)
         chosen = costs.argsort(stable=True)[: math.ceil(units / steps)]
         gone = (chosen[:, None] * width + torch.arange(width, device=chosen.device)).flatten()

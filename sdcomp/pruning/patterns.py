@@ -51,7 +51,7 @@ def prune_n_m(
         counts = dict.fromkeys(layers, n)
     for count in counts.values():
         _check_count(count, m)
-    calibration = gather(module, calibration, parts, importance == "gradient")
+    calibration = gather(module, calibration, parts, importance == "gradient", inplace)
     module = module if inplace else copy.deepcopy(module)
     for name, count in counts.items():
         if count < m:

@@ -50,7 +50,7 @@ def remove_cheapest(
     groups = groups_below(module, parts)
     if multiple is None:
         multiple = 8 if next(module.parameters()).is_cuda else 1
-    calibration = gather(module, calibration, parts, gradients=True)
+    calibration = gather(module, calibration, parts, gradients=True, inplace=inplace)
     if costs is None:
         costs = _parameters(module, groups)
     curves, choices = {}, {}
@@ -74,13 +74,14 @@ def remove_units(module: nn.Module, group: PruneGroup, kept: list[int], calibrat
 
 
 def group_levels(
-    module: nn.Module, group: PruneGroup, calibration: Calibration, steps: int = STEPS
+    module: nn.Module, group: PruneGroup, calibration: Calibration, *, steps: int = STEPS, fewest: int = 0
 ) -> tuple[Levels, list[float]]:
-    """The levels of a group's removal, from all units to none, and their errors in the module's output."""
+    """The levels of a group's removal, from all units to `fewest`, and the errors of the module's output."""
     name = f"{group.name}.{group.columns}"
     weight = module.get_submodule(name).weight.detach().flatten(1)
     gradients = calibration.of(name, "gradients")
-    return removal_levels(weight, calibration.covariance(name), gradients, group.units, steps=steps)
+    covariance = calibration.covariance(name)
+    return removal_levels(weight, covariance, gradients, group.units, steps=steps, fewest=fewest)
 
 
 def _families(

@@ -72,7 +72,7 @@ def prune_structured(
             _zero_channels(module.get_submodule(name).weight, amount, 2 if n is None else n)
         return module
     groups = groups_below(module, parts)
-    calibration = gather(module, calibration, parts, importance in ("gradient", "second_order"))
+    calibration = gather(module, calibration, parts, importance not in ("magnitude", "wanda"), inplace)
     module = module if inplace else copy.deepcopy(module)
     for group in groups:
         _remove_share(module, group, amount, importance, CRITERIA[criterion or "l2"], calibration)
@@ -92,8 +92,9 @@ def _remove_share(
     if not removed:
         return
     if importance == "second_order":
-        levels, _ = group_levels(module, group, calibration, steps=group.units)
-        remove_units(module, group, levels[removed], calibration)
+        left = group.units - removed
+        levels, _ = group_levels(module, group, calibration, steps=group.units, fewest=left)
+        remove_units(module, group, levels[-1], calibration)
         return
     if importance == "magnitude":
         scores = unit_scores(module, group, p)

@@ -50,7 +50,8 @@ def prune_unstructured(
     layers = prunable_layers(module, parts)  # before the copy, which may be of gigabytes
     amounts = _amounts(amount, scope, layers)
     _together(layers, amounts, scope, importance)
-    calibration = gather(module, calibration, parts, scope == "global" or importance == "gradient")
+    gradients = scope == "global" or importance == "gradient"
+    calibration = gather(module, calibration, parts, gradients, inplace)
     if not inplace:
         module = copy.deepcopy(module)
         layers = {name: module.get_submodule(name) for name in layers}

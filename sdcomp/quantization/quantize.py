@@ -11,15 +11,11 @@ from tqdm import tqdm
 from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLER, STEPS
-from sdcomp.moments import MomentObserver, can_observe, weight_matrix
+from sdcomp.moments import MEMORY, MomentObserver, can_observe, within_memory
 from sdcomp.quantization.calibration import Calibrator
-from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.recipes import Recipe, build, recipe_of
 from sdcomp.quantization.resume import RoundingCheckpoint
-
-MEMORY = 8 * 2**30
-"""Bytes of second moments that are gathered in one pass by default."""
 
 
 def quantize(
@@ -34,7 +30,7 @@ def quantize(
     seed: int = 0,
     batch_size: int | None = None,
     guidance_scale: float | None = None,
-    memory: int = MEMORY,
+    memory: float = MEMORY,
     checkpoint: Path | None = None,
     progress: bool = False,
     **overrides: object,
@@ -67,7 +63,7 @@ def apply_recipe(
     recipe: str | Recipe,
     run: Callable[[], object],
     *,
-    memory: int = MEMORY,
+    memory: float = MEMORY,
     checkpoint: Path | None = None,
     inputs: str = "",
     progress: bool = False,
@@ -91,7 +87,7 @@ def apply_recipe(
     kept = RoundingCheckpoint(checkpoint, inputs)
     done = kept.resume(model)
     layers = [layer for layer in layers if layer.name not in done]
-    groups = list(_groups(layers, memory))
+    groups = list(within_memory(layers, memory))
     to_calibrate = not done and any(layer.spec.calibrated for layer in model.quantized_layers())
     with tqdm(total=len(layers), desc="round", disable=not progress) as bar:
         for i, group in enumerate(groups or [[]] * to_calibrate):
@@ -112,21 +108,6 @@ def apply_recipe(
     model.calibration["methods"] = [repr(method) for method in recipe.methods]
     kept.remove()
     return model
-
-
-def _groups(layers: Sequence[QuantLayer], memory: int) -> Iterator[list[QuantLayer]]:
-    """Yield layers in order, as many at a time as `memory` holds the second moments of, at least one."""
-    group: list[QuantLayer] = []
-    size = 0
-    for layer in layers:
-        own = 4 * weight_matrix(layer).shape[1] ** 2
-        if group and size + own > memory:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += own
-    if group:
-        yield group
 
 
 def _rows(recipe: Recipe) -> int:

@@ -5,8 +5,7 @@
 
 Weights are random: memory does not depend on them, and time hardly does. The layers' inputs are observed in a
 few UNet calls on random latents, once for each part of the layers whose second moments fit into `--memory`
-GiB. With `--checkpoint` a killed rounding goes on where it stopped. `--zeros` prunes instead, one block at a
-time.
+GiB. With `--checkpoint` a killed rounding goes on where it stopped. `--zeros` prunes instead.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 
 import sdcomp
 from sdcomp.model.unet import UNet
-from sdcomp.pruning import count_zeros, prune_unstructured
+from sdcomp.pruning import calibrate, count_zeros, prune_unstructured
 from sdcomp.quantization import apply_recipe, build
 
 
@@ -59,21 +58,15 @@ def main() -> None:
             model(latents, timestep, context)
             print(f"{time.monotonic() - start:.0f} s: pass {passes}, timestep {timestep}", flush=True)
 
-    start = time.monotonic()
+    start, memory, pruned = time.monotonic(), args.memory * 2**30, unet
     if args.zeros:
-        for part in [f"input_blocks.{i}" for i in range(1, len(unet.input_blocks))] + [
-            "middle_block", *(f"output_blocks.{i}" for i in range(len(unet.output_blocks)))
-        ]:  # fmt: skip
-            prune_unstructured(
-                unet, args.zeros, importance="second_order", calibration=run, parts=[part], inplace=True
-            )
-            print(f"{time.monotonic() - start:.0f} s: {part} is pruned", flush=True)
+        calibration = calibrate(unet, run, gradients=False, memory=memory)
+        pruned = prune_unstructured(unet, args.zeros, importance="second_order", calibration=calibration)
     else:
-        memory = int(args.memory * 2**30)
         apply_recipe(model, args.recipe, run, memory=memory, checkpoint=args.checkpoint, inputs="benchmark")
     row = {
         "config": args.config, "recipe": "second-order pruning" if args.zeros else args.recipe,
-        "bits": "" if args.zeros else args.bits, "zeros": round(count_zeros(unet).zero_fraction, 3),
+        "bits": "" if args.zeros else args.bits, "zeros": round(count_zeros(pruned).zero_fraction, 3),
         "calls": args.calls,
         "passes": passes, "threads": args.threads, "seconds": round(time.monotonic() - start, 1),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
