@@ -157,6 +157,11 @@ ENGINES = {
     "diffusers fp32": Engine(diffusers_eager),
 }
 REFERENCES = (REFERENCE, NNCF)
+COLUMNS = (
+    "make_seconds", "make_gib", "file_gb", "arithmetic_left", "seconds", "seconds_low", "seconds_high",
+    "speedup", "speedup_low", "speedup_high", "of_nncf", "of_nncf_low", "of_nncf_high", "peak_gib",
+    "load_seconds", "n", "note",
+)  # fmt: skip
 
 
 def make_and_report(
@@ -212,7 +217,7 @@ class Table:
 
     def frame(self) -> pd.DataFrame:
         rows = {name: self.rows[name] for name in ENGINES if name in self.rows}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
+        return pd.DataFrame(list(rows.values()), index=pd.Index(rows, name="variant"), columns=COLUMNS)
 
 
 def take_turns(workers: dict[str, Worker], repeats: int) -> dict[str, dict[str, float]]:
@@ -234,22 +239,32 @@ def take_turns(workers: dict[str, Worker], repeats: int) -> dict[str, dict[str, 
             for key, x in found.items()
             for end, part in (("", "value"), ("_low", "low"), ("_high", "high"))
         }
-        rows[name] = {**row, "peak_gib": peaks[name] / 2**30, **workers[name].loading, "n": repeats}
+        load = workers[name].loading["load_seconds"]
+        rows[name] = {**row, "peak_gib": peaks[name] / 2**30, "load_seconds": load, "n": repeats, "note": ""}
     return rows
 
 
 def time_all(names: list[str], start: Callable[[str], Worker], memory: float, repeats: int, table: Table):
     """Time engines in groups that fit into `memory` bytes, each group together with the references."""
-    references = {name: start(name) for name in REFERENCES if name in names}
+    if all(table.has(name, "seconds") for name in names):
+        return
+
+    def load(name: str) -> Worker | None:
+        worker = start(name)
+        if worker.failed:
+            table.put(name, {"note": worker.failed})
+        return None if worker.failed else worker
+
+    references = {name: worker for name in REFERENCES if name in names and (worker := load(name))}
     waiting = [name for name in names if name not in references and not table.has(name, "seconds")]
     first = not all(table.has(name, "seconds") for name in references)
     while waiting or first:
         workers = dict(references)
         used = sum(worker.step()[1] for worker in workers.values())
         while waiting:
-            worker = start(waiting[0])
-            if worker.failed:
-                table.put(waiting.pop(0), {"note": worker.failed})
+            worker = load(waiting[0])
+            if worker is None:
+                waiting.pop(0)
                 continue
             used += worker.step()[1]
             if used > memory and len(workers) > len(references):
