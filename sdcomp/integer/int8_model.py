@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution, why_no_kernels
@@ -67,7 +67,7 @@ class Int8Model(QuantizedModel):
         kwargs = self._enter(args, kwargs)
         if self.execution != "kernels":
             return call_in(self.dtype, self.module, args, kwargs)
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.is_floating_point()]
         for x in given:
             self._require(x.device, self.dtype)
         # The kernels' outputs have the channels last, so everything has.

@@ -8,6 +8,7 @@ these load strictly once their prefix is removed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +155,13 @@ class UNet(nn.Module):
 
     `forward(latents, timesteps, context)`: `(B, in_channels, h, w)`, `(B,)` or a scalar (training
     timesteps, 0 to 999), `(B, L, context_dim)` -> `(B, out_channels, h, w)`. `h` and `w` must be
-    divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters.
+    divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters. A ControlNet (Zhang et al.
+    2023) gives `down_residuals`, one for each input block, and `mid_residual`, all of these blocks' shapes.
 
     A timestep that all rows share is embedded once, because a matrix product may round each row in another
     way: equal rows stay equal. With `recompute` set to True, the backward pass computes each stage again
     instead of keeping its activations (Chen et al. 2016). Raises ValueError for a number of timesteps that
-    does not fit the rows.
+    does not fit the rows, or of residuals that does not fit the blocks.
     """
 
     recompute = False
@@ -226,13 +228,24 @@ class UNet(nn.Module):
             channels = widths[i // (self.config.num_res_blocks + 1)]
         return splits
 
-    def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor | float,
+        context: Tensor,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
         emb = self._embed(timesteps, latents)
         h, skips = latents, []
         for stage in self.input_blocks:
             h = self._run(stage, h, emb, context)
             skips.append(h)
         h = self._run(self.middle_block, h, emb, context)
+        if down_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if mid_residual is not None:
+            h = h + mid_residual
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
