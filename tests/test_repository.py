@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sdcomp.study import FP32, quantized
+from sdcomp.study import FP32, Variant, quantized
 from sdcomp.study.results import COLUMNS, columns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +165,37 @@ def test_direct_comparisons_have_names_of_their_own(tmp_path):
             writer.writerow(row | columns(variant, {}))
     assert builder.number("value", "01_quantization; mse W6A6; change; ; .0f") == "-1"
     assert builder.number("value", "01_quantization; mse W6A6 less max W6A6; change; ; .0f") == "2"
+
+
+def test_the_headline_names_the_files_that_the_report_has(tmp_path):
+    builder = _load(ROOT / "tools" / "build_readme.py")
+    builder.ROOT = tmp_path
+    variants = [variant for _, variant in builder.HEADLINE]
+    few, made = Variant(steps=6), {"02_pruning": [(FP32, "file, dense", 20, "")], "04_combined": []}
+    rows = made["04_combined"]
+    rows += [(FP32, "prompt accuracy", 90, ""), (FP32, "UNet time of an image", 0.4, "")]
+    for i, variant in enumerate([*variants, few]):
+        rows += [(variant, "prompt accuracy difference", -0.5, "fp32")]
+        rows += [(variant, "time relative to fp32", 0.8, "fp32"), (variant, "UNet time of an image", 0.3, "")]
+        rows += [(variant, "UNet file", 10 - i, "")] if variant != few else []
+    for study, found in made.items():
+        folder = tmp_path / "reports" / study
+        folder.mkdir(parents=True)
+        with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer.writeheader()
+            for variant, metric, value, baseline in found:
+                ends = {"ci_low": value - 1, "ci_high": value + 1, "n": 256, "baseline": baseline}
+                writer.writerow({"metric": metric, "value": value} | ends | columns(variant, {}))
+    lines = builder.headline_table().splitlines()
+    assert len(lines) == 8
+    assert lines[2] == "| as it is, fp16 file (accuracy 90.0 %) | 20.0 |  | 1 |"
+    assert lines[7].startswith(
+        "| 60 % of parameters removed, 3 bits in groups, packed | 6.0 (30%) | -0.5 [-1.5,"
+    )
+    smallest, quickest, alone = builder.headline_answer().splitlines()
+    assert "smallest of 7 files" in smallest and "4.00 MB, 20% of fp16" in smallest
+    assert "0.300 s an image, 1.3 times" in quickest and "fp32, 6 steps" in alone
 
 
 def test_prompt_sets_are_what_their_script_makes():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdcomp.integer.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 from sdcomp.model.attention import CrossAttention, join_heads, split_heads
 from sdcomp.model.layers import silu
+from sdcomp.model.shrinking import Bypass
 from sdcomp.model.unet import (
     GEGLU,
     FeedForward,
@@ -135,9 +136,14 @@ class Int8TransformerBlock(_SpecialBlock, TransformerBlock):
         return self.update(x.clone(memory_format=torch.contiguous_format), context)
 
     def update(self, x: Tensor, context: Tensor) -> Tensor:
-        x = self.attn1(self.norm1(x), None, x)
-        x = self.attn2(self.norm2(x), context, x)
-        return self.ff(self.norm3(x), x)
+        for block, norm, *text in (
+            (self.attn1, self.norm1, None),
+            (self.attn2, self.norm2, context),
+            (self.ff, self.norm3),
+        ):
+            # A removed block leaves a bias, and does not add it itself.
+            x = x.add_(block(x)) if isinstance(block, Bypass) else block(norm(x), *text, x)
+        return x
 
 
 class Int8SpatialTransformer(_SpecialBlock, SpatialTransformer):

@@ -13,7 +13,6 @@ from sdcomp.study.plots import (
     heat_map,
     image_grid,
     label_ends,
-    plot_front,
     scatter,
     style,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "image_grid",
     "label_ends",
     "needs_intervals",
-    "plot_front",
     "pruned",
     "pruned_variants",
     "quantized",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sdcomp.study.claims import VERDICTS, not_worse
 from sdcomp.study.results import Row
+from sdcomp.study.variants import FP32, Variant
 
 ENOUGH = 64
 """Fewer images than this give no verdict."""
+LITTLE = 2.0
+"""The largest loss, in points, that a variant may have to be called the smallest or the fastest."""
 
 
 def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
@@ -35,6 +38,71 @@ def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
             lines.append(f"'Loses at most {tolerance:g}' {verdict}:")
             lines += [f"- {_shown(row)}" for row in found]
     return "\n".join(lines)
+
+
+def smallest_file(
+    differences: Sequence[Row], megabytes: Mapping[Variant, float], half: float, tolerance: float = 5.0
+) -> str:
+    """A sentence about the smallest file with at most `LITTLE` lost, and by its interval at most `tolerance`.
+
+    `differences` are rows as for `answer`, `megabytes` the real files of some of the variants, and `half` is
+    the file in fp16.
+    """
+    if too_few := _too_few(differences, "file is the smallest"):
+        return too_few
+    found = _cheapest(differences, megabytes, tolerance)
+    if found is None or megabytes[found["variant"]] >= half:
+        return f"No file below the {half:.1f} MB of fp16 is shown to have {_limits(tolerance)}."
+    size = megabytes[found["variant"]]
+    return (
+        f"The smallest of {len(megabytes)} files with {_limits(tolerance)}: {size:.2f} MB,"
+        f" {size / half:.0%} of fp16 ({_shown(found)})."
+    )
+
+
+def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolerance: float = 5.0) -> str:
+    """Sentences about the fastest execution that loses little, and the control: fewer steps of fp32 alone.
+
+    `seconds` are those of an image by fp32 and by all variants that really run so; "little" is as for
+    `smallest_file`.
+    """
+    if too_few := _too_few(differences, "execution is the fastest"):
+        return too_few
+    alone = [row for row in differences if row["variant"] == Variant(steps=row["variant"].steps)]
+    lines = []
+    for who, rows in (("The fastest execution", differences), ("Fewer steps of fp32 alone", alone)):
+        found = _cheapest(rows, seconds, tolerance)
+        if found is None or seconds[found["variant"]] >= seconds[FP32]:
+            lines.append(f"{who}: none that is faster than fp32 is shown to have {_limits(tolerance)}.")
+            continue
+        time = seconds[found["variant"]]
+        lines.append(
+            f"{who}, with {_limits(tolerance)}: {time:.3f} s an image,"
+            f" {seconds[FP32] / time:.1f} times as fast as fp32 ({_shown(found)})."
+        )
+    return "\n".join(lines)
+
+
+def _too_few(differences: Sequence[Row], what: str) -> str:
+    """Why nothing can be said, if so."""
+    if not differences:
+        return answer(differences)
+    n = differences[0]["n"]
+    return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
+
+
+def _cheapest(differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float) -> Row | None:
+    """The row of the least cost among the variants that are shown to lose little."""
+    little = [
+        row
+        for row in differences
+        if row["variant"] in costs and row["value"] >= -LITTLE and row["ci_low"] >= -tolerance
+    ]
+    return min(little, key=lambda row: costs[row["variant"]], default=None)
+
+
+def _limits(tolerance: float) -> str:
+    return f"at most {LITTLE:g} points lost (by its interval at most {tolerance:g})"
 
 
 def _shown(row: Row) -> str:

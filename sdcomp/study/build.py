@@ -98,7 +98,11 @@ class Builder:
         self._seen: Calibration | None = None
 
     def build(self, variant: Variant) -> nn.Module:
-        """The UNet of `variant`: pruned, recovered, quantized and converted to integers, as it says."""
+        """The UNet of `variant`: pruned, recovered, quantized and converted to integers, as it says.
+
+        Calibration runs at its own steps, so the UNet is the same for all `variant.steps`.
+        """
+        variant = replace(variant, steps=0)
         if not variant.recipe:
             return self.pruned(variant)
         if variant.calibrated_first:

@@ -85,6 +85,9 @@ class PairedStudy:
     mean weighted by the square of `step_weights`, and step by step. Scores, KID and the means also as paired
     differences. `run.images` keeps them image by image.
 
+    A variant with `steps` of its own starts from the same noise. Its noise predictions are those of the same
+    UNet at the study's steps, so they are left out.
+
     A variant that gives infinite values or NaN has failed. Then its only row says so, with the reason.
     """
 
@@ -147,9 +150,10 @@ class PairedStudy:
 
         Returns the first `shown` images, `(shown, 3, H, W)`, or None for a variant that failed.
         """
+        settings = self.settings | ({"steps": variant.steps} if variant.steps else {})
         try:
-            images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **self.settings)
-            errors = {} if self.trace is None else self._branch_errors(unet)
+            images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **settings)
+            errors = {} if self.trace is None or variant.steps else self._branch_errors(unet)
         except NonFiniteError as error:
             self.run.record(variant, FAILED, 1, unit=str(error))
             return None

@@ -1,69 +1,34 @@
-"""Which variant to take: fronts of quality against cost, and the best within a budget."""
+"""Which variant to take: quality and loss of each, and the best within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import nan
+from collections.abc import Iterable
 
 import pandas as pd
 
-from sdcomp.study.results import Row
-from sdcomp.study.variants import FP32, Variant
-
-GROUPS = {
-    (False, False): "fp32",
-    (True, False): "pruned",
-    (False, True): "quantized",
-    (True, True): "pruned and quantized",
-}
-"""The kind of a variant, by whether it is pruned and whether it is quantized."""
-
-
-def group(variant: Variant) -> str:
-    """The kind of a variant, one of `GROUPS`."""
-    return GROUPS[variant.pruning != "", variant.recipe != ""]
+from sdcomp.study.results import Row, select
+from sdcomp.study.variants import FP32
 
 
 def measured(rows: Iterable[Row], metric: str) -> pd.DataFrame:
-    """One row for each variant with a `metric`. Where several studies have a variant, the first one counts.
+    """One row for each variant with a `metric`, the first one fp32.
 
-    Columns: `study`; `variant`, its `label` and `group`; `quality`, the metric, from `low` to `high`;
-    `worst`, the lower end of the variant's paired difference to fp32, NaN where that is not recorded.
+    Columns: `variant` and its `label`; `quality`, the metric; `change`, the paired difference to fp32, from
+    `worst` to `best`.
     """
-    rows = [row for row in rows if row["variant"] is not None and not row["about"]]
-    worst = {
-        (row["study"], row["variant"]): row["ci_low"]
-        for row in rows
-        if row["metric"] == f"{metric} difference" and row["baseline"] == FP32.label
+    rows = list(rows)
+    changes = {
+        row["variant"]: (row["value"], row["ci_low"], row["ci_high"])
+        for row in select(rows, metric=f"{metric} difference", baseline=FP32.label)
+        if not row["about"]
     }
-    found: dict[Variant, dict] = {}
-    for row in rows:
-        variant = row["variant"]
-        if row["metric"] == metric and variant not in found:
-            found[variant] = {
-                "study": row["study"],
-                "variant": variant,
-                "label": variant.label,
-                "group": group(variant),
-                "quality": row["value"],
-                "low": row["ci_low"],
-                "high": row["ci_high"],
-                "worst": 0.0 if variant == FP32 else worst.get((row["study"], variant), nan),
-            }
-    return pd.DataFrame(list(found.values()))
-
-
-def pareto_front(cost: Sequence[float], quality: Sequence[float]) -> list[int]:
-    """The indices of the points on the front, by rising cost.
-
-    A point is on it where no other has at most its cost and at least its quality. Of equal points the first
-    counts.
-    """
-    front: list[int] = []
-    for i in sorted(range(len(cost)), key=lambda i: (cost[i], -quality[i])):
-        if not front or quality[i] > quality[front[-1]]:
-            front.append(i)
-    return front
+    changes[FP32] = 0.0, 0.0, 0.0
+    found = [
+        (row["variant"], row["label"], row["value"], *changes[row["variant"]])
+        for row in select(rows, metric=metric)
+        if row["variant"] in changes and not row["about"]
+    ]
+    return pd.DataFrame(found, columns=["variant", "label", "quality", "change", "worst", "best"])
 
 
 def recommend(points: pd.DataFrame, budget: float, tolerance: float) -> pd.Series | None:

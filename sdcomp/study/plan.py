@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[t
     """Bits of weights and of activations, pair by pair; a single number is paired with each of a list."""
     pairs = np.broadcast_arrays(np.atleast_1d(weight_bits), np.atleast_1d(act_bits))
     return [(int(w), int(a)) for w, a in zip(*pairs, strict=True)]
+
+
+def plain_control(variant: Variant) -> Variant | None:
+    """The same variant with ranges that do not depend on the timestep; None where it has such already."""
+    plain = variant.recipe.removeprefix("timestep_")
+    if plain == variant.recipe or plain not in PRESETS:
+        return None
+    return replace(variant, recipe=plain, k=0)
 
 
 def needs_intervals(preset: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,9 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
-
-from sdcomp.study.pareto import GROUPS, pareto_front
-from sdcomp.study.variants import PUBLISHED
 
 
 def style() -> None:
@@ -176,47 +172,3 @@ def error_dots(
     """Draw results (rows of `Run.results`) over `x` as dots with their intervals, without a line."""
     axis.vlines(x, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color, alpha=0.5)
     axis.plot(x, [row["value"] for row in rows], "o", markersize=4, color=color, label=label)
-
-
-def plot_front(axis: Axes, points: pd.DataFrame, cost: str, packed: bool = False) -> None:
-    """Draw the `quality` of all `points` (`sdcomp.study.pareto.measured`) over their column `cost`.
-
-    Filled dots are real files (`file`), hollow dots are packed sizes that nothing writes. A solid line is
-    the front of the real files; with `packed`, a dotted line is the front of all. Colours tell the `group`.
-    Points on a front, fp32 and the published combination have a label and an interval. Set limits and scale
-    of the axis first.
-    """
-    colors = dict(zip(GROUPS.values(), sns.color_palette(), strict=False))
-    for (group, real), dots in points.groupby(["group", "file"], sort=False):
-        face, name = (colors[group], group) if real else ("none", f"{group}, packed")
-        look = {"color": colors[group], "markerfacecolor": face, "markersize": 5}
-        axis.plot(dots[cost], dots["quality"], "o", label=name, **look)
-    published = points["variant"].map(lambda v: replace(v, k=0) == PUBLISHED)
-    named = points[published | (points["group"] == "fp32")]
-    for line, some in ((":", points), ("-", points[points["file"]]))[0 if packed else 1 :]:
-        front = some.iloc[pareto_front(some[cost].tolist(), some["quality"].tolist())]
-        axis.step(front[cost], front["quality"], line, where="post", color="0.4", linewidth=1, zorder=0)
-        named = pd.concat([named, front])
-    named = named[~named.index.duplicated()].sort_values([cost, "quality"])
-    place = axis.transData + axis.transAxes.inverted()
-    named["x"] = [place.transform((x, 0.5))[0] for x in named[cost]]
-    # Labels go down like stairs from the middle, so that no line to a dot crosses a label.
-    stairs = pd.concat([named[named["x"] > 0.6], named[named["x"] <= 0.6][::-1]])
-    for step, (_, point) in enumerate(stairs.iterrows()):
-        color, height = colors[point["group"]], 0.66 - 0.055 * step
-        axis.vlines(point[cost], point["low"], point["high"], color=color, alpha=0.3, linewidth=2)
-        _label_point(axis, point, cost, height, " (published)" if published[point.name] else "")
-
-
-def _label_point(axis: Axes, point: pd.Series, cost: str, height: float, note: str) -> None:
-    """Write the label of a point at a height (of the axis, 0 to 1), with a line to its dot."""
-    right = point["x"] > 0.6
-    axis.annotate(
-        point["label"] + note,
-        (point[cost], point["quality"]),
-        xytext=(point["x"], height),
-        textcoords="axes fraction",
-        ha="right" if right else "left",
-        fontsize=8,
-        arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6, "relpos": (float(right), 1)},
-    )

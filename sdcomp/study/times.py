@@ -67,3 +67,9 @@ class PairedTimes:
         own, base = (times[times.variant == name] for name in ("variant", "baseline"))
         whole = base["total"].median()
         return {part: (median(own[part].to_numpy()), float(own[part].median() / whole)) for part in PARTS}
+
+
+def at_steps(call: Estimate, steps: int, of: int) -> Estimate:
+    """The ratio of the times of an image with `steps` and one with `of` steps, from the ratio of a call."""
+    share = steps / of
+    return Estimate(share * call.value, share * call.low, share * call.high, call.n)

@@ -45,6 +45,8 @@ class Variant:
     """"simulated" rounds in floating point, "packed" unpacks n-bit weights layer by layer. "int8" runs
     integer kernels, "int8 (dequantized)" turns int8 weights into floats, "openvino" exports the UNet to that
     engine. "fp32" is for variants without a recipe."""
+    steps: int = 0
+    """Sampling steps of its images; 0: those of the study. Fewer steps are the control for a gain in time."""
 
     def __post_init__(self) -> None:
         if self.pruning not in PRUNINGS or self.execution not in EXECUTIONS:
@@ -61,7 +63,8 @@ class Variant:
         """The kind of the variant, without its numbers: "removed, recovered + timestep_mse + int8"."""
         pruning = _join(", ", self.pattern or self.pruning, "recovered" if self.recover_steps else "")
         how = _join(" + ", pruning, self.recipe, self._executed) or "fp32"
-        return _join(", ", how, "calibrated first" if self.calibrated_first else "")
+        first = "calibrated first" if self.calibrated_first else ""
+        return _join(", ", how, first, "other steps" if self.steps else "")
 
     @property
     def label(self) -> str:
@@ -85,7 +88,8 @@ class Variant:
             "calibrated first" if self.calibrated_first else "",
         )
         recovery = f"recovered {self.recover_steps}" if self.recover_steps else ""
-        return _join(", ", _join(" ", *pruning), recovery, _join(" ", *quantization)) or "fp32"
+        how = _join(", ", _join(" ", *pruning), recovery, _join(" ", *quantization)) or "fp32"
+        return _join(", ", how, f"{self.steps} steps" if self.steps else "")
 
     @property
     def _executed(self) -> str:
@@ -99,8 +103,8 @@ class Variant:
 
     @property
     def unquantized(self) -> Variant:
-        """The same pruning and recovery, without the quantization."""
-        bits = {"weight_bits": 32, "act_bits": 32, "k": 0}
+        """The same pruning and recovery, without the quantization, at the study's steps."""
+        bits = {"weight_bits": 32, "act_bits": 32, "k": 0, "steps": 0}
         return replace(self, recipe="", calibrated_first=False, execution="fp32", **bits)
 
     @property

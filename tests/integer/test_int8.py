@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantized_models import build, calibrate, decibels, random, small_call
 from safetensors.torch import load, save_file
+from sdcomp.model.shrinking import PruneGroup, keep_units
 from torch import nn
 
 from sdcomp.errors import UserError
@@ -240,6 +241,18 @@ def test_blocks_by_themselves_leave_their_inputs_alone(small):
     q = calibrate(QuantModel(block.ff), (x,))
     crosswise = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert relative(to_int8(q)(crosswise), q(x)) < 1e-4
+
+
+@pytest.mark.parametrize("removed", [["attn1"], ["attn2", "ff"]])
+def test_blocks_inside_which_something_was_removed(small, removed):
+    block, x, context = small.unet.middle_block[1].transformer_blocks[0], random(2, 9, 32), random(2, 5, 32)
+    inside = {"attn1": "to_out.0", "attn2": "to_out.0", "ff": "net.2"}
+    block = copy.deepcopy(block)
+    for name in removed:
+        keep_units(block, PruneGroup(name, "any", 1, (), inside[name]), [])
+    q, before = calibrate(QuantModel(block), (x, context)), x.clone()
+    assert decibels(to_int8(q)(x, context), q(x, context)) > 30
+    assert torch.equal(x, before)
 
 
 def test_generating_leaves_the_model_as_it_is(small, tmp_path):

@@ -76,7 +76,7 @@ def test_a_combined_variant_that_fails(tmp_path):
     settings["save_to"] = str(tmp_path / "model")
     found = run_with(tmp_path, "04_combined", [0.4], **settings)
     assert amounts(rows(tmp_path, "failed")) == [0.4]
-    assert found["same"] and len(found["images"]) == 1 and len(found["points"][found["points"]["own"]]) == 2
+    assert found["same"] and len(found["images"]) == 1 and len(found["points"]) == 2
     with pytest.raises(UserError, match="every variant failed"):
         run_with(tmp_path / "all", "04_combined", [0.2, 0.4], **settings)
     assert amounts(rows(tmp_path / "all", "failed")) == [0.2, 0.4]

@@ -1,6 +1,9 @@
 """What a run says in words, from made-up rows."""
 
-from sdcomp.study import answer
+import pytest
+
+from sdcomp.study import FP32, Variant, pruned, quantized
+from sdcomp.study.answers import answer, fastest, smallest_file
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
@@ -30,3 +33,75 @@ def test_enough_images_give_verdicts_by_their_intervals():
 
 def test_a_run_without_images_says_so():
     assert answer([]) == "No variant gave images, so this run has no answer."
+
+
+W4, W3 = (quantized("weights_gptq", bits, execution="packed") for bits in (4, 3))
+SPARSE = quantized("weights_gptq", 3, of=pruned("unstructured", 0.5), execution="packed")
+FILES = {W4: 4.9, W3: 3.9, SPARSE: 3.0}
+
+
+def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
+    found = {
+        "variant": variant,
+        "label": variant.label,
+        "value": value,
+        "ci_low": low,
+        "ci_high": -low,
+        "n": n,
+    }
+    return {**found, "metric": "prompt accuracy difference", "unit": "%"}
+
+
+@pytest.mark.parametrize(
+    ("w3", "sparse", "said"),
+    [
+        ((-2.0, -5.0), (-2.1, -4.0), "3.90 MB, 21% of fp16 (weights_gptq W3 packed: -2.0 [-5.0, 5.0]"),
+        ((-2.0, -5.1), (-3.0, -4.0), "4.90 MB, 26% of fp16 (weights_gptq W4 packed: -0.4 [-2.0, 2.0]"),
+        ((-9.0, -9.9), (1.0, -4.9), "3.00 MB, 16% of fp16 (unstructured 50 %, weights_gptq W3 packed: 1.0"),
+    ],
+)
+def test_the_smallest_file_has_a_small_loss_by_its_mean_and_by_its_interval(w3, sparse, said):
+    rows = [change(W4, -0.4, -2.0), change(W3, *w3), change(SPARSE, *sparse)]
+    found = smallest_file(rows, FILES, 18.7)
+    limits = "at most 2 points lost (by its interval at most 5)"
+    assert found.startswith(f"The smallest of 3 files with {limits}: {said}")
+
+
+def test_no_file_is_called_the_smallest_without_the_images_to_tell():
+    found = smallest_file([change(W4, 0.0, -1.0, n=63)], FILES, 18.7)
+    assert found == "63 images do not tell which file is the smallest: it takes 64."
+    assert "smallest of 3 files" in smallest_file([change(W4, 0.0, -1.0, n=64)], FILES, 18.7)
+    assert smallest_file([], FILES, 18.7) == "No variant gave images, so this run has no answer."
+
+
+def test_a_file_that_is_no_smaller_than_fp16_or_loses_much_is_not_named():
+    none = "No file below the 18.7 MB of fp16 is shown to have at most 2 points lost"
+    assert smallest_file([change(W4, -3.0, -4.0)], FILES, 18.7).startswith(none)
+    assert smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7).startswith(none)
+    # A simulation has no file that runs.
+    assert smallest_file([change(W4.simulation, 0.0, -1.0)], FILES, 18.7).startswith(none)
+
+
+INT8 = quantized("timestep_mse", 8, 8, 10, execution="int8")
+FEW, INT8_FEW = Variant(steps=6), quantized("timestep_mse", 8, 8, 10, of=Variant(steps=6), execution="int8")
+TIMES = {FP32: 0.4, FEW: 0.12, INT8: 0.3, INT8_FEW: 0.1}
+
+
+def test_the_fastest_stands_beside_fewer_steps_alone():
+    rows = [change(FEW, -0.5, -2.0), change(INT8, 0.0, -1.0), change(INT8_FEW, -1.0, -3.0)]
+    first, second = fastest(rows, TIMES).splitlines()
+    assert first.startswith("The fastest execution, with at most 2 points lost")
+    assert first.endswith(
+        f"0.100 s an image, 4.0 times as fast as fp32 ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
+    )
+    assert second.startswith("Fewer steps of fp32 alone, with at most 2 points lost")
+    assert second.endswith("0.120 s an image, 3.3 times as fast as fp32 (fp32, 6 steps: -0.5 [-2.0, 2.0]).")
+
+
+def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
+    rows = [change(FEW, -0.5, -5.5), change(INT8, 0.0, -1.0), change(INT8_FEW, -2.5, -3.0)]
+    first, second = fastest(rows, TIMES).splitlines()
+    assert "0.300 s an image, 1.3 times" in first
+    assert second.startswith("Fewer steps of fp32 alone: none that is faster than fp32 is shown to have")
+    assert "none that is faster" in fastest([change(INT8, 0.0, -1.0)], {FP32: 0.4, INT8: 0.5})
+    assert fastest([change(INT8, 0.0, -1.0, n=32)], TIMES).startswith("32 images do not tell which execution")

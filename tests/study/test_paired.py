@@ -112,6 +112,23 @@ def test_a_variant_with_another_prediction_is_told_apart(study, seeing):
     assert not any("Frechet" in metric for _, metric, *_ in rows)
 
 
+def test_fewer_steps_start_from_the_same_noise_and_have_no_noise_errors(study, seeing):
+    few, starts = Variant(steps=1), []
+
+    class Watched(nn.Module):
+        def forward(self, latents, timesteps, context):
+            starts.append(latents.clone())
+            return seeing.unet(latents, timesteps, context)
+
+    images = study.measure(few, Watched())
+    assert len(starts) == 4  # one step of each of the batches
+    assert torch.equal(torch.cat(starts)[:2], study.trace.latents[0])
+    expected = seeing.generate(study.prompts.texts, steps=1, batch_size=8, guidance_scale=1.0)
+    assert torch.equal(images, expected) and not torch.equal(images, study.images)
+    measured = {metric for variant, metric, *_ in study.run.rows if variant == few}
+    assert "CLIP score difference" in measured and not any("noise" in metric for metric in measured)
+
+
 def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
     plain = study.measure(LOUDER, Louder(seeing.unet, 1.1))
     twice = study.measure(TWICE, Louder(seeing.unet, 1.3))

@@ -8,7 +8,16 @@ import pytest
 
 from sdcomp.errors import UserError
 from sdcomp.quantization import PRESETS, Calibrator, TimeStepCalibratedQuantModel
-from sdcomp.study import FP32, bit_pairs, check_calibration, needs_intervals, pruned, pruned_variants
+from sdcomp.study import (
+    FP32,
+    bit_pairs,
+    check_calibration,
+    needs_intervals,
+    pruned,
+    pruned_variants,
+    quantized,
+)
+from sdcomp.study.plan import plain_control
 
 
 @pytest.mark.parametrize(
@@ -72,3 +81,13 @@ def test_only_presets_with_equal_intervals_need_each_of_them():
     equal = {name for name in PRESETS if needs_intervals(name)}
     assert equal >= {"timestep_mse", "timestep_mse_filtered"}
     assert not equal & {"weights_only", "max", "mse", "timestep_optimal", "timestep_split"}
+
+
+@pytest.mark.parametrize("execution", ["simulated", "int8"])
+def test_the_plain_control_has_one_range_for_all_timesteps(execution):
+    sparse = pruned("unstructured", 0.2)
+    aware = quantized("timestep_mse", 8, 8, 10, of=sparse, execution=execution)
+    assert plain_control(aware) == quantized("mse", 8, 8, of=sparse, execution=execution)
+    for recipe in ("mse", "weights_gptq", "timestep_optimal"):  # these have no such preset
+        assert plain_control(quantized(recipe, 8, 8)) is None
+    assert plain_control(sparse) is None

@@ -1,25 +1,17 @@
 """Figures that several notebooks draw."""
 
-from dataclasses import replace
-
-import pandas as pd
 from matplotlib.figure import Figure
 
 from sdcomp.study import (
-    FP32,
     bits_map,
     difference_bars,
     error_band,
     error_dots,
     heat_map,
     label_ends,
-    plot_front,
-    pruned,
     quantized,
     scatter,
 )
-from sdcomp.study.pareto import group
-from sdcomp.study.variants import PUBLISHED
 
 
 def rows(values, **parameters):
@@ -77,32 +69,6 @@ def test_a_heat_map_keeps_the_order_and_shows_each_result_in_its_place():
     assert [t.get_text() for t in axis.get_yticklabels()] == ["b", "a"]
     assert axis.collections[0].get_array().reshape(2, 2).tolist() == [[0.1, 0.3], [0.2, 0.4]]
     assert bar.get_ylabel() == "error" and axis.get_xlabel() == "amount"
-
-
-def test_a_front_labels_its_points_the_baseline_and_the_published_combination():
-    published = replace(PUBLISHED, k=10)
-    found = [  # variant, MB, quality, whether it is a file
-        (FP32, 37.0, 88.0, True),
-        (pruned("removed", 0.1), 30.0, 89.0, True),
-        (pruned("removed", 0.2), 31.0, 70.0, True),  # beaten by the one before
-        (published, 12.0, 87.0, False),
-        (pruned("unstructured", 0.9), 5.0, 20.0, False),
-    ]
-    points = pd.DataFrame(
-        {"variant": v, "label": v.label, "group": group(v), "MB": size, "quality": y, "file": file}
-        for v, size, y, file in found
-    ).assign(low=0.0, high=100.0)
-
-    def labels(packed: bool) -> set[str]:
-        axis = Figure().add_subplot()
-        axis.set(xlim=(0, 40), ylim=(0, 100))
-        plot_front(axis, points, "MB", packed=packed)
-        assert len(axis.get_lines()) - len(points.groupby(["group", "file"])) == 1 + packed
-        return {text.get_text() for text in axis.texts}
-
-    on_files = {"fp32", "removed 10 %", "unstructured 20 %, timestep_mse k10 W8A8 (published)"}
-    assert labels(packed=False) == on_files
-    assert labels(packed=True) == on_files | {"unstructured 90 %"}
 
 
 def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_writes_its_values():

@@ -120,7 +120,7 @@ BAD = [
     (COMBINED, {"method": "weights_only", "backends": ["openvino"]}, "remove openvino from backends"),
     (COMBINED, {"k": 30, "method": "mse", "backends": ["openvino"]}, "k must be at most calibration_steps"),
     (COMBINED, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length"),
-    (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp32 bytes"),
+    (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp16 bytes"),
     (COMBINED, {"variants": ["removed 0.1 recovered 9"], "dtype": "float16"}, "recovery trains in float32"),
     (LOW_BITS, {"act_bits": [9]}, "act_bits must be between 2 and 8, or 32"),
     (LOW_BITS, {"act_bits": [4, 32]}, "the last of act_bits is that of the ladder"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from sdcomp.evaluation import Estimate
 from sdcomp.study import PairedTimes
-from sdcomp.study.times import PARTS
+from sdcomp.study.times import PARTS, at_steps
 
 
 class Slower(nn.Module):
@@ -55,3 +56,9 @@ def test_inputs_follow_the_models_type_and_the_seed(small):
     assert latents.dtype == context.dtype == torch.bfloat16
     one, same, other = (PairedTimes(small, 1, images=1, seed=seed).inputs[0] for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_the_time_of_an_image_follows_its_steps():
+    call = Estimate(0.8, 0.7, 0.9, 7)
+    assert at_steps(call, 20, 20) == call
+    assert at_steps(call, 5, 20) == pytest.approx((0.2, 0.175, 0.225, 7))

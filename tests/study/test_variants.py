@@ -31,7 +31,7 @@ def variants(draw) -> Variant:
         found |= {"recipe": draw(st.sampled_from(list(PRESETS))), "weight_bits": draw(BITS)}
         found |= {"act_bits": draw(BITS), "k": draw(st.sampled_from([0, 1, 10]))}
         found |= {"execution": draw(st.sampled_from(EXECUTIONS[1:])), "calibrated_first": draw(st.booleans())}
-    return Variant(**found)
+    return Variant(**found, steps=draw(st.sampled_from([0, 1, 10])))
 
 
 @given(variants(), variants())
@@ -77,6 +77,7 @@ REMOVED = pruned("removed", 0.25, recover_steps=400)
         (REMOVED, "removed, recovered", "removed 25 %, recovered 400", "removed, recovered 400"),
         (quantized("max", 6, 8), "max", "max W6A8", "max W6A8"),
         (quantized("weights_only", 4), "weights_only", "weights_only W4", "weights_only W4"),
+        (Variant(steps=10), "fp32, other steps", "fp32, 10 steps", "fp32, 10 steps"),
         (
             quantized("timestep_mse", 8, 8, 10, of=REMOVED, execution="int8"),
             "removed, recovered + timestep_mse + int8",

@@ -1,0 +1,32 @@
+"""What must hold of the tiny model on every machine: a run that breaks it has a defect, not a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdcomp.study.results import Row
+from sdcomp.study.variants import Variant
+
+CLOSE = 20.0
+"""The PSNR in dB above which gentle compression leaves the images of fp32. Different images have about 10."""
+
+
+def gentle(variant: Variant) -> bool:
+    """Whether a compression is so little that its images must stay close to those of fp32.
+
+    These are at most 30 % zeros and at least 6 bits, or 4 for weights with second-order rounding.
+    """
+    second_order = any(word in variant.recipe for word in ("gptq", "low_bits"))
+    fewest = 4 if second_order else 6
+    bits = variant.weight_bits >= fewest and variant.act_bits >= 6
+    return bits and variant.pruning in ("", "unstructured") and variant.amount <= 0.3 and not variant.steps
+
+
+def check_close(rows: Sequence[Row]) -> None:
+    """Raise AssertionError where a `gentle` compression is not close to fp32; `rows` are those of PSNR."""
+    far = [
+        f"{row['label']}: {row['value']:.1f} dB"
+        for row in rows
+        if gentle(row["variant"]) and not row["value"] > CLOSE
+    ]
+    assert not far, f"not close to the images of fp32 (below {CLOSE:g} dB): {'; '.join(far)}"
