@@ -32,8 +32,8 @@ from sdcomp.integer import (
     to_packed,
 )
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
-from sdcomp.model.shrinking import apply_channel_map, channel_map
-from sdcomp.quantization import QuantModel, load_quant_model, save_quant_model, storage
+from sdcomp.model.channel_map import apply_channel_map, channel_map
+from sdcomp.quantization import QuantModel, load_quant_model, quantization_files, save_quant_model
 from sdcomp.quantization.layers import is_quantizable
 
 RECORD = "compression.json"
@@ -105,7 +105,7 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
     or that is given for a model without int8 weights.
     """
     folder = resolve_input(path)
-    quantized = int8_files.FILES.config, packed_files.FILES.config, storage.CONFIG
+    quantized = int8_files.FILES.config, packed_files.FILES.config, quantization_files.CONFIG
     if options.get("loras") and _has(folder, *quantized):
         raise ModelError(f"{path} is quantized: merge LoRA files into the model that it was made of")
     # Where one of the two is missing, loading says so.
@@ -124,9 +124,9 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
         _check(sd, folder / packed_files.FILES.config)
         return sd
     sd = model.load(path, **options)
-    if _has(folder, storage.CONFIG, storage.SCALES):
+    if _has(folder, quantization_files.CONFIG, quantization_files.SCALES):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
-        _check(sd, folder / storage.CONFIG)
+        _check(sd, folder / quantization_files.CONFIG)
     return sd
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
+from sdcomp.model.clip import build_text_encoder
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.text import build_text_encoder
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import VOCABULARY
-from sdcomp.training.tokenizer import word_tokenizer
+from sdcomp.training.caption_tokenizer import word_tokenizer
 
 SMALL = dataclasses.replace(
     TINY,

@@ -112,6 +112,29 @@ def int8_where_table() -> str:
     return _benchmark("int8_sd15_where", columns)
 
 
+def deploy_table(model: str) -> str:
+    """One UNet step in int8 on several engines, and what it takes to make the models."""
+    columns = {
+        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
+        "interval": ("speedup_low..speedup_high", ".2f"), "time, NNCF = 1": ("of_nncf", ".2f"),
+        "its interval": ("of_nncf_low..of_nncf_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
+        "made in (s)": ("make_seconds", ".0f"), "peak memory to make (GiB)": ("make_gib", ".2f"),
+        "file (GB)": ("file_gb", ".4f"), "n": ("n", ".0f"), "note": ("note", ""),
+    }  # fmt: skip
+    return _benchmark(f"deploy_{model}", columns)
+
+
+def deploy_images_table() -> str:
+    """Images of exported UNets beside those of the simulation that they were made of."""
+    columns = {
+        "engine": ("engine", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to the simulation": ("accuracy_difference", ".1f"),
+        "95 % interval": ("low..high", ".1f"), "CLIP score, difference": ("clip_difference", ".2f"),
+        "PSNR to the simulation (dB)": ("psnr", ".1f"), "n": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("deploy_images", columns)
+
+
 def coverage_table() -> str:
     """How often intervals contain the truth."""
     columns = {
@@ -165,6 +188,9 @@ TABLES = {
     "int8, where": int8_where_table,
     "int8, tiny": lambda: int8_table("base"),
     "packed weights": packed_table,
+    "deploy, SD 1.5": lambda: deploy_table("sd15"),
+    "deploy, tiny": lambda: deploy_table("tiny"),
+    "deploy, images": deploy_images_table,
     "low bits": low_bits_table,
     "trials": trials_table,
 }

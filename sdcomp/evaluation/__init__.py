@@ -1,9 +1,14 @@
 """Metrics of generated images with confidence intervals; times, arithmetic and memory of models."""
 
+from sdcomp.evaluation.bootstrap import bootstrap
 from sdcomp.evaluation.cache import cached_images, cached_trace
-from sdcomp.evaluation.clip import Clip
-from sdcomp.evaluation.distances import frechet_distance, kid_values
-from sdcomp.evaluation.images import load_images
+from sdcomp.evaluation.clip_judge import Clip
+from sdcomp.evaluation.confidence_intervals import Estimate
+from sdcomp.evaluation.float_precision import fix_precision, precision_facts
+from sdcomp.evaluation.image_files import load_images
+from sdcomp.evaluation.kid_and_frechet import frechet_distance, kid_values
+from sdcomp.evaluation.layer_errors import layer_errors, output_errors
+from sdcomp.evaluation.memory import peak_memory, weight_bytes
 from sdcomp.evaluation.metrics import (
     UNITS,
     clip_scores,
@@ -13,26 +18,12 @@ from sdcomp.evaluation.metrics import (
     squared_errors,
     ssim,
 )
-from sdcomp.evaluation.noise import branch_errors, noise_mse, path_predictions, step_weights
-from sdcomp.evaluation.path import PathErrors, layer_errors, output_errors, path_errors, thinned
-from sdcomp.evaluation.precision import fix_precision, precision_facts
-from sdcomp.evaluation.profile import (
-    component_times,
-    layer_profile,
-    machine_peaks,
-    macs,
-    weight_bytes,
-)
-from sdcomp.evaluation.prompts import Prompts, load_prompts
-from sdcomp.evaluation.statistics import (
-    Estimate,
-    applicable,
-    bootstrap,
-    estimate,
-    paired_difference,
-    share_estimate,
-)
-from sdcomp.evaluation.timing import interleaved_times, median, peak_memory
+from sdcomp.evaluation.noise_errors import branch_errors, noise_mse, path_predictions, step_weights
+from sdcomp.evaluation.path_errors import PathErrors, path_errors, thinned
+from sdcomp.evaluation.profile import component_times, layer_profile, machine_peaks, macs
+from sdcomp.evaluation.prompt_sets import Prompts, load_prompts
+from sdcomp.evaluation.statistics import applicable, estimate, paired_difference, share_estimate
+from sdcomp.evaluation.timing import interleaved_times, median
 
 __all__ = [
     "UNITS",

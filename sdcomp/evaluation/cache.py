@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdcomp.evaluation.precision import precision_facts
+from sdcomp.evaluation.float_precision import precision_facts
 from sdcomp.files import ROOT, replacing
 from sdcomp.model import StableDiffusion, Trace, weights_digest
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from sdcomp.evaluation.clip import Clip
-from sdcomp.evaluation.prompts import Prompts
-from sdcomp.evaluation.statistics import Estimate, bootstrap, require_finite
+from sdcomp.evaluation.bootstrap import bootstrap
+from sdcomp.evaluation.clip_judge import Clip
+from sdcomp.evaluation.confidence_intervals import Estimate
+from sdcomp.evaluation.non_finite import require_finite
+from sdcomp.evaluation.prompt_sets import Prompts
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
 

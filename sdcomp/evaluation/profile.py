@@ -32,15 +32,6 @@ def macs(module: nn.Module, *args: object) -> int:
     return counter.get_total_flops() // 2
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers in the state dict; shared ones count once.
-
-    The state dict of an integer layer holds plain integers; the kernels' own layout has about that size.
-    """
-    tensors = {t.data_ptr(): t for t in module.state_dict().values()}
-    return sum(t.nbytes for t in tensors.values())
-
-
 def component_times(
     variants: Mapping[str, StableDiffusion], prompts: list[str], repeats: int = 5, **settings: Any
 ) -> pd.DataFrame:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from sdcomp.evaluation.statistics import Estimate
+from sdcomp.evaluation.confidence_intervals import LEVEL, Estimate
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,7 +42,7 @@ def interleaved_times(
 
 
 def median(values: np.ndarray, baseline: np.ndarray | None = None) -> Estimate:
-    """The median of repeated measurements with its 95 % interval.
+    """The median of repeated measurements with its confidence interval.
 
     The interval is the narrowest symmetric pair of order statistics that covers the median with at least
     95 % probability (Conover 1999, section 3.2). Fewer than 6 measurements have no such pair; their interval
@@ -53,7 +52,7 @@ def median(values: np.ndarray, baseline: np.ndarray | None = None) -> Estimate:
     data = np.sort(values if baseline is None else values / baseline)
     n, left = data.size, 0
     # The pair that leaves out i values at each end misses the median with 2 P(binomial(n, 1/2) <= i).
-    while 2 * sum(math.comb(n, i) for i in range(left + 2)) <= 0.05 * 2**n:
+    while 2 * sum(math.comb(n, i) for i in range(left + 2)) <= (1 - LEVEL) * 2**n:
         left += 1
     return Estimate(float(np.median(data)), float(data[left]), float(data[n - 1 - left]), n)
 
@@ -66,41 +65,3 @@ def clock(device: torch.device | str = "cpu") -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
-    """The peak of the memory that `call` takes in addition, in bytes, on `device`.
-
-    On CUDA this is the memory of its allocator, on a CPU the resident set of the process. The result is None
-    on a system that cannot tell: a CPU needs Linux, and other devices than CUDA do not tell. On a CPU, memory
-    that the process already holds and reuses does not count, so measure in a fresh process.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not _reset_peak():
-        call()
-        return None
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _reset_peak() -> bool:
-    """Reset the peak of this process's memory; return False if the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int:
-    """A memory size of this process from /proc, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))

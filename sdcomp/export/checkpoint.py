@@ -12,7 +12,7 @@ from sdcomp.integer import PackedModel
 from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
-from sdcomp.model.shrinking import apply_channel_map, channel_map
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.quantization import QuantLayer, QuantModel
 
 
@@ -61,11 +61,13 @@ def rounded_unet(unet: nn.Module) -> UNet:
 
 
 def rounded_weight(layer: QuantLayer | NBitLayer) -> Tensor:
-    """The weight that a layer multiplies with, in memory of its own."""
+    """The weight that a layer multiplies with, its low-rank branch included, in memory of its own."""
     if isinstance(layer, NBitLayer):
-        return layer.dense_weight(torch.float32).clone()
-    if layer.weight_quantizer is None or not layer.state.weights:
+        weight = layer.dense_weight(torch.float32).clone()
+    elif layer.weight_quantizer is None or not layer.state.weights:
         return layer.weight
-    weight = layer.fake_weight()
-    layer.clear_cache()  # or the model would keep every rounded weight beside the new UNet
-    return weight
+    else:
+        weight = layer.fake_weight()
+        layer.clear_cache()  # or the model would keep every rounded weight beside the new UNet
+    branch = layer.branch_weight()
+    return weight if branch is None else weight + branch.view_as(weight).to(weight.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +22,9 @@ class DiffusersUNet(nn.Module):
     """Gives a module that is called as `unet(latents, timesteps, context)` diffusers' interface.
 
     The interface is that of `UNet2DConditionModel`: `forward(sample, timestep, encoder_hidden_states)`
-    returns an object with the prediction as `.sample`, or a tuple if `return_dict` is False. Raises
-    ValueError for inputs that SD 1.x does not have, unless they are None.
+    returns an object with the prediction as `.sample`, or a tuple if `return_dict` is False. It also takes
+    the residuals of a ControlNet. Raises ValueError for inputs that SD 1.x does not have, unless they are
+    None.
     """
 
     def __init__(self, unet: nn.Module, config: ModelConfig) -> None:
@@ -33,33 +36,44 @@ class DiffusersUNet(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the first weight."""
-        return next(self.parameters()).device
+        return next(self._tensors()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first floating-point weight."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """The type of the first floating-point weight; float32 for an exported UNet, which has none."""
+        return next((t.dtype for t in self._tensors() if t.is_floating_point()), torch.float32)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain(self.parameters(), self.buffers())
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
+        *,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
         for name, value in others.items():
             if value is not None and value != {}:
                 raise ValueError(f"this UNet takes no {name}")
-        noise = self.unet(sample, timestep, encoder_hidden_states)
+        down, mid = down_block_additional_residuals, mid_block_additional_residual
+        if (down is None) != (mid is None):
+            raise ValueError("a ControlNet gives residuals of the down blocks and the mid block: give both")
+        residuals = () if down is None else (down, mid)  # not every module takes them
+        noise = self.unet(sample, timestep, encoder_hidden_states, *residuals)
         return SimpleNamespace(sample=noise) if return_dict else (noise,)
 
 
 def as_diffusers_unet(unet: nn.Module, config: ModelConfig = SD15) -> DiffusersUNet:
     """Wrap our UNet for a pipeline of diffusers, to be assigned to `pipe.unet`.
 
-    `unet` is any module that is called as `unet(latents, timesteps, context)`, so it may be quantized or
-    pruned. The weights are shared. `config` tells the pipeline the number of channels and the image size.
+    `unet` is any module that is called as `unet(latents, timesteps, context)`, so it may be quantized, pruned
+    or loaded from an export. The weights are shared. `config` tells the pipeline the number of channels and
+    the image size.
     """
     return DiffusersUNet(unet, config)
 

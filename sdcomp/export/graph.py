@@ -21,8 +21,11 @@ from sdcomp.integer import PackedModel
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.rebuild import normal_tensors, rebuild
-from sdcomp.quantization import NotCalibratedError, QuantLayer, QuantModel
-from sdcomp.quantization.state import InputGrid, calibrated, input_grids
+from sdcomp.quantization import QuantLayer, QuantModel
+from sdcomp.quantization.attention import refuse_quantized_products
+from sdcomp.quantization.input_grids import InputGrid, input_grids
+from sdcomp.quantization.methods import refuse_branches
+from sdcomp.quantization.not_calibrated import calibrated, require_calibrated
 
 INPUTS = ("latents", "timestep", "context")
 """The inputs of an exported UNet, float32: `(B, C, h, w)`, `(1,)` and `(B, L, context_dim)`."""
@@ -173,8 +176,11 @@ class GraphUNet(nn.Module):
             )
         self.interval = Interval()
         self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
-        if quantized and unet.state.activations and not unet.calibrated:
-            raise NotCalibratedError("the activations have no scales yet: calibrate the model first")
+        if quantized and unet.state.activations:
+            require_calibrated(unet, "first")
+        refuse_quantized_products(unet, "an exported graph")
+        if quantized:
+            refuse_branches(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []
         with normal_tensors():
             twins = {layer.name: GraphLayer(layer, dialect, self.interval) for layer in layers}

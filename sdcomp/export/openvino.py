@@ -124,7 +124,11 @@ class OpenVINOUNet(nn.Module):
         self.register_buffer("weights", mapped)
         self.eval()
 
-    def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor | float, context: Tensor, *residuals: object
+    ) -> Tensor:
+        if residuals:
+            raise ValueError("an exported UNet takes no residuals of a ControlNet: run the UNet itself")
         timesteps = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1)
         if (timesteps != timesteps[0]).any():
             raise ValueError("an exported UNet takes one timestep for all rows: run others separately")

@@ -16,11 +16,12 @@ from sdcomp.errors import UserError
 from sdcomp.export.checkpoint import rounded_unet
 from sdcomp.files import resolve_input, write_text
 from sdcomp.model import ModelError, StableDiffusion
+from sdcomp.model.bypass import Bypass
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.files.diffusers_config import latent_size, unet_config, unet_settings
 from sdcomp.model.files.diffusers_folder import write_diffusers
 from sdcomp.model.files.names import unet_name
 from sdcomp.model.files.tensors import one_line, read_json, read_tensors
-from sdcomp.model.shrinking import Bypass, apply_channel_map, channel_map
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

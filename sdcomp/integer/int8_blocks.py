@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.integer.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
+from sdcomp.model.attention import CrossAttention, join_heads, split_heads
 from sdcomp.model.layers import silu
 from sdcomp.model.shrinking import Bypass
 from sdcomp.model.unet import (
     GEGLU,
-    CrossAttention,
     FeedForward,
     ResBlock,
     SpatialTransformer,
@@ -107,8 +107,8 @@ class Int8CrossAttention(_SpecialBlock, CrossAttention):
             q, k, v = _products([self.to_q, self.to_k, self.to_v], x)
         else:
             (q,), (k, v) = _products([self.to_q], x), _products([self.to_k, self.to_v], context)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous()).transpose(1, 2).flatten(2)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        out = join_heads(self.product(q, k.contiguous(), v.contiguous()))
         if accumulate is None:
             return self.to_out(out.to(x.dtype))
         return _add(self.to_out[0], out, accumulate)

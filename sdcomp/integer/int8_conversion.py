@@ -11,9 +11,10 @@ from sdcomp.integer.int8_layers import TENSORS
 from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
+from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
-from sdcomp.quantization.state import NotCalibratedError
+from sdcomp.quantization.not_calibrated import require_calibrated
 
 _FLOATS = tuple(kind for kind in TENSORS if kind != "weight")
 
@@ -32,17 +33,18 @@ def to_int8(
     kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
     layer: that saves memory and no time.
 
-    Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor.
+    Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor, and
+    without low-rank branches.
 
     Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
-    not quantized or have other grids, and (NotCalibratedError) for a model that is not calibrated; ValueError
-    for another dtype or execution.
+    not quantized or have other grids, for quantized attention products, and (NotCalibratedError) for a model
+    that is not calibrated; ValueError for another dtype or execution.
     """
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
-    if not model.calibrated:
-        raise NotCalibratedError("the activations have no scales yet: calibrate the model before to_int8()")
+    require_calibrated(model, "before to_int8()")
+    refuse_quantized_products(model, "int8 execution")
     for layer in model.quantized_layers():
         _check(layer)
     layers = {layer.name: layer for layer in model.quantized_layers()}
@@ -86,6 +88,8 @@ def _check(layer: QuantLayer | NBitLayer) -> None:
         reason = "only one of its sides is quantized"
     elif not weight.symmetric or weight.granularity == "group":
         reason = "its weights are affine or in groups of columns"
+    elif layer.branch_up is not None:
+        reason = "it has a low-rank branch"
     elif not layer.spec.calibrated:
         reason = "its input has a scale for each token"
     else:

@@ -16,7 +16,9 @@ from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.model_files import (
     COMMON,
     Format,
+    are_codes,
     check_common,
+    differing,
     read_files,
     refuse_damaged,
     refuse_differing,
@@ -95,12 +97,7 @@ def _check(
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the settings say."""
     wanted = dict(float_tensors(module, integers))
     layers = dict(module.named_modules())
-    wrong = [name for name in wanted.keys() | floats.keys() if name not in wanted or name not in floats]
-    for name in wanted.keys() & floats.keys():
-        floating = wanted[name].is_floating_point()
-        dtype = getattr(torch, settings["dtype"]) if floating else wanted[name].dtype
-        if (floats[name].shape, floats[name].dtype) != (wanted[name].shape, dtype):
-            wrong.append(name)
+    wrong = differing(floats, wanted, (getattr(torch, settings["dtype"]),))
     splits, intervals = settings["splits"], len(settings["starts"])
     for name, tensors in integers.items():
         layer = layers.get(name)
@@ -133,5 +130,5 @@ def _sound(tensors: Mapping[str, Tensor | None]) -> bool:
     """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
     _, scale, act_scale, zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
     finite_values = all(finite(t) for t in (scale, act_scale, zeros, bias) if t is not None)
-    codes = zeros is None or bool(((zeros >= 0) & (zeros <= 255) & (zeros == zeros.round())).all())
+    codes = zeros is None or are_codes(zeros, 255)
     return finite_values and codes and bool((scale > 0).all() and (act_scale >= 0).all())

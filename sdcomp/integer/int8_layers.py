@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from sdcomp.integer import int8_kernels
 from sdcomp.model.layers import linear
+from sdcomp.quantization.input_grids import InputGrid, input_grids
+from sdcomp.quantization.not_calibrated import calibrated
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
-from sdcomp.quantization.state import InputGrid, calibrated, input_grids
-
-_WIDE = 1024
-"""A convolution with at least that many output channels is one matrix product. In SD 1.5 these see maps of
-8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
 """The tensors of an integer layer."""
@@ -58,11 +55,11 @@ class Int8Layer(nn.Module):
         self._packed: list = []
 
     def _sizes(self) -> list[int]:
-        """Input channels of the parts."""
+        """Input channels of a skip concatenation's halves, or of the whole input."""
         return [self.shape[1]] if self.split is None else [self.split, self.shape[1] - self.split]
 
     def _scales(self) -> list[Tensor]:
-        """The weight scales of the parts, `(out,)` each."""
+        """The weight scales of the halves, or of the whole weight, `(out,)` each."""
         scales = [self.weight_scale] if self.split is None else self.weight_scale
         return [scale.expand(self.shape[0]).contiguous() for scale in scales]
 
@@ -73,15 +70,15 @@ class Int8Layer(nn.Module):
         """Lay the weight out for the integer kernels, unless it is already, and free the plain one."""
         if self._packed:
             return
-        parts = self.weight.split(self._sizes(), dim=1)
-        self._packed = [self._pack(w, s) for w, s in zip(parts, self._scales(), strict=True)]
+        halves = self.weight.split(self._sizes(), dim=1)
+        self._packed = [self._pack(w, s) for w, s in zip(halves, self._scales(), strict=True)]
         self.weight = None
 
     def integer_weight(self) -> Tensor:
         """The weight's integers, int8, in the original shape."""
         if not self._packed:
             return self.weight
-        return torch.cat([part.weight() for part in self._packed], dim=1)
+        return torch.cat([half.weight() for half in self._packed], dim=1)
 
     def input_grids(self) -> list[InputGrid]:
         """The grids of the input in the current interval, one, or two with a split."""
@@ -96,21 +93,21 @@ class Int8Layer(nn.Module):
         `accumulate` and `dtype`.
         """
         grids = self.input_grids()
-        parts = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
+        halves = x.split(self._sizes(), dim=self._channels) if self.split is not None else [x]
         if not self._packed:
-            fakes = [fake_quantize(p, g.scale, g.high, g.low) for p, g in zip(parts, grids, strict=True)]
+            fakes = [fake_quantize(h, g.scale, g.high, g.low) for h, g in zip(halves, grids, strict=True)]
             weights = self.weight.split(self._sizes(), dim=1)
             broadcast = (-1, *[1] * (self.weight.dim() - 1))
             exact = [w * s.view(broadcast) for w, s in zip(weights, self._scales(), strict=True)]
             x, weight = torch.cat(fakes, self._channels), torch.cat(exact, 1).to(x.dtype)
             return self._float(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        integers = [self._prepare(part, grid) for part, grid in zip(parts, grids, strict=True)]
+        integers = [self._prepare(half, grid) for half, grid in zip(halves, grids, strict=True)]
         return self.multiply(integers, dtype or x.dtype, accumulate)
 
-    def multiply(self, parts: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
-        """The output in `dtype` for an input that is quantized already."""
+    def multiply(self, halves: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
+        """The output in `dtype` for an input, or its two halves, that are quantized already."""
         bias = self.bias
-        for x, grid, packed in zip(parts, self.input_grids(), self._packed, strict=True):
+        for x, grid, packed in zip(halves, self.input_grids(), self._packed, strict=True):
             accumulate, bias = packed(x, grid, bias, dtype, accumulate), None
         return accumulate
 
@@ -150,29 +147,29 @@ class Int8Linear(Int8Layer):
 
 
 class Int8GatedLinear(Int8Linear):
-    """An `Int8Linear` whose outputs are values, then gates. Packed, it is two layers, one for each half."""
+    """An `Int8Linear` whose outputs are values, then gates. Packed, it is two layers: values and gates."""
 
     def pack(self) -> None:
         if not self._packed:
-            halves = zip(self.weight.chunk(2), self._scales()[0].chunk(2), strict=True)
-            self._packed, self.weight = [self._pack(w, s) for w, s in halves], None
+            both = zip(self.weight.chunk(2), self._scales()[0].chunk(2), strict=True)
+            self._packed, self.weight = [self._pack(w, s) for w, s in both], None
 
     def integer_weight(self) -> Tensor:
-        return torch.cat([half.weight() for half in self._packed]) if self._packed else self.weight
+        return torch.cat([packed.weight() for packed in self._packed]) if self._packed else self.weight
 
-    def multiply(self, parts: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
-        out = torch.cat([half(*parts, *rest, dtype) for half, *rest in self._halves()], dim=-1)
+    def multiply(self, halves: list[Tensor], dtype: torch.dtype, accumulate: Tensor | None = None) -> Tensor:
+        out = torch.cat([packed(*halves, *rest, dtype) for packed, *rest in self._values_and_gates()], dim=-1)
         return out if accumulate is None else accumulate.add_(out)
 
     def gated(self, x: Tensor) -> Tensor:
         """`value * gelu(gate)` in float32 for an input that is quantized already."""
-        (value, *first), (gate, *second) = self._halves()
+        (value, *first), (gate, *second) = self._values_and_gates()
         return gate(x, *second, torch.float32, post_op="gelu").mul_(value(x, *first, torch.float32))
 
-    def _halves(self) -> list[tuple]:
+    def _values_and_gates(self) -> list[tuple]:
         biases = (None, None) if self.bias is None else self.bias.chunk(2)
         grid = self.input_grids()[0]
-        return [(half, grid, bias) for half, bias in zip(self._packed, biases, strict=True)]
+        return [(packed, grid, bias) for packed, bias in zip(self._packed, biases, strict=True)]
 
 
 class Int8Conv2d(Int8Layer):
@@ -189,11 +186,8 @@ class Int8Conv2d(Int8Layer):
         self._padding = layer.padding if self._inside else (0, 0)
 
     def _pack(self, weight: Tensor, scale: Tensor) -> int8_kernels.Prepacked:
-        plain = self._groups == 1 and self._stride == self._dilation == (1, 1)
-        if plain and (weight.shape[2:] == (1, 1) or len(weight) >= _WIDE):
-            return int8_kernels.PrepackedConvAsMatmul(weight, scale, self._padding)
-        geometry = (list(self._stride), list(self._padding), list(self._dilation), self._groups)
-        return int8_kernels.PrepackedConv2d(weight, scale, *geometry)
+        geometry = (self._stride, self._padding, self._dilation, self._groups)
+        return int8_kernels.prepack_convolution(weight, scale, *geometry)
 
     def _pad(self, x: Tensor) -> Tensor:
         if self._inside:

@@ -7,17 +7,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution, why_no_kernels
 from sdcomp.integer.int8_blocks import layer_kind, specialize
 from sdcomp.integer.int8_layers import Int8Layer, Int8State
 from sdcomp.model.rebuild import normal_tensors, rebuild
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.timestep_argument import TimestepArgument
 
 
-class Int8Model(QuantizedWrapper):
+class Int8Model(QuantizedModel):
     """A quantized model with int8 weights, called like the module; made by `to_int8`.
 
     `execution` is "kernels" or "dequantized": see `sdcomp.integer.execution.choose_execution`. Everything but
@@ -66,7 +67,7 @@ class Int8Model(QuantizedWrapper):
         kwargs = self._enter(args, kwargs)
         if self.execution != "kernels":
             return call_in(self.dtype, self.module, args, kwargs)
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.is_floating_point()]
         for x in given:
             self._require(x.device, self.dtype)
         # The kernels' outputs have the channels last, so everything has.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from sdcomp.files import replacing, resolve_input
 from sdcomp.integer.execution import DTYPES
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
 from sdcomp.model.files.tensors import finite, listed, read_json, read_safetensors
-from sdcomp.model.shrinking import apply_channel_map, channel_map
 from sdcomp.model.unet import UNet
-from sdcomp.quantization.storage import TIMESTEP_ARG, TRAIN_TIMESTEPS, QuantizationFileError, starts_rule
+from sdcomp.quantization.quantization_files import (
+    TIMESTEP_ARG,
+    TRAIN_TIMESTEPS,
+    QuantizationFileError,
+    starts_rule,
+)
 from sdcomp.settings import ANYTHING, AnyOf, OneOf, Rule, TableOf, Whole, check_settings, within
 
 COMMON: dict[str, Rule] = {
@@ -106,6 +111,26 @@ def check_common(settings: Mapping[str, object], rules: Mapping[str, Rule]) -> N
     """Check settings by `rules`, which include `COMMON`, and the starts of the intervals by theirs."""
     check_settings(settings, rules)
     check_settings({"starts": settings["starts"]}, {"starts": starts_rule(settings["train_timesteps"])})
+
+
+def differing(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtypes: Sequence[torch.dtype]
+) -> list[str]:
+    """Return the names of tensors that are missing, too many, or of another shape or type than wanted.
+
+    Floating-point tensors may have any of the types `dtypes`.
+    """
+    names = list(found.keys() ^ wanted.keys())
+    for name in found.keys() & wanted.keys():
+        allowed = dtypes if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        if found[name].shape != wanted[name].shape or found[name].dtype not in allowed:
+            names.append(name)
+    return names
+
+
+def are_codes(values: Tensor, highest: int) -> bool:
+    """Whether all values are whole numbers from 0 to `highest`."""
+    return bool(((values >= 0) & (values <= highest) & (values == values.round())).all())
 
 
 def refuse_differing(file: Path, names: list[str]) -> None:

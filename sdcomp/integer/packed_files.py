@@ -17,7 +17,9 @@ from sdcomp.integer.int8_model import float_tensors
 from sdcomp.integer.model_files import (
     COMMON,
     Format,
+    are_codes,
     check_common,
+    differing,
     read_files,
     refuse_damaged,
     refuse_differing,
@@ -30,10 +32,10 @@ from sdcomp.integer.sparse_packing import mask_shape, matches_mask
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.tensors import finite, listed
+from sdcomp.quantization.layer_specs import LayerSpec, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable
-from sdcomp.quantization.specs import parameters_of, quantizer_of
-from sdcomp.quantization.state import LayerSpec
-from sdcomp.quantization.storage import QuantizationFileError
+from sdcomp.quantization.quantization_files import QuantizationFileError
+from sdcomp.quantization.scales import STORED
 from sdcomp.settings import ANYTHING, AnyOf, ListOf, OneOf, Rule, TableOf, Whole, shown
 
 FILES = Format("packed", "packed.json", "packed.safetensors")
@@ -70,16 +72,16 @@ def save_packed(model: PackedModel, folder: str | Path) -> Path:
         "splits": {name: layer.split for name, layer in layers.items() if layer.split is not None},
     }
     state = {
-        name: _half_if_exact(tensor) if tensor.is_floating_point() else tensor
+        name: _stored_if_exact(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in model.module.state_dict().items()
     }
     return write_files(folder, FILES, model.module, settings, state, indent=1)
 
 
-def _half_if_exact(tensor: Tensor) -> Tensor:
-    """Return a tensor in float16 if that holds all its values exactly."""
-    half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+def _stored_if_exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in the type `STORED` if that holds all its values exactly."""
+    narrow = tensor.to(STORED)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def load_packed(
@@ -134,11 +136,7 @@ def _check(
 ) -> None:
     """Raise QuantizationFileError unless the tensors are of the module, quantized as the specs say."""
     layers, wanted = dict(module.named_modules()), dict(float_tensors(module, specs))
-    wrong = list(wanted.keys() ^ floats.keys())
-    for name in wanted.keys() & floats.keys():
-        dtypes = DTYPES if wanted[name].is_floating_point() else (wanted[name].dtype,)
-        if floats[name].shape != wanted[name].shape or floats[name].dtype not in dtypes:
-            wrong.append(name)
+    wrong = differing(floats, wanted, DTYPES)
     for name, spec in specs.items():
         layer = layers.get(name)
         known = is_quantizable(layer) or isinstance(layer, QuantLayer | NBitLayer)
@@ -171,6 +169,10 @@ def _fits(layer: nn.Module, spec: LayerSpec, tensors: Mapping[str, Tensor | None
         blocks = packed.shape[1] if packed.dim() == 3 else 0
         wanted["packed_weight"] = ((block(spec.weight_quantizer.n_bits)[1], blocks, 1), (torch.uint8,))
         wanted["weight_mask"] = (mask_shape(weight), (torch.uint8,))
+    if (up := tensors["branch_up"]) is not None:
+        rank = max(up.shape[-1:].numel(), 1)
+        wanted["branch_down"] = ((rank, *weight[1:]), DTYPES)
+        wanted["branch_up"] = ((weight[0], rank), DTYPES)
     if layer.bias is not None:
         wanted["bias"] = (weight[:1], DTYPES)
     return all(
@@ -201,16 +203,12 @@ def _wanted(weight: tuple[int, ...], spec: LayerSpec) -> Iterator[tuple[str, tup
 
 def _sound(tensors: Mapping[str, Tensor | None], spec: LayerSpec) -> bool:
     """Whether a layer's values can be; an input scale of 0 is one that is not calibrated."""
-    _, _, scale, zeros, act_scale, act_zeros, bias = (tensors[kind] for kind in LAYER_TENSORS)
-    floats = (t for t in (scale, act_scale, act_zeros, bias) if t is not None)
+    _, _, scale, zeros, act_scale, act_zeros, down, up, bias = (tensors[kind] for kind in LAYER_TENSORS)
+    floats = (t for t in (scale, act_scale, act_zeros, down, up, bias) if t is not None)
     return (
         all(finite(t) for t in floats)
         and bool((scale > 0).all())
         and (zeros is None or bool((zeros <= spec.weight_quantizer.qmax).all()))
         and (act_scale is None or bool((act_scale >= 0).all()))
-        and (act_zeros is None or _codes(act_zeros, spec.act_quantizer.qmax))
+        and (act_zeros is None or are_codes(act_zeros, spec.act_quantizer.qmax))
     )
-
-
-def _codes(zeros: Tensor, qmax: int) -> bool:
-    return bool(((zeros >= 0) & (zeros <= qmax) & (zeros == zeros.round())).all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 
 import torch
@@ -12,9 +11,11 @@ from sdcomp.integer.bit_packing import Columns, block, dequantize, pack, unpack
 from sdcomp.integer.sparse_packing import dequantize_sparse, pack_sparse, pays, unpack_mask, unpack_sparse
 from sdcomp.model.layers import is_recorded, linear
 from sdcomp.model.rebuild import normal_tensors
+from sdcomp.quantization.layer_base import QuantizedLayer
+from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer
-from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
+from sdcomp.quantization.scales import Grid
+from sdcomp.quantization.shared_state import QuantState
 
 TENSORS = (
     "packed_weight",
@@ -23,6 +24,8 @@ TENSORS = (
     "weight_zero_point",
     "act_scale",
     "act_zero_point",
+    "branch_down",
+    "branch_up",
     "bias",
 )
 """The tensors of an n-bit layer."""
@@ -56,14 +59,15 @@ class Workspace:
         return Workspace()
 
 
-class NBitLayer(nn.Module):
+class NBitLayer(QuantizedLayer):
     """What `NBitConv2d` and `NBitLinear` have in common.
 
     Made of a layer (for its geometry), of `spec` and of tensors: `packed_weight`, see
     `sdcomp.integer.bit_packing`; `weight_mask`, for a weight whose zeros are left out, see
-    `sdcomp.integer.sparse_packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale` and
-    `act_zero_point`, in the shapes that they have in `QuantLayer`; `bias`. Scales are float16 where a
-    file has them so. Tensors that the spec does not need are None. `shape`: the shape of the dense weight.
+    `sdcomp.integer.sparse_packing`; `weight_scale` and `weight_zero_point` (uint8), `act_scale`,
+    `act_zero_point`, `branch_down` and `branch_up`, in the shapes that they have in `QuantLayer`; `bias`.
+    Scales and branches are float16 where a file has them so. Tensors that the spec does not need are None.
+    `shape`: the shape of the dense weight.
     `to` changes the type of the bias alone.
     """
 
@@ -71,8 +75,6 @@ class NBitLayer(nn.Module):
     weight_mask: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    act_scale: Tensor | None
-    act_zero_point: Tensor | None
 
     def _fill(
         self,
@@ -90,26 +92,7 @@ class NBitLayer(nn.Module):
             self.register_buffer(kind, tensors.get(kind))
         if self.bias is not None:
             self.bias = nn.Parameter(tensors["bias"], requires_grad=False)
-        self._input_grids = input_grids(self.act_scale, self.act_zero_point, spec.act_quantizer)
-
-    @property
-    def split(self) -> int | None:
-        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
-        return self.spec.split
-
-    @property
-    def weight_quantizer(self) -> UniformQuantizer:
-        """The quantizer of the weight."""
-        return self.spec.weight_quantizer
-
-    @property
-    def act_quantizer(self) -> UniformQuantizer | None:
-        """The quantizer of the input."""
-        return self.spec.act_quantizer
-
-    def input_grids(self) -> list[InputGrid]:
-        """The grids of the input in the current interval, one, or two with a split."""
-        return calibrated(self._input_grids, self.state.interval, self.name)
+        self._read_input_grids()
 
     def integer_weight(self) -> Tensor:
         """Return the weight as multiples of its scale, as `QuantLayer.integer_weight` does."""
@@ -150,10 +133,10 @@ class NBitLayer(nn.Module):
             border, groups = width // size * size, width // size
         scale, zero = self._by_group(self.weight_scale), self.weight_quantizer.qmax
         zeros = None if self.weight_zero_point is None else self._by_group(self.weight_zero_point)
-        parts = ((slice(0, border), slice(0, groups)), (slice(border, width), slice(groups, None)))
+        sides = ((slice(0, border), slice(0, groups)), (slice(border, width), slice(groups, None)))
         return [
             Columns(columns, scale[:, some], zero if zeros is None else zeros[:, some])
-            for columns, some in parts
+            for columns, some in sides
             if columns.start < columns.stop
         ]
 
@@ -169,16 +152,6 @@ class NBitLayer(nn.Module):
         if self.spec.calibrated:
             return self.state.quantize(x, self.input_grids(), self.split)
         return self._round_tokens(x)
-
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        return self.act_quantizer(x)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NBitLayer:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     def extra_repr(self) -> str:
         """Shape and quantizers."""
@@ -199,12 +172,8 @@ class NBitConv2d(NBitLayer, nn.Conv2d):
         self._fill(*args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._round(x)
-        return self._conv_forward(x, self.dense_weight(x.dtype), self.bias)
-
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        # A kernel covers several pixels, so an image is the smallest part with one scale.
-        return self.act_quantizer(x.flatten(1)).view_as(x)
+        rounded = self._round(x)
+        return self._plus_branch(self._conv_forward(rounded, self.dense_weight(x.dtype), self.bias), x)
 
 
 class NBitLinear(NBitLayer, nn.Linear):
@@ -215,8 +184,8 @@ class NBitLinear(NBitLayer, nn.Linear):
         self._fill(*args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._round(x)
-        return linear(x, self.dense_weight(x.dtype), self.bias)
+        rounded = self._round(x)
+        return self._plus_branch(linear(rounded, self.dense_weight(x.dtype), self.bias), x)
 
 
 def nbit_layer(layer: nn.Module, *args: object) -> NBitLayer:
@@ -249,5 +218,7 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
         "weight_zero_point": None if zero is None else zero.to(torch.uint8),
         "act_scale": layer.act_scale,
         "act_zero_point": layer.act_zero_point,
+        "branch_down": layer.branch_down,
+        "branch_up": layer.branch_up,
         "bias": None if layer.bias is None else layer.bias.detach(),
     }

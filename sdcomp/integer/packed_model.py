@@ -14,11 +14,15 @@ from sdcomp.integer.execution import check_dtype
 from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
 from sdcomp.model.rebuild import normal_tensors
+from sdcomp.quantization.attention import refuse_quantized_products
+from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
+from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.not_calibrated import require_calibrated
 from sdcomp.quantization.quantizer import UniformQuantizer
-from sdcomp.quantization.state import LayerSpec, NotCalibratedError, QuantState
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.shared_state import QuantState
+from sdcomp.quantization.timestep_argument import TimestepArgument
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Timesteps:
     timestep_arg: int | str | None
 
 
-class PackedModel(QuantizedWrapper):
+class PackedModel(QuantizedModel):
     """A quantized model with n-bit weights, called like the module; made by `to_packed`.
 
     Each layer unpacks its weight into `dtype` when it runs and computes in floating point, on any device:
@@ -122,19 +126,19 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     inputs as the simulation does: to calibrated grids, or to a grid for each token that each call finds anew.
     If the model's activations are switched off, it rounds none.
 
-    Raises UserError for a model or a layer whose weights are not quantized; NotCalibratedError where inputs
-    have no scales yet; ValueError for another dtype.
+    Raises UserError for a model or a layer whose weights are not quantized, and for quantized attention
+    products; NotCalibratedError where inputs have no scales yet; ValueError for another dtype.
     """
     if model.weight_quantizer is None:
         raise UserError("the weights are not quantized, so there is nothing to pack")
     if not model.state.weights:
         raise UserError("the weights are switched off: call set_use_quant(weights=True) before to_packed()")
     activations = model.state.activations
-    if activations and not model.calibrated:
-        raise NotCalibratedError(
-            "the activations have no scales yet: calibrate the model before to_packed(), or switch them off"
-            " with set_use_quant(activations=False)"
+    if activations:
+        require_calibrated(
+            model, "before to_packed(), or switch them off with set_use_quant(activations=False)"
         )
+    refuse_quantized_products(model, "a packed model")
     layers = {layer.name: _packed(layer, activations) for layer in model.quantized_layers()}
     floats = dict(float_tensors(model.module, layers))
     timesteps = Timesteps(model.starts, model.train_timesteps, getattr(model, "timestep_arg", None))

@@ -1,6 +1,10 @@
-"""Check that PyTorch can compute on a device of this machine."""
+"""The devices of this machine: whether PyTorch can compute on one, and its name."""
 
 from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -27,3 +31,18 @@ def check_device(device: object) -> torch.device:
             "give 'cpu', or install the PyTorch that is built for this device"
         ) from None
     return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The name of a GPU, or of the CPU with its number of cores."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"

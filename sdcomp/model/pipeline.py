@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdcomp.errors import NonFiniteError
+from sdcomp.model.batch_size import default_batch_size, rows_at_once
+from sdcomp.model.clip import encode_text
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.generate_arguments import Request, check_request, image_pixels
+from sdcomp.model.guidance import guided
 from sdcomp.model.offloading import weights_on
-from sdcomp.model.requests import Request, check_request, image_pixels, rows_at_once
-from sdcomp.model.samplers import SAMPLER, STEPS, Sampler, make_sampler, row_noise
+from sdcomp.model.prompt_warnings import check_prompts
+from sdcomp.model.samplers import SAMPLER, STEPS, Sampler, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
-from sdcomp.model.text import check_prompts, encode_text, tokenize
+from sdcomp.model.seeds import image_generators, row_noise
+from sdcomp.model.tokenizer import tokenize
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import VOCABULARY
 
@@ -76,7 +81,7 @@ class StableDiffusion:
     @property
     def batch_size(self) -> int:
         """The default `batch_size` of `generate` for images of the model's own size."""
-        return rows_at_once(16, image_pixels(self.config, None))
+        return default_batch_size(image_pixels(self.config, None))
 
     @property
     def _wide(self) -> torch.dtype:
@@ -236,7 +241,7 @@ class StableDiffusion:
         self, asked: Request, rows: list[int], solver: Sampler, bar: tqdm, path: list | None
     ) -> Tensor:
         """Generate one batch; append each step's latents and noise prediction to `path`, if given."""
-        generators = [torch.Generator().manual_seed(asked.seeds[r]) for r in rows]
+        generators = image_generators([asked.seeds[r] for r in rows])
         texts = [asked.prompts[r] for r in rows]
         if asked.scale != 1:
             texts = [asked.negatives[r % len(asked.negatives)] for r in rows] + texts
@@ -282,7 +287,4 @@ class StableDiffusion:
         both = latents if scale == 1 else torch.cat([latents, latents])
         with self._ready(self.unet):
             predicted = self.unet(both.to(self.dtype), timestep, context).to(latents.dtype)
-        if scale == 1:
-            return predicted
-        negative, positive = predicted.chunk(2)
-        return negative + scale * (positive - negative)
+        return guided(predicted.chunk(1 if scale == 1 else 2), scale)

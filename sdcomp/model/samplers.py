@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
 from torch import Tensor
 
 from sdcomp.model.schedule import NoiseSchedule
@@ -124,8 +123,3 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int) -> Sampler:
             stacklevel=4,  # the line that calls `generate`, which has a decorator
         )
     return sampler
-
-
-def row_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise `(len(generators), *shape)` on the CPU, each row from its own generator."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -8,15 +8,17 @@ these load strictly once their prefix is removed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdcomp.model.attention import CrossAttention
 from sdcomp.model.config import UNetConfig
 from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
-from sdcomp.model.shrinking import PruneGroup
+from sdcomp.model.prune_groups import PruneGroup
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -49,27 +51,6 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of tokens `(B, N, dim)` to a context `(B, L, context_dim)` or to themselves."""
-
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = Linear(dim, dim, bias=False)
-        self.to_k = Linear(context_dim, dim, bias=False)
-        self.to_v = Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(Linear(dim, dim), nn.Identity())
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -174,12 +155,13 @@ class UNet(nn.Module):
 
     `forward(latents, timesteps, context)`: `(B, in_channels, h, w)`, `(B,)` or a scalar (training
     timesteps, 0 to 999), `(B, L, context_dim)` -> `(B, out_channels, h, w)`. `h` and `w` must be
-    divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters.
+    divisible by `2 ** (levels - 1)`. At `SD15.unet` it has 859,520,964 parameters. A ControlNet (Zhang et al.
+    2023) gives `down_residuals`, one for each input block, and `mid_residual`, all of these blocks' shapes.
 
     A timestep that all rows share is embedded once, because a matrix product may round each row in another
     way: equal rows stay equal. With `recompute` set to True, the backward pass computes each stage again
     instead of keeping its activations (Chen et al. 2016). Raises ValueError for a number of timesteps that
-    does not fit the rows.
+    does not fit the rows, or of residuals that does not fit the blocks.
     """
 
     recompute = False
@@ -246,13 +228,24 @@ class UNet(nn.Module):
             channels = widths[i // (self.config.num_res_blocks + 1)]
         return splits
 
-    def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor | float,
+        context: Tensor,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
         emb = self._embed(timesteps, latents)
         h, skips = latents, []
         for stage in self.input_blocks:
             h = self._run(stage, h, emb, context)
             skips.append(h)
         h = self._run(self.middle_block, h, emb, context)
+        if down_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if mid_residual is not None:
+            h = h + mid_residual
         for stage in self.output_blocks:
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)

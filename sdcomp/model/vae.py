@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.config import VAEConfig
 from sdcomp.model.layers import GroupNorm, silu
 
@@ -45,12 +46,13 @@ class AttnBlock(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
+        self.product = AttentionProduct()
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        out = self.product(q, k, v)[:, 0]
         return x + self.proj_out(out.transpose(1, 2).unflatten(2, x.shape[-2:]))
 
 

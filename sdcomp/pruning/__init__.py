@@ -1,7 +1,7 @@
 """Pruning of any `nn.Module`: zeroed weights, N:M patterns, smaller networks, and their sizes on disk."""
 
 from sdcomp.budgets import Curve, allocate
-from sdcomp.model.shrinking import apply_channel_map, channel_map
+from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.pruning.disk_sizes import disk_sizes
 from sdcomp.pruning.importance import IMPORTANCES, Calibration, calibrate
 from sdcomp.pruning.patterns import n_m_budgets, prune_n_m

@@ -10,7 +10,8 @@ from itertools import pairwise
 from torch import nn
 
 from sdcomp.budgets import Curve, allocate, lower_hull
-from sdcomp.model.shrinking import PruneGroup, keep_units
+from sdcomp.model.channel_map import keep_units
+from sdcomp.model.prune_groups import PruneGroup
 from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, prunable_layers
 from sdcomp.pruning.least_squares import STEPS, Levels, correct_inputs, removal_levels

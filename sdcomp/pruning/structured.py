@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdcomp.model.shrinking import PruneGroup, keep_units
+from sdcomp.model.channel_map import keep_units
+from sdcomp.model.prune_groups import PruneGroup
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 from sdcomp.pruning.removal import group_levels, remove_units

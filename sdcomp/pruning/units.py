@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sdcomp.model.shrinking import PruneGroup, prune_groups
+from sdcomp.model.prune_groups import PruneGroup, prune_groups
 from sdcomp.pruning.layers import find_parts
 
 HEADS_PER_UNIT = 1

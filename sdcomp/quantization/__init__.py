@@ -5,12 +5,12 @@ from sdcomp.quantization.describe import describe
 from sdcomp.quantization.filters import FILTERS, published_filters
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.not_calibrated import NotCalibratedError
 from sdcomp.quantization.observer import CalibrationError
+from sdcomp.quantization.quantization_files import QuantizationFileError, load_quant_model, save_quant_model
 from sdcomp.quantization.quantize import apply_recipe, quantize
 from sdcomp.quantization.quantizer import UniformQuantizer, UniformSymmetricQuantizer, fake_quantize
 from sdcomp.quantization.recipes import PRESETS, Recipe, build
-from sdcomp.quantization.state import NotCalibratedError
-from sdcomp.quantization.storage import QuantizationFileError, load_quant_model, save_quant_model
 
 __all__ = [
     "FILTERS",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.quantizer import Grid
+from sdcomp.quantization.scales import Grid
 
 if TYPE_CHECKING:
     import pandas as pd

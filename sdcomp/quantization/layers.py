@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import Linear, linear
 from sdcomp.model.rebuild import normal_tensors, shared
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer
-from sdcomp.quantization.state import InputGrid, LayerSpec, QuantState, calibrated, input_grids
+from sdcomp.quantization.layer_base import QuantizedLayer
+from sdcomp.quantization.layer_specs import LayerSpec
+from sdcomp.quantization.scales import STORED, Grid
+from sdcomp.quantization.shared_state import QuantState
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(QuantizedLayer):
     """What `QuantConv2d` and `QuantLinear` have in common.
 
     `weight`, `bias`: full precision, their memory shared with the original layer. `spec`: quantizers and
@@ -27,14 +29,13 @@ class QuantLayer(nn.Module):
     the nearest. Buffers `(k,)`, one value for each timestep interval, or `(k, 2)` with a split: `act_scale`
     (0: not calibrated), `act_zero_point`, and `act_clipped`, the share of calibration values beyond the
     range. Zero points are there for affine grids. All are float32 and stay so when the model is converted.
+    Where there is a low-rank branch, the weight without it is rounded: see `rounded_part`.
     """
 
     weight: nn.Parameter
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     weight_integers: Tensor | None
-    act_scale: Tensor | None
-    act_zero_point: Tensor | None
     act_clipped: Tensor | None
 
     @classmethod
@@ -51,7 +52,8 @@ class QuantLayer(nn.Module):
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             setattr(made, kind, getattr(layer, kind).copy())
         made._fake_weight = None
-        made.register_buffer("weight_integers", None)
+        for kind in ("weight_integers", "branch_down", "branch_up"):
+            made.register_buffer(kind, None)
         grids = [Grid(None)]
         if spec.weight_quantizer is not None:
             try:
@@ -77,21 +79,6 @@ class QuantLayer(nn.Module):
         """Construct a layer of the same geometry, without memory for its weights."""
         raise NotImplementedError
 
-    @property
-    def split(self) -> int | None:
-        """Channels of the first half of a skip concatenation, see `LayerSpec`."""
-        return self.spec.split
-
-    @property
-    def weight_quantizer(self) -> UniformQuantizer | None:
-        """The quantizer of the weight."""
-        return self.spec.weight_quantizer
-
-    @property
-    def act_quantizer(self) -> UniformQuantizer | None:
-        """The quantizer of the input."""
-        return self.spec.act_quantizer
-
     def set_weight_grids(self, grids: list[Grid]) -> None:
         """Take over the grids of the weight, or of each of its halves."""
         for kind, halves in zip(("scale", "zero_point"), zip(*grids, strict=True), strict=True):
@@ -111,8 +98,20 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_integers", integers)
         self.clear_cache()
 
-    def _read_input_grids(self) -> None:
-        self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
+    def set_branch(self, down: Tensor, up: Tensor) -> None:
+        """Take over the factors of a low-rank branch, `(rank, columns)` and `(out, rank)`.
+
+        They are rounded to `STORED`. The grids become those of the rest of the weight.
+        """
+        self.register_buffer("branch_down", down.to(STORED).float().view(-1, *self.weight.shape[1:]))
+        self.register_buffer("branch_up", up.to(STORED).float())
+        self.register_buffer("weight_integers", None)
+        self.set_weight_grids([self.weight_quantizer.grid(half) for half in self.halves(self.rounded_part())])
+
+    def rounded_part(self) -> Tensor:
+        """Return what is rounded: the weight, without the product of a low-rank branch."""
+        weight, branch = self.weight.detach(), self.branch_weight()
+        return weight if branch is None else weight - branch.view_as(weight).to(weight.dtype)
 
     def halves(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return a weight itself, or its two halves if there is a split."""
@@ -128,17 +127,17 @@ class QuantLayer(nn.Module):
         return [Grid(scale, zero) for scale, zero in zip(self.weight_scale, zeros, strict=True)]
 
     def per_half(self, function: Callable[[Tensor, Grid], Tensor], weight: Tensor | None = None) -> Tensor:
-        """Apply `function(weight, grid)` to the weight, or to each half and join the results.
+        """Apply `function(weight, grid)` to the `rounded_part`, or to each half and join the results.
 
         Another tensor of its shape may be given for the weight.
         """
-        weight = self.weight.detach() if weight is None else weight
+        weight = self.rounded_part() if weight is None else weight
         pairs = zip(self.halves(weight), self.weight_grids(), strict=True)
         halves = [function(half, grid) for half, grid in pairs]
         return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
 
     def integer_weight(self) -> Tensor:
-        """Return the weight as multiples of its scale, in its shape: int8, or int16 for 8 bits and affine.
+        """Return the rounded part as multiples of its scale: int8, or int16 for 8 bits and affine.
 
         Raises ValueError where weights are not quantized.
         """
@@ -149,7 +148,7 @@ class QuantLayer(nn.Module):
         return self.per_half(self.weight_quantizer.integers)
 
     def fake_weight(self) -> Tensor:
-        """Return the rounded weight. It is made at the first call and kept until the weight changes."""
+        """Return the rounded part after rounding. It is made once, and kept until the weight changes."""
         weight = self.weight if self.weight_integers is None else self.weight_integers
         # Inference tensors do not count their changes; a tracer's tensors must not outlive it.
         keep = not (weight.is_inference() or torch.compiler.is_compiling())
@@ -181,13 +180,6 @@ class QuantLayer(nn.Module):
             self.act_zero_point.copy_(zero_points)
         self._read_input_grids()
 
-    def input_grids(self) -> list[InputGrid]:
-        """The grids of the input in the current interval, one, or two with a split.
-
-        Raises NotCalibratedError, which names the layer.
-        """
-        return calibrated(self._input_grids, self.state.interval, self.name)
-
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the weight to compute with."""
         state, grids = self.state, None
@@ -207,15 +199,8 @@ class QuantLayer(nn.Module):
         quantized = state.weights and self.weight_quantizer is not None
         return x, self.fake_weight() if quantized else self.weight
 
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        """Round each token, a slice along the last dimension, to a grid of its own."""
-        return self.act_quantizer(x)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)
         self.clear_cache()
         return self
 
@@ -239,12 +224,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self._operands(x)
-        return self._conv_forward(x, weight, self.bias)
-
-    def _round_tokens(self, x: Tensor) -> Tensor:
-        # A kernel covers several pixels, so an image is the smallest part with one scale.
-        return self.act_quantizer(x.flatten(1)).view_as(x)
+        rounded, weight = self._operands(x)
+        output = self._conv_forward(rounded, weight, self.bias)
+        return output if weight is self.weight else self._plus_branch(output, x)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -255,8 +237,9 @@ class QuantLinear(QuantLayer, nn.Linear):
         return cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self._operands(x)
-        return linear(x, weight, self.bias)
+        rounded, weight = self._operands(x)
+        output = linear(rounded, weight, self.bias)
+        return output if weight is self.weight else self._plus_branch(output, x)
 
 
 _KINDS: dict[type, type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, Linear: QuantLinear}

@@ -11,26 +11,27 @@ from torch import nn
 from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
 from sdcomp.model.rebuild import normal_tensors, rebuild
+from sdcomp.quantization.attention import quantized_products
 from sdcomp.quantization.filters import FILTERS, matches
 from sdcomp.quantization.intervals import uniform_starts
+from sdcomp.quantization.layer_specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
+from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.shared_state import QuantState
 from sdcomp.quantization.shortcuts import shortcut_splits
-from sdcomp.quantization.specs import layer_specs, parameters_of, quantizer_of
-from sdcomp.quantization.state import QuantState
-from sdcomp.quantization.wrapper import QuantizedWrapper, TimestepArgument
+from sdcomp.quantization.timestep_argument import TimestepArgument
 from sdcomp.settings import whole_number
 
 TIMESTEPS = 40
 """The steps of a calibration by default."""
 
 
-class QuantModel(QuantizedWrapper):
+class QuantModel(QuantizedModel):
     """A module with simulated n-bit weights and activations, called like the module itself.
 
     Every `nn.Conv2d` and `nn.Linear` that `quant_filters` does not leave out rounds its weight, per output
-    channel, and its input, per tensor. Attention's products of queries, keys and values are not quantized.
-    `module` itself stays as it is; its weights are shared, not copied. For inference only: see
-    `sdcomp.quantization.training` for gradients through the rounding.
+    channel, and its input, per tensor. `module` itself stays as it is; its weights are shared, not copied.
+    For inference only: see `sdcomp.quantization.rounding_gradients` for gradients through the rounding.
 
     Memory: the rounded weights are kept from the first call on, as many bytes again as the quantized weights
     (3.4 GB for Stable Diffusion 1.5's UNet in float32). `clear_cache` frees them.
@@ -42,13 +43,16 @@ class QuantModel(QuantizedWrapper):
     `quant_filters`: see `sdcomp.quantization.filters.matches`; or "published", see `published_filters`.
     `overrides`: filters, each with `weight_quant_params` and `act_quant_params` that change those of the
     layers it matches, for example `{"time_embed": {"act_quant_params": {"n_bits": 8}}}`; or the name of a set
-    in `sdcomp.quantization.specs.OVERRIDES`. Of several that match, the last one decides.
+    in `sdcomp.quantization.overrides.OVERRIDES`. Of several that match, the last one decides.
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
+    `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
+    the bits of `act_quant_params`: see `QuantAttentionProduct`. This is simulated only.
 
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
-    `split_shortcuts` of a module whose skip concatenations are unknown, for a module that is quantized
-    already, and for weights that are not finite.
+    `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`
+    without such products or without `act_quant_params`, for a module that is quantized already, and for
+    weights that are not finite.
     """
 
     train_timesteps = 1000
@@ -62,6 +66,7 @@ class QuantModel(QuantizedWrapper):
         quant_filters: Sequence[str] | str = (),
         overrides: Mapping[str, Mapping[str, object]] | str = {},
         split_shortcuts: bool = False,
+        quantize_attention_products: bool = False,
         _starts: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
@@ -75,6 +80,7 @@ class QuantModel(QuantizedWrapper):
             raise ValueError("weight_quant_params and act_quant_params are both None: nothing to quantize")
         self.quant_filters = _as_filters(quant_filters, module)
         self.split_shortcuts = split_shortcuts
+        self.quantize_attention_products = quantize_attention_products
         self.state = QuantState()
 
         layers = {name: layer for name, layer in module.named_modules() if is_quantizable(layer)}
@@ -88,6 +94,8 @@ class QuantModel(QuantizedWrapper):
             twins = {
                 name: quantize_layer(layers[name], name, self.state, spec) for name, spec in specs.items()
             }
+            if quantize_attention_products:
+                twins |= quantized_products(module, self.act_quantizer, self.state)
             self.module = rebuild(module, twins)
             # Weights alone need no calibration.
             self.register_buffer(
@@ -179,6 +187,7 @@ class QuantModel(QuantizedWrapper):
             "quant_filters": self.quant_filters,
             "overrides": self.overrides,
             "split_shortcuts": self.split_shortcuts,
+            "quantize_attention_products": self.quantize_attention_products,
         }
 
     def _load_from_state_dict(self, *args: object) -> None:
@@ -197,7 +206,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
     or "optimal", where calibration places them. `timestep_arg`: where the module takes its timesteps, by
     position or name; by default the argument named `timestep` or `timesteps`, or else position 1. A name that
     the module's `forward` does not have, as for a block without timesteps, is a keyword argument that the
-    wrapper takes for itself. Calls give timesteps as a number or a tensor.
+    model takes for itself. Calls give timesteps as a number or a tensor.
 
     Calls raise ValueError for timesteps out of 0 to `train_timesteps`, and for a batch whose timesteps lie in
     different intervals.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.ranges import NORM, channel_clips, search_ranges
+from sdcomp.quantization.scales import Grid, grid_of_range
 from sdcomp.settings import Whole, whole_number
 
 BITS = Whole(2, 8)
@@ -18,19 +18,6 @@ SCALE_METHODS = ("max", "mse")
 GRANULARITIES = ("tensor", "channel", "group", "token")
 
 Number = float | Tensor
-
-_SMALLEST = 2.0**-126
-"""Smaller scales have no finite reciprocal and become 1: the values are zeros then."""
-
-
-class Grid(NamedTuple):
-    """The values that a tensor is rounded to: `scale * (code - zero_point)`.
-
-    Both are float32 in the shape that the granularity gives; a symmetric grid has no `zero_point`.
-    """
-
-    scale: Tensor
-    zero_point: Tensor | None = None
 
 
 def fake_quantize(x: Tensor, scale: Number, high: Number, low: Number | None = None) -> Tensor:
@@ -125,17 +112,11 @@ class UniformQuantizer:
     def grid_of_range(self, low: Tensor, high: Tensor) -> Grid:
         """Return the grid that covers ranges from `low` to `high`, float32 tensors of one shape.
 
-        A symmetric grid covers the larger magnitude of both, an affine one zero as well. The many scales of
-        groups are rounded to float16, so that two bytes hold each of them exactly.
+        The many scales of groups are rounded to `STORED`; see `sdcomp.quantization.scales`.
         """
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = torch.maximum(-low, high) / self.qmax if self.symmetric else (high - low) / self.qmax
-        if self.granularity == "group":
-            scale = scale.clamp(max=torch.finfo(torch.float16).max).half().to(scale)
-        scale = torch.where(scale > _SMALLEST, scale, 1.0)
-        if self.symmetric:
-            return Grid(scale)
-        return Grid(scale, (-low / scale).round_().clamp_(0, self.qmax))
+        return grid_of_range(
+            low, high, self.qmax, symmetric=self.symmetric, stored=self.granularity == "group"
+        )
 
     def bounds(self, zero_point: Number | None) -> tuple[Number, Number]:
         """Return the lowest and the highest multiple of the scale that a grid holds."""

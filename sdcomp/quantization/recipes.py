@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sdcomp.quantization.methods import Method, SecondOrderRounding
+from sdcomp.quantization.methods import LowRankBranch, Method, SecondOrderRounding
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 
 _TIMESTEP_ONLY = ("timesteps", "k", "boundaries", "timestep_arg", "train_timesteps")
@@ -84,6 +84,14 @@ PRESETS: dict[str, Recipe] = {
         model=_ENDS,
         calibrator=_MSE,
         methods=_GPTQ,
+    ),
+    "low_rank": Recipe(
+        "low_bits beside low-rank branches in 16 bits",
+        weights=_MSE_WEIGHTS,
+        inputs=_AFFINE,
+        model=_ENDS,
+        calibrator=_MSE,
+        methods=(LowRankBranch(),),
     ),
     "timestep_low_bits": Recipe(
         "low_bits with affine inputs of their own in each of k timestep intervals",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sdcomp.errors import UserError
 from sdcomp.files import replacing
 from sdcomp.quantization.model import QuantModel
-from sdcomp.quantization.storage import load_quantization_state, quantization_state
+from sdcomp.quantization.quantization_files import load_quantization_state, quantization_state
 
 _EVERY = 30.0
 """Seconds between two checkpoints, at least."""

@@ -16,8 +16,9 @@ LADDER: dict[str, Recipe] = {
     "affine_gptq": replace(_BEST, model={}),
     "low_bits": _BEST,
     "timestep_low_bits": PRESETS["timestep_low_bits"],
+    "low_rank": PRESETS["low_rank"],
 }
-"""Recipes in order: each has one thing more than the one before it."""
+"""Recipes in order: each has one thing more than the one before it; the last two, than `low_bits`."""
 
 
 def range_recipe(

@@ -7,7 +7,7 @@ from torch import Tensor
 from sdcomp.quantization import QuantModel, Recipe
 from sdcomp.study.variants import Variant
 
-_BUFFERS = ("weight_scale", "weight_zero_point", "weight_integers")
+_BUFFERS = ("weight_scale", "weight_zero_point", "weight_integers", "branch_down", "branch_up")
 
 
 def take_rounding(model: QuantModel, other: QuantModel) -> None:

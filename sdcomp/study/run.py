@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from sdcomp.errors import UserError
-from sdcomp.evaluation.precision import fix_precision, precision_facts
+from sdcomp.evaluation.float_precision import fix_precision, precision_facts
 from sdcomp.files import ROOT, replacing, resolve_output, sha256
 from sdcomp.model import local_model
 from sdcomp.study.parameters import read_parameters

@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from sdcomp.evaluation import weight_bytes
+from sdcomp.export import OpenVINOUNet
 from sdcomp.integer import Int8Model, PackedModel, packed_files, save_packed, to_packed
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import QuantLayer, QuantModel
+from sdcomp.quantization.scales import STORED
 
 
 def packed_bytes(unet: nn.Module) -> int:
@@ -33,6 +35,8 @@ def packed_bytes(unet: nn.Module) -> int:
             continue  # counted with the weight
         layer = rounded.get(name)
         bits = layer.weight_quantizer.n_bits if layer else 8 * tensor.element_size()
+        if name.endswith((".branch_down", ".branch_up")):
+            bits = 8 * STORED.itemsize
         values = layer.integer_weight() if layer else tensor
         n, nonzero = values.numel(), int(values.count_nonzero())
         total += -(-min(n * bits, n + nonzero * bits) // 8)
@@ -40,13 +44,16 @@ def packed_bytes(unet: nn.Module) -> int:
 
 
 def stored_bytes(unet: nn.Module) -> tuple[int, bool]:
-    """Bytes of a UNet on disk, and whether `sdcomp.save` writes a file of that size.
+    """Bytes of a UNet on disk, and whether `sdcomp.save` or `sdcomp.export` writes a file of that size.
 
     Quantized weights have the bytes of a packed file, which is written to a temporary folder and weighed.
+    An exported UNet has the bytes of its weights.
     Where no file leaves zeros out (weights that are not quantized) the bytes are `packed_bytes`.
     """
     if isinstance(unet, Int8Model):
         return disk_sizes(unet.module)["dense"], True
+    if isinstance(unet, OpenVINOUNet):
+        return weight_bytes(unet), True
     if isinstance(unet, PackedModel) or (isinstance(unet, QuantModel) and _can_be_packed(unet)):
         return packed_file_bytes(unet), True
     packed = packed_bytes(unet)

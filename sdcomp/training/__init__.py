@@ -1,5 +1,6 @@
 """Training: the tiny model from its rendered scenes, and the recovery of compressed UNets."""
 
+from sdcomp.training.caption_tokenizer import caption_tokenizer
 from sdcomp.training.data import SceneSet, scene_set
 from sdcomp.training.loop import Trained, fit
 from sdcomp.training.recovery import recover
@@ -12,7 +13,6 @@ from sdcomp.training.stages import (
     train_vae,
     vae_round_trips,
 )
-from sdcomp.training.tokenizer import caption_tokenizer
 
 __all__ = [
     "Latents",

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
+from sdcomp.model.clip import clip_pixels, text_states
 from sdcomp.model.schedule import NoiseSchedule
-from sdcomp.model.text import clip_pixels, text_states, tokenize
+from sdcomp.model.tokenizer import tokenize
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes import BACKGROUNDS, Scene, caption, render

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcomp.errors import UserError
 from sdcomp.model import StableDiffusion, weights_digest
-from sdcomp.model.requests import image_pixels, rows_at_once
+from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
+from sdcomp.model.generate_arguments import image_pixels
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
-from sdcomp.quantization.training import rounded, trainable
+from sdcomp.quantization.not_calibrated import require_calibrated
+from sdcomp.quantization.rounding_gradients import rounded, trainable
 from sdcomp.settings import whole_number
 from sdcomp.training.loop import Loss, Trained, fit
 
@@ -52,7 +53,7 @@ def recover(
     with the prompt and with the negative prompt. Training then runs the compressed UNet alone. The generation
     takes `sampling_steps` steps; `sampling` are further arguments of `StableDiffusion.generate`:
     `negative_prompt`, `sampler`, `guidance_scale`, `size`. A `QuantModel` is trained through the rounding,
-    see `sdcomp.quantization.training`. Its full-precision weights are then the trained ones.
+    see `sdcomp.quantization.rounding_gradients`. Its full-precision weights are then the trained ones.
 
     There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
     new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.
@@ -66,7 +67,7 @@ def recover(
     `batch_size`; UserError for an int8 or packed UNet; and what `generate` and `fit` raise.
     """
     prompts = _check(unet, prompts, steps, batch_size)
-    own = rows_at_once(16, image_pixels(sd.config, sampling.get("size")))
+    own = default_batch_size(image_pixels(sd.config, sampling.get("size")))
     rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole_number("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
@@ -75,7 +76,7 @@ def recover(
     quantized = isinstance(unet, QuantModel)
     student = trainable(unet) if quantized else copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student, unet)
-    _set_recompute(student, own < 16 if recompute is None else recompute)
+    _set_recompute(student, own < BATCH_SIZE if recompute is None else recompute)
     inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
     inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
     loss = _distillation_loss(student, calls, batch_size, rows, autocast)
@@ -97,8 +98,8 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not isinstance(unet, QuantModel):
         prunable_layers(unet, [""])  # refuses integer layers and weights that are not finite
-    elif not unet.calibrated:
-        raise UserError("this model has no scales for its inputs yet: calibrate it before the recovery")
+    else:
+        require_calibrated(unet, "before the recovery")
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
     if whole_number("batch_size", batch_size) < 1:

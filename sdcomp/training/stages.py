@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from sdcomp.model import ModelConfig, NoiseSchedule, UNet, VAEDecoder, VAEEncoder, weights_digest
-from sdcomp.model.text import build_clip
+from sdcomp.model.clip import build_clip
 from sdcomp.scenes.reader import SceneReader
 from sdcomp.training.data import SceneSet
 from sdcomp.training.loop import Trained, fit

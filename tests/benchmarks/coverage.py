@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from sdcomp.evaluation import Estimate, bootstrap, kid_values, median
-from sdcomp.evaluation.shares import effective_number, tango, wilson
+from sdcomp.evaluation.share_intervals import effective_number, tango, wilson
 
 NUMBERS = (16, 64, 256)
 SHARES = (0.02, 0.5, 0.9)

@@ -38,10 +38,10 @@ from sdcomp.quantization import QuantModel
 MODELS = {"tiny": (TINY, 16), "sd15": (SD15, 2)}  # configuration, rows
 
 
-def inputs(model: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(model: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     config, rows = MODELS[model]
     side = config.image_size // config.vae.downsampling
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(rows, config.unet.in_channels, side, side, generator=generator)
     length = config.text["max_position_embeddings"]
     context = torch.randn(rows, length, config.unet.context_dim, generator=generator)
@@ -53,19 +53,22 @@ def build(model: str) -> UNet:
     return UNet(MODELS[model][0].unet).eval().requires_grad_(False)
 
 
-def calibrated(unet: nn.Module, call: tuple[Tensor, Tensor, Tensor]) -> QuantModel:
-    """A UNet quantized to 8 bits, calibrated on the largest magnitudes of one call."""
+def calibrated(unet: nn.Module, *calls: tuple[Tensor, Tensor, Tensor]) -> QuantModel:
+    """A UNet quantized to 8 bits, calibrated on the largest magnitudes of some calls."""
     q = QuantModel(unet).set_use_quant(False, False)
+    found: dict[str, Tensor] = {}
 
     def widest(layer: nn.Module, args: tuple[Tensor]) -> None:
-        scale = args[0].abs().max() / q.act_quantizer.qmax
-        layer.set_act_scales(scale[None], torch.zeros(1))
+        largest = args[0].abs().max()
+        found[layer.name] = torch.maximum(largest, found.get(layer.name, largest))
 
     for layer in q.quantized_layers():
         layer.register_forward_pre_hook(widest)
-    q(*call)
+    for call in calls:
+        q(*call)
     for layer in q.quantized_layers():
         layer._forward_pre_hooks.clear()
+        layer.set_act_scales(found[layer.name][None] / q.act_quantizer.qmax, torch.zeros(1))
     q.is_calibrated.fill_(True)
     return q.set_use_quant()
 

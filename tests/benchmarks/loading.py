@@ -30,8 +30,9 @@ from torch import nn
 import sdcomp
 from sdcomp.evaluation.timing import interleaved_times, median
 from sdcomp.model import SD15, TINY, StableDiffusion, UNet, VAEDecoder, VAEEncoder
+from sdcomp.model.clip import build_text_encoder
 from sdcomp.model.config import ModelConfig
-from sdcomp.model.text import build_text_encoder, load_tokenizer
+from sdcomp.model.tokenizer import load_tokenizer
 
 CASES = [
     ("model.safetensors", "float32"),

@@ -90,29 +90,6 @@ def balanced(unet: nn.Module, run: Callable[[nn.Module], object], alpha: float, 
     return unet
 
 
-def with_branches(unet: nn.Module, rank: int) -> nn.Module:
-    """SVDQuant (Li et al. 2025): the `rank` largest singular vectors stay unquantized beside the layer."""
-    unet = copy.deepcopy(unet)
-    for layer in list(unet.modules() if rank else ()):
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            continue
-        weight = layer.weight.detach()
-        u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-        branch = ((u[:, :rank] * s[:rank]) @ v[:rank]).view_as(weight)
-        layer.weight = nn.Parameter(weight - branch, requires_grad=False)
-        layer.register_forward_hook(
-            lambda module, args, out, branch=branch: out + product(module, args[0], branch)
-        )
-    return unet
-
-
-def average_bits(unet: nn.Module, bits: int, rank: int) -> float:
-    """Bits a weight, with the branches' 16-bit factors and without scales."""
-    weights = [m.weight.flatten(1) for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    factors = sum(min(rank, *w.shape) * sum(w.shape) for w in weights)
-    return bits + 16 * factors / sum(w.numel() for w in weights)
-
-
 @torch.no_grad()
 def correct_biases(model: QuantModel, run: Callable[[nn.Module], object]) -> QuantModel:
     """Bias correction (Nagel et al. 2019, section 4.2): add the mean error of each output channel."""
@@ -211,10 +188,11 @@ def trials(
     def run(unet: nn.Module) -> None:
         sd.replace(unet=unet).generate(prompts, steps=20, seed=1, batch_size=16)
 
-    def low_bits(unet: nn.Module = sd.unet, weight_bits: int = BITS, **changes: object) -> QuantModel:
-        recipe, sd_ = replace(RECIPE, **changes), sd.replace(unet=unet)
-        bits = {"weight_bits": weight_bits, "act_bits": BITS}
-        return quantize(sd_, recipe, prompts, **bits, seed=1, batch_size=16)
+    def low_bits(unet: nn.Module = sd.unet, **changes: object) -> QuantModel:
+        recipe = replace(RECIPE, **changes)
+        return quantize(
+            sd.replace(unet=unet), recipe, prompts, weight_bits=BITS, act_bits=BITS, seed=1, batch_size=16
+        )
 
     def halves() -> Halves:
         models = []
@@ -248,14 +226,6 @@ def trials(
                 "balancing",
                 f"alpha {alpha}, {where}",
                 partial(lambda *how: low_bits(balanced(sd.unet, run, *how)), alpha, linear),
-            )
-    for ends, where in (({}, ""), ({"model": {}}, ", all layers")):
-        for bits, rank in ((BITS, 0), (BITS, 4), (BITS, 16), (3, 16)):
-            size = average_bits(sd.unet, bits, rank)
-            yield (
-                "low-rank branch",
-                f"rank {rank}, {bits}-bit weights, {size:.2f} bits a weight{where}",
-                partial(lambda r, b, e: low_bits(with_branches(sd.unet, r), b, **e), rank, bits, ends),
             )
     yield "scales of each half", "", halves
     for k in (1, 2, 5, 10, 20):

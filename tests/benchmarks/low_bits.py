@@ -15,6 +15,7 @@ import csv
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from torch import nn
 import sdcomp
 from sdcomp.evaluation import Clip, clip_scores, layer_errors, load_prompts, paired_difference, psnr, thinned
 from sdcomp.quantization import PRESETS, Calibrator, QuantModel, build, quantize
-from sdcomp.quantization.mixed import choose_bits, weight_overrides
+from sdcomp.quantization.methods import LowRankBranch
+from sdcomp.quantization.mixed_bits import choose_bits, weight_overrides
 from sdcomp.scenes import prompt_accuracy
 
 COLUMNS = (
@@ -43,6 +45,12 @@ def ours(sd: sdcomp.StableDiffusion, calibration: list[str]) -> Iterator[tuple[s
         q = build(recipe, sd.unet, weight_bits, act_bits)
         return Calibrator(sd, q, **PRESETS[recipe].calibrator).calibrate(calibration, steps=20, seed=1)
 
+    def linear_only() -> QuantModel:
+        """What torchao and NNCF quantize."""
+        convolutions = [name for name, m in sd.unet.named_modules() if isinstance(m, nn.Conv2d)]
+        weights = {**PRESETS["weights_gptq_groups"].weights, "group_size": 16}
+        return made("weights_gptq_groups", 4, weights=weights, model={"quant_filters": convolutions})
+
     yield "sdcomp mse W8A8", lambda: published("mse", 8, 8)
     yield "sdcomp mse W4A8", lambda: published("mse", 4, 8)
     yield "sdcomp mse W4A4", lambda: published("mse", 4, 4)
@@ -54,6 +62,12 @@ def ours(sd: sdcomp.StableDiffusion, calibration: list[str]) -> Iterator[tuple[s
     yield "sdcomp low_bits W4A4", lambda: made("low_bits", 4, 4)
     yield "sdcomp low_bits W4A4, all layers at 4 bits", lambda: made("low_bits", 4, 4, model={})
     yield "sdcomp low_bits W3A6", lambda: made("low_bits", 3, 6)
+    for rank in (4, 16):
+        few = {"methods": (LowRankBranch(rank),)}
+        yield f"sdcomp low_rank {rank} W4A4", partial(made, "low_rank", 4, 4, **few)
+        name = f"sdcomp low_rank {rank} W4A4, all layers at 4 bits"
+        yield name, partial(made, "low_rank", 4, 4, **few, model={})
+    yield "sdcomp weights_gptq W4 g16, linear layers", linear_only
 
 
 def mixed(sd: sdcomp.StableDiffusion, calibration: list[str], average: float) -> QuantModel:

@@ -24,7 +24,8 @@ import sdcomp
 from sdcomp.evaluation.timing import interleaved_times, median
 from sdcomp.files import ROOT
 from sdcomp.model import SD15, StableDiffusion, UNet, VAEDecoder, VAEEncoder
-from sdcomp.model.text import build_text_encoder, load_tokenizer
+from sdcomp.model.clip import build_text_encoder
+from sdcomp.model.tokenizer import load_tokenizer
 from sdcomp.quantization import Calibrator, QuantModel, TimeStepCalibratedQuantModel
 
 PROMPTS = ["a small red star on a navy background", "a large blue circle left of a small green square"]

@@ -1,10 +1,14 @@
-"""The key of cached images covers everything that may change an image, but no code that only judges."""
+"""Images are generated once; their key covers all that may change an image, but no code that only judges."""
+
+import copy
+import dataclasses
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from sdcomp.errors import NonFiniteError
-from sdcomp.evaluation import cache, cached_images, fix_precision
+from sdcomp.errors import NonFiniteError, UserError
+from sdcomp.evaluation import cache, cached_images, fix_precision, float_precision
 
 PROMPTS = ["a small red star"]
 QUICK = {"steps": 1, "batch_size": 1}
@@ -32,7 +36,7 @@ def test_another_number_of_threads_has_another_key(key):
         lambda patch: patch.setattr(torch.backends.cudnn, "allow_tf32", True),
         lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
         lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
-        lambda patch: patch.setattr("sdcomp.evaluation.precision.device_name", lambda device: "another"),
+        lambda patch: patch.setattr(float_precision, "device_name", lambda device: "another"),
         lambda patch: patch.setattr(torch, "__version__", "another"),
     ],
 )
@@ -92,3 +96,64 @@ def test_a_variant_that_fails_leaves_no_file(small, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     images = cached_images(small, PROMPTS, folder=tmp_path, **QUICK)
     assert torch.equal(images, small.generate(PROMPTS, **QUICK))
+
+
+FEW = ["a small red star on navy", "a large ring on teal"]
+PAIR = {"steps": 1, "batch_size": 2}
+
+
+def test_images_are_generated_once(small, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    images = cached_images(small, FEW, folder=folder, **PAIR)
+    assert torch.equal(images, small.generate(FEW, **PAIR))
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(small), "generate", None)
+        again = cached_images(small, FEW, folder=folder, progress=True, **PAIR)
+    assert torch.equal(again, images) and again.dtype == images.dtype
+    # A damaged file is made again.
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    assert torch.equal(cached_images(small, FEW, folder=folder, **PAIR), images)
+    assert file.read_bytes() == whole and list(folder.iterdir()) == [file]
+
+
+def test_every_change_that_matters_makes_new_images(small, tmp_path):
+    unet = copy.deepcopy(small.unet)
+    with torch.no_grad():
+        unet.out[2].bias[0] += 1e-6
+    guided = dataclasses.replace(small.config, guidance_scale=3.25)
+    picture = torch.full((1, 3, 64, 64), 0.5)
+    dotted = picture.clone()
+    dotted[0, 1, 30, 30] += 1e-4
+    variants = [
+        (small, FEW, {}),
+        (small, FEW[::-1], {}),
+        (small, FEW, {"seed": 1}),
+        (small, FEW, {"sampler": "ddpm"}),
+        (small.replace(unet=unet), FEW, {}),
+        (small.replace(config=guided), FEW, {}),
+        (small, FEW, {"image": picture, "strength": 1.0}),
+        # The printed text of both tensors is the same.
+        (small, FEW, {"image": dotted, "strength": 1.0}),
+    ]
+    for count, (sd, prompts, settings) in enumerate(variants, start=1):
+        images = cached_images(sd, prompts, folder=tmp_path, **PAIR, **settings)
+        assert torch.equal(images, sd.generate(prompts, **PAIR, **settings))
+        assert len(list(tmp_path.iterdir())) == count
+
+
+def test_an_unwritable_cache_is_an_error_of_one_sentence(small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        cached_images(small, FEW, folder=tmp_path / "file", **PAIR)
+    assert "\n" not in str(caught.value)
+
+    def full(*_):
+        # The error that safetensors raises.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sdcomp.evaluation.cache.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        cached_images(small, FEW, folder=tmp_path / "images", **PAIR)
+    assert not list((tmp_path / "images").iterdir())

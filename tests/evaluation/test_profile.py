@@ -11,7 +11,7 @@ from torch import nn
 from sdcomp.errors import NonFiniteError
 from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, timing, weight_bytes
 from sdcomp.integer import to_packed
-from sdcomp.model.unet import CrossAttention
+from sdcomp.model.attention import CrossAttention
 from sdcomp.quantization import QuantModel
 
 

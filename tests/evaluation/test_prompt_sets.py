@@ -1,64 +1,77 @@
-"""The prompts for Stable Diffusion 1.5: enough, each once, disjoint, varied, and none is cut."""
+"""Prompts of named sets and of files."""
 
 import json
-import re
+import os
+from types import SimpleNamespace
 
 import pytest
-from transformers import CLIPTokenizer
 
-from sdcomp.files import ROOT
-from sdcomp.model.config import SD15
-from sdcomp.model.text import load_tokenizer
+from sdcomp.errors import UserError
+from sdcomp.evaluation import load_prompts
+from sdcomp.scenes import Scene, SceneReader
 
-SIZES = {"test": 256, "calibration": 128}
-
-
-@pytest.fixture(scope="module")
-def prompts() -> dict[str, list[str]]:
-    """The prompts of both sets."""
-    found = {}
-    for name in SIZES:
-        lines = (ROOT / "data" / "prompts" / f"sd15_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        assert all(row.keys() == {"prompt"} for row in rows)
-        found[name] = [row["prompt"] for row in rows]
-    return found
+SCENES, PHOTOS = SimpleNamespace(reader=SceneReader(width=8)), SimpleNamespace(reader=None)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> CLIPTokenizer:
-    """CLIP's."""
-    return load_tokenizer(ROOT / "data" / "clip_tokenizer", SD15)
+def test_prompts_are_the_first_of_their_set_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("test", 256), ("final", 256), ("unseen", 256), ("calibration", 512)):
+        prompts = load_prompts(SCENES, name, size)
+        assert len(prompts) == len(prompts.texts) == len(prompts.scenes) == size
+        assert all(isinstance(scene, Scene) for scene in prompts.scenes)
+        few = load_prompts(SCENES, name, 3)
+        assert (few.texts, few.scenes) == (prompts.texts[:3], prompts.scenes[:3])
+        # Images of one scene form one group, for any wording.
+        assert len(set(prompts.groups)) == len(set(prompts.scenes)) < size
+        part = prompts.subset([4, 0])
+        assert part.texts == [prompts.texts[4], prompts.texts[0]]
+        assert part.scenes == [prompts.scenes[4], prompts.scenes[0]]
+    photos = load_prompts(PHOTOS, "test", 8)
+    assert photos.groups == photos.texts and photos.subset([1]).scenes is None
+    assert len(photos) == 8 and photos.scenes is None
+    assert not set(photos.texts) & set(load_prompts(PHOTOS, "calibration", 16).texts)
 
 
-def words(prompt: str) -> set[str]:
-    return set(re.findall(r"\w+", prompt.lower())) - {"a", "an", "the", "of", "on", "in", "with", "and", "at"}
+def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "data" / "prompts").mkdir(parents=True)
+    row = json.dumps({"prompt": "mine"})
+    (tmp_path / "data" / "prompts" / "sd15_test.jsonl").write_text(row + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_prompts(PHOTOS, "test", 1).texts == ["mine"]
 
 
-def test_both_sets_have_their_size(prompts):
-    assert {name: len(texts) for name, texts in prompts.items()} == SIZES
+@pytest.mark.parametrize(
+    ("sd", "name", "n", "message"),
+    [
+        (SCENES, "test", 257, "n_images must be 1 to 256, the size of scenes_test.jsonl, not 257"),
+        (SCENES, "test", 0, "n_images must be 1 to 256"),
+        (SCENES, "test", -3, "n_images must be 1 to 256"),
+        (SCENES, "validation", 1, "scenes_validation.jsonl is missing"),
+        (PHOTOS, "unseen", 1, "sd15_unseen.jsonl is missing: there is no 'unseen' prompt set for this model"),
+    ],
+)
+def test_missing_prompts_are_refused_in_one_sentence(sd, name, n, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_prompts(sd, name, n)
+    assert "\n" not in str(caught.value)
 
 
-def test_no_prompt_is_there_twice_nor_in_other_words(prompts):
-    texts = [*prompts["test"], *prompts["calibration"]]
-    assert all(text == " ".join(text.split()) and text for text in texts)
-    known = [words(text) for text in texts]
-    for i, one in enumerate(known):
-        for j, other in enumerate(known[:i]):
-            assert len(one & other) < 0.6 * len(one | other), (texts[i], texts[j])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "caf\u00e9".encode("latin-1"), b'{"prompt": 3}', b'["prompt"]', b"3", b"{", b'{"text": "a star"}',
+        b'{"prompt": "a star", "scene": 3}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_without_prompts_is_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is no prompt file: each line must be like") as caught:
+        load_prompts(PHOTOS, str(file), 1)
+    assert str(caught.value).isprintable()
 
 
-def test_no_prompt_is_cut(prompts, tokenizer):
-    for texts in prompts.values():
-        assert max(len(ids) for ids in tokenizer(texts, truncation=False).input_ids) <= 77
-
-
-def test_both_sets_have_many_subjects_counts_colours_and_styles(prompts):
-    for texts in prompts.values():
-        used = set().union(*map(words, texts))
-        assert len(used) > 2 * len(texts)
-        assert len(used & {"two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"}) >= 4
-        colours = "red blue green yellow orange purple pink white black brown grey silver gold golden violet"
-        assert len(used & set(colours.split())) >= 9
-        styles = "photograph watercolour watercolor oil pencil sketch charcoal ink woodcut drawing painting"
-        assert len(used & set(styles.split())) >= 5
+def test_a_pipe_is_no_prompt_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
+        load_prompts(PHOTOS, str(tmp_path / "pipe.txt"), 1)

@@ -66,7 +66,7 @@ def test_the_trained_model_is_nearly_as_close_to_the_simulation_as_our_kernels_a
     file = sdcomp.export(sd.replace(unet=q), tmp_path / "a.onnx", format="onnx")
     onnx.checker.check_model(file, full_check=True)
     weights = sum(p.numel() for p in sd.unet.parameters())
-    assert weights < file.stat().st_size < 1.05 * weights
+    assert weights < file.stat().st_size < 1.1 * weights  # a byte each; then scales, norms and the graph
     int8 = sdcomp.to_int8(q)
     with torch.no_grad():
         wanted = [q(*call) for call in calls]

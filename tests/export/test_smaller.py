@@ -9,7 +9,8 @@ from quantized_models import small_call
 
 import sdcomp
 from sdcomp.export import load_diffusers
-from sdcomp.model.shrinking import apply_channel_map, prune_groups
+from sdcomp.model.channel_map import apply_channel_map
+from sdcomp.model.prune_groups import prune_groups
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import QuantModel
 

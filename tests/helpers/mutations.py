@@ -27,15 +27,15 @@ from transformers import CLIPTokenizer
 import sdcomp
 from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.integer import to_int8
+from sdcomp.model.clip import build_clip
 from sdcomp.model.config import TINY, ModelConfig, UNetConfig, VAEConfig
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.text import build_clip
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import Calibrator, NotCalibratedError, TimeStepCalibratedQuantModel
 from sdcomp.scenes import VOCABULARY
-from sdcomp.training.tokenizer import word_tokenizer
+from sdcomp.training.caption_tokenizer import word_tokenizer
 
 CLIP = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIG = ModelConfig(

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import VOCABULARY
-from sdcomp.training.tokenizer import word_tokenizer
+from sdcomp.training.caption_tokenizer import word_tokenizer
 
 PROMPT = "a small red star on a navy background"
 _WIDTH = 32

@@ -9,6 +9,7 @@ import pytest
 import torch
 from quantized_models import build, calibrate, decibels, random, small_call
 from safetensors.torch import load, save_file
+from sdcomp.model.shrinking import PruneGroup, keep_units
 from torch import nn
 
 from sdcomp.errors import UserError
@@ -16,7 +17,6 @@ from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.int8_blocks import _BLOCKS
 from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
-from sdcomp.model.shrinking import PruneGroup, keep_units
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import (
@@ -108,7 +108,7 @@ def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch
     x, accumulate = random(*shape), layer(random(*shape, seed=1)).detach()
     q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
     convolution = to_int8(q).module
-    monkeypatch.setattr("sdcomp.integer.int8_layers._WIDE", 1)
+    monkeypatch.setattr("sdcomp.integer.int8_kernels._WIDE", 1)
     product = to_int8(q).module
     kinds = [type(module._packed[0]).__name__ for module in (convolution, product)]
     plain = name not in ("strided", "dilated", "grouped")

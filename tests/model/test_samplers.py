@@ -6,7 +6,7 @@ import torch
 from diffusers_keys import BETAS, diffusers_scheduler
 
 from sdcomp.model.config import ScheduleConfig
-from sdcomp.model.samplers import SAMPLERS, make_sampler, row_noise
+from sdcomp.model.samplers import SAMPLERS, make_sampler
 from sdcomp.model.schedule import NoiseSchedule
 
 SPACINGS = ("leading", "trailing")
@@ -114,14 +114,6 @@ def test_the_true_noise_leads_back_to_the_image(name, spacing):
     # DDIM ends at the noise level of the first timestep, a standard deviation of 0.029.
     tolerance = 0.15 if name == "ddim" else 1e-3
     torch.testing.assert_close(latents, image, rtol=0, atol=tolerance)
-
-
-def test_rows_draw_their_noise_from_their_own_generators():
-    alone = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))
-    noise = row_noise([torch.Generator().manual_seed(s) for s in (5, 3, 3)], (4, 8, 8))
-    assert noise.shape == (3, 4, 8, 8)
-    assert torch.equal(noise[1], alone) and torch.equal(noise[2], alone)
-    assert not torch.equal(noise[0], alone)
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_names():

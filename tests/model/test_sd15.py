@@ -12,7 +12,8 @@ import torch
 import sdcomp
 from sdcomp.files import sha256
 from sdcomp.model import SD15, StableDiffusion, UNet, VAEDecoder, VAEEncoder, load
-from sdcomp.model.text import build_text_encoder, load_tokenizer, tokenize
+from sdcomp.model.clip import build_text_encoder
+from sdcomp.model.tokenizer import load_tokenizer, tokenize
 
 pytestmark = pytest.mark.slow
 

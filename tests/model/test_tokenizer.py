@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from sdcomp.files import resolve_input, sha256
 from sdcomp.model import SD15
-from sdcomp.model.text import load_tokenizer, save_tokenizer, tokenize
+from sdcomp.model.tokenizer import load_tokenizer, save_tokenizer, tokenize
 
 FOLDER = resolve_input("data/clip_tokenizer")
 

@@ -81,3 +81,34 @@ def test_good_parameters_write_results_into_the_folder_asked_for(tmp_path):
     assert [row["n"] for row in rows if row["metric"] == "PSNR"] == ["2", "2"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert {"metrics.csv", "run.json", "quality.png", "images.png"} <= written
+
+
+OPENVINO = [
+    (
+        "03_profiling",
+        "{backends: [openvino], amounts: [0.25]}",
+        ("-p", "repeats", "1"),
+        "removed",
+        "UNet step",
+    ),
+    (
+        "04_combined",
+        "{backends: [simulated, openvino], packed_bits: [4], budgets: [0.5]}",
+        ("-p", "k", "2"),
+        "unstructured",
+        "UNet file",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("study", "wanted", "more", "pruning", "metric"), OPENVINO)
+def test_openvino_is_one_more_execution(tmp_path, study, wanted, more, pruning, metric):
+    pytest.importorskip("openvino")
+    few = ("-p", "calibration_steps", "2", "-p", "n_calibration", "1", "-p", "out", "results")
+    result = papermill(tmp_path, study, "-y", wanted, *few, *more, *QUICK)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "results" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    method = f"{pruning} + timestep_mse + openvino"
+    assert {metric, "time relative to fp32"} <= {row["metric"] for row in rows if row["method"] == method}

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdcomp.model import SD15
-from sdcomp.model.shrinking import prune_groups
+from sdcomp.model.prune_groups import prune_groups
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import apply_channel_map, channel_map, count_zeros, prune_structured
 

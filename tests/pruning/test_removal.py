@@ -10,7 +10,9 @@ from torch import nn
 
 import sdcomp
 from sdcomp.errors import UserError
-from sdcomp.model.shrinking import Bypass, keep_units, prune_groups
+from sdcomp.model.bypass import Bypass
+from sdcomp.model.channel_map import keep_units
+from sdcomp.model.prune_groups import prune_groups
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import (
     Calibration,

@@ -11,8 +11,8 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.quantization import Calibrator, QuantModel, UniformQuantizer
-from sdcomp.quantization.quantizer import Grid
 from sdcomp.quantization.ranges import Histogram
+from sdcomp.quantization.scales import Grid
 
 finite = st.floats(-1e4, 1e4, width=32)
 

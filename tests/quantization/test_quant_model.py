@@ -223,7 +223,7 @@ def test_an_offloaded_model_follows_its_weights(small):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
-    from sdcomp.quantization import state
+    from sdcomp.quantization import shared_state
 
     q = calibrated(QuantModel(small.unet))
     names = [layer.name for layer in q.quantized_layers()]
@@ -237,7 +237,7 @@ def test_an_input_that_layers_share_is_rounded_once(small, monkeypatch, mode):
         seen.append(x.shape)
         return fake(x, torch.tensor(scale), qmax).float()
 
-    monkeypatch.setattr(state, "fake_quantize", counting)
+    monkeypatch.setattr(shared_state, "fake_quantize", counting)
     with mode():
         args = inputs(small.unet)
         made = q(*args)

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from sdcomp.files import resolve_input
 from sdcomp.model import TINY
-from sdcomp.model.text import load_tokenizer, tokenize
+from sdcomp.model.tokenizer import load_tokenizer, tokenize
 from sdcomp.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -33,7 +33,7 @@ from sdcomp.scenes import (
     sample_scenes,
 )
 from sdcomp.scenes.reader import HEADS, head_targets
-from sdcomp.training.tokenizer import word_tokenizer
+from sdcomp.training.caption_tokenizer import word_tokenizer
 
 THINGS = [Thing(*values) for values in itertools.product(SHAPES, COLORS, SIZES, TEXTURES)]
 SINGLES = [Scene(b, (thing,)) for b in BACKGROUNDS for thing in THINGS]

@@ -11,7 +11,7 @@ from torch import nn
 import sdcomp
 from sdcomp.errors import UserError
 from sdcomp.evaluation import Clip, Prompts, bootstrap, cache, clip_scores, kid_values, load_prompts
-from sdcomp.model.text import build_clip
+from sdcomp.model.clip import build_clip
 from sdcomp.scenes import render
 from sdcomp.study import FP32, PairedStudy, Variant, pruned, quantized, reference_images
 from sdcomp.study.paired import Reference

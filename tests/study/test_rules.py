@@ -117,6 +117,8 @@ BAD = [
     (COMBINED, {"packed_bits": [9]}, "packed_bits must be between 2 and 8"),
     (COMBINED, {"packed_bits": [4, 4]}, "packed_bits must name each of its values once"),
     (COMBINED, {"method": "weights_only"}, "int8 quantizes activations, and method='weights_only' does not"),
+    (COMBINED, {"method": "weights_only", "backends": ["openvino"]}, "remove openvino from backends"),
+    (COMBINED, {"k": 30, "method": "mse", "backends": ["openvino"]}, "k must be at most calibration_steps"),
     (COMBINED, {"weight_bits": [8, 6], "act_bits": [8, 6, 5]}, "lists of one length"),
     (COMBINED, {"budgets": [0.0]}, "budgets must be shares of the fp16 bytes"),
     (COMBINED, {"variants": ["removed 0.1 recovered 9"], "dtype": "float16"}, "recovery trains in float32"),
@@ -167,10 +169,11 @@ def test_what_goes_together_is_taken(study, injected):
     assert {name: found[name] for name in injected} == injected
 
 
-def test_a_backend_that_is_not_installed_is_refused_in_one_sentence(monkeypatch):
+@pytest.mark.parametrize("study", [PROFILING, COMBINED])
+def test_a_backend_that_is_not_installed_is_refused_in_one_sentence(monkeypatch, study):
     injected = {"backends": ["int8", "openvino"]}
     monkeypatch.setattr(common, "find_spec", lambda name: object())
-    assert read_parameters(namespace(PROFILING, **injected), PROFILING)["backends"] == injected["backends"]
+    assert read_parameters(namespace(study, **injected), study)["backends"] == injected["backends"]
     monkeypatch.setattr(common, "find_spec", lambda name: None)
     with pytest.raises(ParameterError, match=r"not installed: pip install 'sdcomp\[deploy\]', or remove it"):
-        read_parameters(namespace(PROFILING, **injected), PROFILING)
+        read_parameters(namespace(study, **injected), study)

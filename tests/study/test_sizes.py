@@ -63,6 +63,14 @@ def test_an_int8_model_takes_its_file(small, tmp_path):
     assert real and size == (save_int8(int8, tmp_path) / "int8.safetensors").stat().st_size
 
 
+def test_an_exported_model_takes_its_file(small, tmp_path):
+    pytest.importorskip("openvino")
+    weights = QuantModel(small.unet, act_quant_params=None)
+    file = sdcomp.export(small.replace(unet=weights), tmp_path / "unet.xml", format="openvino")
+    size = file.with_suffix(".bin").stat().st_size
+    assert stored_bytes(sdcomp.export.load_openvino(file)) == (size, True)
+
+
 def test_packed_files_leave_zeros_out(small, tmp_path):
     four = {"weight_quant_params": {"n_bits": 4}, "act_quant_params": None}
     sparse = QuantModel(prune_unstructured(small.unet, 0.7), **four)

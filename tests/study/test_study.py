@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.evaluation import Estimate
-from sdcomp.evaluation.precision import precision_facts
+from sdcomp.evaluation.float_precision import precision_facts
 from sdcomp.study import FP32, Run, pruned, quantized
 from sdcomp.study import run as run_module
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.integer import to_packed
-from sdcomp.model.shrinking import keep_units, prune_groups
+from sdcomp.model.channel_map import keep_units
+from sdcomp.model.prune_groups import prune_groups
 from sdcomp.pruning import (
     channel_map,
     count_zeros,

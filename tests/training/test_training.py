@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.clip import build_clip
 from sdcomp.model.config import TINY
-from sdcomp.model.text import build_clip
 from sdcomp.scenes import render
 from sdcomp.training import Latents, fit, loop, scene_set, train_unet
 

@@ -36,7 +36,7 @@ from sdcomp.model.files.tensors import (
     write_tensors,
 )
 from sdcomp.model.files.unsupported import refuse_pipeline
-from sdcomp.model.text import save_tokenizer
+from sdcomp.model.tokenizer import save_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.files.tensors import Part, Source, read_json, read_tensors, write_tensors
-from sdcomp.model.text import save_tokenizer
+from sdcomp.model.tokenizer import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sdcomp.files import regular, resolve_input
+from sdcomp.model.channel_map import apply_channel_map, channel_map
+from sdcomp.model.clip import build_clip, build_text_encoder
 from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.device import check_device
 from sdcomp.model.files.diffusers_folder import read_diffusers, write_diffusers
@@ -22,8 +24,7 @@ from sdcomp.model.files.lora import merge_loras
 from sdcomp.model.files.single_file import read_original, text_state, write_original
 from sdcomp.model.files.tensors import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
 from sdcomp.model.pipeline import StableDiffusion
-from sdcomp.model.shrinking import apply_channel_map, channel_map
-from sdcomp.model.text import build_clip, build_text_encoder, load_tokenizer
+from sdcomp.model.tokenizer import load_tokenizer
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
 from sdcomp.scenes.reader import SceneReader

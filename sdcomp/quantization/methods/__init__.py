@@ -7,9 +7,10 @@ from typing import Protocol
 from torch import Tensor
 
 from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.methods.low_rank import LowRankBranch, refuse_branches
 from sdcomp.quantization.methods.second_order import SecondOrderRounding
 
-__all__ = ["Method", "SecondOrderRounding"]
+__all__ = ["LowRankBranch", "Method", "SecondOrderRounding", "refuse_branches"]
 
 
 class Method(Protocol):

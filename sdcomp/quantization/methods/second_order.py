@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sdcomp.column_sweep import DAMPING, descend, inverse_factor, sweep
-from sdcomp.moments import ROWS, weight_matrix
+from sdcomp.moments import ROWS
 from sdcomp.quantization.layers import QuantLayer
-from sdcomp.quantization.quantizer import Grid, UniformQuantizer, fake_quantize
+from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
+from sdcomp.quantization.scales import Grid
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SecondOrderRounding:
 
     def __call__(self, layer: QuantLayer, moments: Tensor) -> None:
         """Give a layer its rounded weight; `moments` is H, `(columns, columns)`."""
-        weight = weight_matrix(layer)
+        weight = layer.rounded_part().flatten(1)
         rounding = _Rounding(layer, weight == 0)
         block = rounding.group or 128
         rounded = sweep(weight, inverse_factor(moments, self.damping), rounding, block=block)

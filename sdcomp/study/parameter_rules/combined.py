@@ -23,6 +23,7 @@ from sdcomp.study.parameter_rules.common import (
     Study,
     between,
     check_k,
+    check_openvino,
     check_pairs,
     check_recovery,
     first,
@@ -30,20 +31,29 @@ from sdcomp.study.parameter_rules.common import (
 )
 from sdcomp.study.requests import requested
 
+INTEGER = ("int8", "openvino")
+"""The backends that compute in integers."""
+
 
 def _checks(p: Mapping[str, Any]) -> str | None:
-    return first(check_recovery(p), check_pairs(p), _check_int8(p), _check_k(p))
+    return first(check_recovery(p), check_pairs(p), _check_activations(p), _check_k(p), check_openvino(p))
 
 
-def _check_int8(p: Mapping[str, Any]) -> str | None:
-    if "int8" in p["backends"] and not PRESETS[p["method"]].activations:
-        return f"int8 quantizes activations, and method={p['method']!r} does not: remove int8 from backends"
+def _integer(p: Mapping[str, Any]) -> list[str]:
+    return [name for name in INTEGER if name in p["backends"]]
+
+
+def _check_activations(p: Mapping[str, Any]) -> str | None:
+    for name in _integer(p):
+        if not PRESETS[p["method"]].activations:
+            how = f"method={p['method']!r} does not: remove {name} from backends"
+            return f"{name} quantizes activations, and {how}"
     return None
 
 
 def _check_k(p: Mapping[str, Any]) -> str | None:
-    in_int8 = any(requested(text).pruning in ("", "removed") for text in p["variants"])
-    more = "int8" in p["backends"] and in_int8  # timestep-aware
+    in_integers = any(requested(text).pruning in ("", "removed") for text in p["variants"])
+    more = _integer(p) and in_integers  # timestep-aware
     return check_k(p, p["k"]) if more or PRESETS[p["method"]].timestep_aware else None
 
 
@@ -61,7 +71,7 @@ STUDY = Study(
         "weight_bits": BITS,
         "act_bits": BITS,
         "k": INTERVALS,
-        "backends": replace(one_of("fp32", "simulated", "int8"), unique=True),
+        "backends": replace(one_of("fp32", "simulated", *INTEGER), unique=True),
         "variants": VARIANTS,
         "packed_bits": replace(BITS, may_be_empty=True, unique=True),
         "fewer_steps": replace(GENERATION["steps"], may_be_empty=True, unique=True),

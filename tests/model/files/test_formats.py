@@ -24,8 +24,9 @@ from sdcomp.model import (
     load_from_standard_weights,
 )
 from sdcomp.model import pipeline as pipeline
+from sdcomp.model.clip import build_clip, build_text_encoder
 from sdcomp.model.offloading import weights_on
-from sdcomp.model.text import build_clip, build_text_encoder, save_tokenizer, tokenize
+from sdcomp.model.tokenizer import save_tokenizer, tokenize
 from sdcomp.pruning import prune_structured
 
 PROMPTS = ["a small red star on a navy background"]
@@ -526,14 +527,6 @@ def test_the_first_use_converts_convolutions_and_keeps_them_trainable(single, pl
     for part, arguments in ((sd.unet, (5, torch.randn(1, 24, 32))), (sd.decoder, ())):
         part(torch.randn(1, 4, 16, 16), *arguments).sum().backward()
         assert all(p.grad is not None for p in part.parameters())
-
-
-@pytest.mark.parametrize(
-    ("n", "size", "rows"),
-    [(16, 64, 16), (16, 128, 16), (16, 256, 4), (6, 256, 3), (16, 512, 1), (3, 1024, 1), (0, 64, 1)],
-)
-def test_rows_at_once_divide_the_batch(n, size, rows):
-    assert pipeline.rows_at_once(n, (size, size)) == rows
 
 
 def test_parameters_at_the_size_of_stable_diffusion():

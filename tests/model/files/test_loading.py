@@ -19,8 +19,9 @@ from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.files import resolve_input
 from sdcomp.model import TINY, ModelError, StableDiffusion, load, save
+from sdcomp.model.clip import build_clip
 from sdcomp.model.files import tensors
-from sdcomp.model.text import build_clip, tokenize
+from sdcomp.model.tokenizer import tokenize
 from sdcomp.pruning import prune_unstructured
 from sdcomp.scenes import SceneReader
 

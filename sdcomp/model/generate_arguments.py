@@ -1,0 +1,133 @@
+"""The arguments of `generate`, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor
+
+from sdcomp.model.batch_size import default_batch_size
+from sdcomp.model.config import ModelConfig
+from sdcomp.model.seeds import image_seeds
+from sdcomp.settings import whole_number
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call of `generate` in their final form.
+
+    `negatives` has one entry, or one for each prompt; `seeds` has one for each prompt; `image` is
+    `(1 or N, 3, H, W)` or None; `pixels` is (height, width); `shape` is `(C, h, w)`, the shape of one
+    image's latents; `first` is the index of the first step that runs.
+    """
+
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    steps: int
+    first: int
+    scale: float
+    image: Tensor | None
+    pixels: tuple[int, int]
+    shape: tuple[int, int, int]
+    batch_size: int
+
+    def batches(self) -> list[list[int]]:
+        """The indices of the prompts, `batch_size` at a time; the last batch is filled with its last row."""
+        n = len(self.prompts)
+        return [
+            [min(start + i, n - 1) for i in range(self.batch_size)] for start in range(0, n, self.batch_size)
+        ]
+
+
+def check_request(
+    config: ModelConfig,
+    prompts: str | Sequence[str],
+    *,
+    negative_prompt: str | Sequence[str],
+    steps: int,
+    guidance_scale: float | None,
+    seed: int | Sequence[int],
+    image: Tensor | None,
+    strength: float,
+    size: tuple[int, int] | None,
+    batch_size: int | None,
+) -> Request:
+    """Check the arguments of `StableDiffusion.generate`, and return them; raises the errors named there."""
+    prompts, negatives = as_texts("prompts", prompts), as_texts("negative_prompt", negative_prompt)
+    n = len(prompts)
+    if len(negatives) not in (1, n):
+        raise ValueError(f"{len(negatives)} negative prompts for {n} prompts: give one, or one for each")
+    if batch_size is not None and whole_number("batch_size", batch_size) < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    scale = config.guidance_scale if guidance_scale is None else _number("guidance_scale", guidance_scale)
+    if not 0 <= scale <= 1000:
+        raise ValueError(f"guidance_scale must be 0 or more, and at most 1000, not {guidance_scale}")
+    if not 0 < _number("strength", strength) <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
+    steps = whole_number("steps", steps)
+    if image is not None:
+        image = _check_image(config, image, n, size)
+        size = tuple(image.shape[2:])
+    pixels = image_pixels(config, size)
+    return Request(
+        prompts=prompts,
+        negatives=negatives,
+        seeds=image_seeds(seed, prompts),
+        steps=steps,
+        first=0 if image is None else steps - max(1, min(int(steps * strength), steps)),
+        scale=scale,
+        image=image,
+        pixels=pixels,
+        shape=_latent_shape(config, pixels),
+        batch_size=batch_size or default_batch_size(pixels),
+    )
+
+
+def image_pixels(config: ModelConfig, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the images; `None` means the model's own. Raises TypeError."""
+    if size is None:
+        return config.image_size, config.image_size
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"size must be (height, width), not {size!r}")
+    return whole_number("size", size[0]), whole_number("size", size[1])
+
+
+def as_texts(name: str, value: str | Sequence[str]) -> list[str]:
+    """Return one text or several texts as a list. Raises TypeError for anything else."""
+    texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be text or a list of texts")
+    return texts
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+def _latent_shape(config: ModelConfig, pixels: tuple[int, int]) -> tuple[int, int, int]:
+    height, width = pixels
+    f = config.vae.downsampling
+    factor = f * 2 ** (len(config.unet.channel_mult) - 1)
+    if height < factor or width < factor or height % factor or width % factor:
+        raise ValueError(f"height and width must be multiples of {factor}, not {height} and {width}")
+    return config.unet.in_channels, height // f, width // f
+
+
+def _check_image(config: ModelConfig, image: Tensor, n: int, size: tuple[int, int] | None) -> Tensor:
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        raise TypeError("image must be a floating-point tensor with values in [0, 1]")
+    image = image[None] if image.dim() == 3 else image
+    if image.dim() != 4 or image.shape[1] != 3 or len(image) not in (1, n):
+        raise ValueError(f"image must be (1 or {n}, 3, H, W), not {tuple(image.shape)}")
+    # This form refuses NaN too.
+    if not ((image >= 0) & (image <= 1)).all():
+        raise ValueError("image must have values in [0, 1]")
+    if size is not None and tuple(size) != tuple(image.shape[2:]):
+        raise ValueError("size and image disagree: leave size out, or resize the image first")
+    _latent_shape(config, tuple(image.shape[2:]))
+    return image
