@@ -94,7 +94,7 @@ def test_rows_are_selected_by_variant_columns_and_what_they_are_about():
     some = [
         typed({**columns(variant, about), "parameters": variant.parameters | about, "metric": metric})
         for variant in (FP32, pruned("removed", 0.5))
-        for about in ({}, {"component": "UNet", "steps": 5})
+        for about in ({}, {"component": "UNet", "batch": 5})
         for metric in ("time", "bytes")
     ]
     assert len(select(some, metric="time")) == 4 and len(select(some, variant=FP32)) == 4

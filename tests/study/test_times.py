@@ -61,4 +61,5 @@ def test_inputs_follow_the_models_type_and_the_seed(small):
 def test_the_time_of_an_image_follows_its_steps():
     call = Estimate(0.8, 0.7, 0.9, 7)
     assert at_steps(call, 20, 20) == call
-    assert at_steps(call, 5, 20) == pytest.approx((0.2, 0.175, 0.225, 7))
+    few = at_steps(call, 5, 20)
+    assert (few.value, few.low, few.high, few.n) == pytest.approx((0.2, 0.175, 0.225, 7))
