@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sdcomp.integer.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
 from sdcomp.model.attention import CrossAttention, join_heads, split_heads
+from sdcomp.model.bypass import Bypass
 from sdcomp.model.layers import silu
-from sdcomp.model.shrinking import Bypass
 from sdcomp.model.unet import (
     GEGLU,
     FeedForward,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from quantized_models import build, calibrate, decibels, random, small_call
 from safetensors.torch import load, save_file
-from sdcomp.model.shrinking import PruneGroup, keep_units
 from torch import nn
 
 from sdcomp.errors import UserError
@@ -17,6 +16,7 @@ from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.int8_blocks import _BLOCKS
 from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
+from sdcomp.model.prune_groups import PruneGroup, keep_units
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import (
