@@ -16,7 +16,8 @@ from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.int8_blocks import _BLOCKS
 from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
-from sdcomp.model.prune_groups import PruneGroup, keep_units
+from sdcomp.model.channel_map import keep_units
+from sdcomp.model.prune_groups import PruneGroup
 from sdcomp.model.unet import UNet
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import (
