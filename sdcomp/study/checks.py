@@ -14,11 +14,11 @@ CLOSE = 20.0
 def gentle(variant: Variant) -> bool:
     """Whether a compression is so little that its images must stay close to those of fp32.
 
-    These are at most 30 % zeros and at least 6 bits, or 4 for weights with second-order rounding.
+    These are at most 30 % zeros, 8 bits for activations and 6 for weights, or 4 with second-order rounding.
     """
     second_order = any(word in variant.recipe for word in ("gptq", "low_bits"))
     fewest = 4 if second_order else 6
-    bits = variant.weight_bits >= fewest and variant.act_bits >= 6
+    bits = variant.weight_bits >= fewest and variant.act_bits >= 8
     return bits and variant.pruning in ("", "unstructured") and variant.amount <= 0.3 and not variant.steps
 
 

@@ -14,9 +14,9 @@ from sdcomp.study import Builder, Run, Variant
 
 QUICK = {"n_images": 2, "steps": 4, "device": "cpu", "n_calibration": 1}
 SETTINGS = {
-    "01_quantization": {"calibration_steps": 10, "noise_images": 1, "methods": ["max"]},
+    "01_quantization": {"calibration_steps": 10, "noise_images": 1, "methods": ["weights_only"]},
     "04_combined": {"calibration_steps": 10, "noise_images": 1, "timing_repeats": 1, "variants": []},
-    "06_low_bits": {"ladder": ["low_bits"], "act_bits": [32], "norms": []},
+    "06_low_bits": {"ladder": ["low_bits"], "act_bits": [32, 8], "norms": []},
 }
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from sdcomp.study.checks import check_close, gentle
 SPARSE = pruned("unstructured", 0.2)
 GENTLE = [
     SPARSE,
-    quantized("max", 6, 6),
+    quantized("max", 6, 8),
     quantized("weights_only", 6),
     quantized("timestep_mse", 8, 8, 10, of=SPARSE, execution="int8"),
     quantized("weights_gptq", 4, execution="packed"),
@@ -22,6 +22,7 @@ HARSH = [
     pruned("unstructured", 0.5),
     pruned("removed", 0.1),
     quantized("max", 5, 8),
+    quantized("max", 8, 6),
     quantized("low_bits", 4, 4),
     quantized("weights_gptq_groups", 3),
 ]
