@@ -12,7 +12,7 @@ import sdcomp
 from sdcomp import scenes
 from sdcomp.evaluation import PathErrors, load_prompts
 from sdcomp.quantization import PRESETS
-from sdcomp.quantization.methods import SecondOrderRounding
+from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
 from sdcomp.study import FP32, quantized
 from sdcomp.study.low_bits import LADDER, range_recipe, range_variants
 from sdcomp.study.records import record_attributes, record_path
@@ -30,7 +30,7 @@ class Rows:
 
 
 def test_each_rung_of_the_ladder_adds_one_thing():
-    symmetric, affine, gptq, ends, timestep = LADDER.values()
+    symmetric, affine, gptq, ends, timestep, low_rank = LADDER.values()
     assert not symmetric.inputs and not symmetric.model and not symmetric.methods
     assert symmetric.weights == {"scale_method": "mse"}
     assert replace(symmetric, inputs={"symmetric": False}) == affine
@@ -40,6 +40,7 @@ def test_each_rung_of_the_ladder_adds_one_thing():
         timestep.timestep_aware
         and replace(timestep, timestep_aware=False, description=ends.description) == ends
     )
+    assert replace(ends, methods=(LowRankBranch(),), description=low_rank.description) == low_rank
 
 
 def test_ranges_are_named_by_what_they_change():
