@@ -168,7 +168,7 @@ def trials_table() -> str:
 def low_bits_table() -> str:
     """Images at few bits, here and elsewhere."""
     columns = {
-        "variant": ("variant", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "variant": ("variant", ""), "prompts": ("split", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
         "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
         "PSNR (dB)": ("psnr", ".1f"), "packed file (MB)": ("megabytes", ".2f"), "n": ("n", ""),
     }  # fmt: skip
