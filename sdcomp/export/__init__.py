@@ -6,7 +6,7 @@
 import sys
 from types import ModuleType
 
-from sdcomp.export.diffusers import as_diffusers_unet, from_diffusers_unet
+from sdcomp.export.diffusers_unet import as_diffusers_unet, from_diffusers_unet
 from sdcomp.export.formats import FORMATS, export
 from sdcomp.export.openvino import OpenVINOUNet, load_openvino
 from sdcomp.export.smaller import load_diffusers
