@@ -14,6 +14,8 @@ from sdcomp.study.results import Row
 from sdcomp.study.variants import FP32, Variant
 
 Color = str | tuple[float, float, float]
+_STAIR = 0.055
+"""The height of a line's name, as a share of the axes."""
 
 
 def kind(variant: Variant) -> str:
@@ -90,12 +92,18 @@ def _write(axis: Axes, text: str, x: float, y: float, color: Color) -> None:
 
 
 def _name(axis: Axes, ends: Mapping[str, tuple[float, float, Color]]) -> None:
-    """Write the name of each line above its left end `(x, y)`; names go down like stairs to the right."""
+    """Write the name of each line above its left end `(x, y)`; names go down like stairs to the right.
+
+    They stand inside the axes, above all points, where a title keeps clear of them.
+    """
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in axis.get_yticks() if low <= tick <= high])
+    axis.set_ylim(low, low + (high - low) / (1 - _STAIR * len(ends)))
     for step, (name, (x, y, color)) in enumerate(sorted(ends.items(), key=lambda item: item[1][0])):
         axis.annotate(
             name,
             (x, y),
-            xytext=(x, 1.02 + 0.06 * (len(ends) - step)),
+            xytext=(x, 1 - _STAIR * (step + 0.5)),
             textcoords=axis.get_xaxis_transform(),
             color=color,
             fontsize=9,
