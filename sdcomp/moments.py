@@ -162,7 +162,7 @@ def within_memory(layers: Sequence[Layer], memory: float) -> Iterator[list[Layer
 
 
 class MomentsOnDemand(Mapping[str, Tensor]):
-    """The second moments of many layers by name, of which at most `memory` bytes are held at a time.
+    """The second moments of many layers by name; it holds at most `memory` bytes of them at a time.
 
     Asking for a layer that is not held calls `run` again and observes this layer and the next ones. So ask in
     order, and change neither `module` nor what `run` computes. `rows` and `seed`: see `MomentObserver`.

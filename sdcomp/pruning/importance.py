@@ -82,7 +82,8 @@ def calibrate(
     names = list(prunable_layers(module, parts))
     moments = MomentsOnDemand(module, names, run, memory=memory, rows=rows, seed=seed)
     with _means(module, names) as means:
-        moments.gather(names[0])
+        if names:
+            moments.gather(names[0])
     return Calibration(moments, means, output_gradients(module, names, run, seed=seed) if gradients else {})
 
 

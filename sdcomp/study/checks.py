@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sdcomp.quantization import PRESETS
 from sdcomp.study.results import Row
 from sdcomp.study.variants import Variant
 
@@ -16,8 +17,8 @@ def gentle(variant: Variant) -> bool:
 
     These are at most 30 % zeros, 8 bits for activations and 6 for weights, or 4 with second-order rounding.
     """
-    second_order = any(word in variant.recipe for word in ("gptq", "low_bits"))
-    fewest = 4 if second_order else 6
+    preset = PRESETS.get(variant.recipe)
+    fewest = 4 if preset and preset.methods else 6
     bits = variant.weight_bits >= fewest and variant.act_bits >= 8
     return bits and variant.pruning in ("", "unstructured") and variant.amount <= 0.3 and not variant.steps
 

@@ -118,6 +118,12 @@ def test_masks_of_channels_take_no_data(small):
         prune_structured(small.unet, 0.5, importance="wanda", calibration=Calibration({}))
 
 
+def test_a_module_without_layers_is_pruned_to_itself():
+    module = nn.Sequential(nn.ReLU())
+    pruned = prune_unstructured(module, 0.5, importance="wanda", calibration=lambda: module(inputs()))
+    assert torch.equal(pruned(inputs()), module(inputs()))
+
+
 @pytest.mark.parametrize("how", ["zeros", "removal"])
 def test_results_do_not_depend_on_the_memory_for_moments(small, how):
     unet = small.unet

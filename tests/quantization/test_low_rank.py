@@ -136,6 +136,12 @@ def test_a_plain_checkpoint_has_branch_and_rest_in_one_weight(small, model, tmp_
         torch.testing.assert_close(rounded_unet(made)(*args), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rank", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+def test_ranks_that_cannot_be_are_refused(rank, error):
+    with pytest.raises(error, match="rank must be"):
+        LowRankBranch(rank)
+
+
 def test_what_takes_no_branches_says_so(model):
     with pytest.raises(UserError, match="low-rank branch"):
         sdcomp.to_int8(model)

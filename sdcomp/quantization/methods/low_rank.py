@@ -16,6 +16,7 @@ from sdcomp.errors import UserError
 from sdcomp.moments import weight_matrix
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.methods.second_order import SecondOrderRounding
+from sdcomp.settings import whole_number
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,16 @@ class LowRankBranch:
     """Gives layers of fewer than 8 bits a branch of rank `rank`; `rounding` rounds the rest of each weight.
 
     The branch of a layer adds `rank * (out + columns)` float16 numbers, and as many multiply-accumulates for
-    each position. The zeros of a pruned layer are not kept.
+    each position. The zeros of a pruned layer are not kept. Raises TypeError for a rank that is no whole
+    number, and ValueError for one below 1.
     """
 
     rank: int = 16
     rounding: SecondOrderRounding = field(default_factory=SecondOrderRounding)
+
+    def __post_init__(self) -> None:
+        if whole_number("rank", self.rank) < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
 
     @property
     def rows(self) -> int:
