@@ -1,5 +1,7 @@
 """Methods and recipes: what they do to layers, and what is left alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from sdcomp.errors import UserError
 from sdcomp.moments import second_moments
 from sdcomp.pruning import prune_unstructured
 from sdcomp.quantization import PRESETS, QuantModel, Recipe, apply_recipe, load_quant_model, quantize
-from sdcomp.quantization.methods import SecondOrderRounding
+from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
 
 PROMPTS = ["a red star on a navy background", "a blue circle"]
 
@@ -126,9 +128,11 @@ def test_a_recipe_is_the_same_whatever_memory_it_has(small):
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [SecondOrderRounding(rows=256), LowRankBranch(2)])
+def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, method):
+    recipe = replace(RECIPE, methods=(method,))
     settings = {"weight_bits": 4, "act_bits": 4, "steps": 2}
-    whole = quantize(small, RECIPE, PROMPTS, **settings)
+    whole = quantize(small, recipe, PROMPTS, **settings)
     expected = whole.state_dict()
     file, rounded = tmp_path / "quantize.ckpt", []
     monkeypatch.setattr("sdcomp.quantization.resume._EVERY", 0)
@@ -142,17 +146,17 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
 
     monkeypatch.setattr(SecondOrderRounding, "__call__", killed_at_the_tenth)
     with pytest.raises(KeyboardInterrupt):
-        quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
+        quantize(small, recipe, PROMPTS, checkpoint=file, **settings)
     with pytest.raises(UserError, match="is of another quantization"):
-        quantize(small, RECIPE, PROMPTS[:1], checkpoint=file, **settings)
-    resumed = quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
+        quantize(small, recipe, PROMPTS[:1], checkpoint=file, **settings)
+    resumed = quantize(small, recipe, PROMPTS, checkpoint=file, **settings)
     # Nothing was rounded twice but the layer at which it was killed.
     assert len(rounded) == 1 + len(resumed.quantized_layers()) and not file.exists()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
     assert resumed.calibration == whole.calibration
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no checkpoint of a quantization"):
-        quantize(small, RECIPE, PROMPTS, checkpoint=file, **settings)
+        quantize(small, recipe, PROMPTS, checkpoint=file, **settings)
 
 
 def test_a_recipe_runs_any_callable_once(small):
