@@ -30,6 +30,9 @@ from sdcomp.quantization.not_calibrated import calibrated, require_calibrated
 INPUTS = ("latents", "timestep", "context")
 """The inputs of an exported UNet, float32: `(B, C, h, w)`, `(1,)` and `(B, L, context_dim)`."""
 
+DYNAMIC = ({0: "batch", 2: "height", 3: "width"}, {}, {0: "batch", 1: "length"})
+"""The dimensions of each input that each call may choose, by number."""
+
 
 @dataclass(eq=False)
 class Interval:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.onnx.ops import symbolic
 
 from sdcomp.errors import UserError
-from sdcomp.export.graph import INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
+from sdcomp.export.graph import DYNAMIC, INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
 from sdcomp.files import replacing
 from sdcomp.model import ModelError, StableDiffusion
 
@@ -32,11 +32,11 @@ def save_onnx(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = None)
         raise ModelError(f"{path}: an ONNX model needs a name that ends in .onnx")
     if dtype is not None:
         raise UserError("the onnx format has types of its own: leave dtype out")
-    dim = torch.export.Dim
     # Every level halves the maps, and the skip connections need them to fit.
-    factor = 2 ** (len(sd.config.unet.channel_mult) - 1)
-    batch, height, width, length = dim("batch"), factor * dim("h"), factor * dim("w"), dim("length")
-    shapes = ({0: batch, 2: height, 3: width}, {}, {0: batch, 1: length})
+    halvings = 2 ** (len(sd.config.unet.channel_mult) - 1)
+    sizes = {name: torch.export.Dim(name) for names in DYNAMIC for name in names.values()}
+    sizes |= {name: halvings * sizes[name] for name in ("height", "width")}
+    shapes = tuple({i: sizes[name] for i, name in names.items()} for names in DYNAMIC)
     with torch.no_grad():
         graph = torch.export.export(
             GraphUNet(sd.unet, _Operators()), example_inputs(sd), dynamic_shapes=shapes

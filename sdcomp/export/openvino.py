@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.export.graph import INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
+from sdcomp.export.graph import DYNAMIC, INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
 from sdcomp.files import regular, replacing, resolve_input
 from sdcomp.model import ModelError, StableDiffusion
 from sdcomp.model.files.tensors import one_line
@@ -38,15 +38,16 @@ def save_openvino(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = N
         raise ModelError(f"{path}: an OpenVINO model needs a name that ends in .xml")
     if dtype is not None:
         raise UserError("the openvino format has types of its own: leave dtype out")
-    config = sd.config.unet
-    shapes = ([-1, config.in_channels, -1, -1], [1], [-1, -1, config.context_dim])
+    example = example_inputs(sd)
+    shapes = [
+        openvino.PartialShape([-1 if i in dynamic else size for i, size in enumerate(part.shape)])
+        for part, dynamic in zip(example, DYNAMIC, strict=True)
+    ]
     graph = GraphUNet(sd.unet, _Operators())
     with torch.no_grad(), warnings.catch_warnings():
         # Sizes are checked while the graph is recorded; nothing depends on them later.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        model = openvino.convert_model(
-            graph, example_input=example_inputs(sd), input=[openvino.PartialShape(s) for s in shapes]
-        )
+        model = openvino.convert_model(graph, example_input=example, input=shapes)
     for port, name in zip(model.inputs, INPUTS, strict=True):
         port.get_tensor().set_names({name})
     _raise_quantizers(model)

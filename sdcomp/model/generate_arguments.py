@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdcomp.model.batch_size import default_batch_size
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.image_to_image import check_image, first_step
 from sdcomp.model.seeds import image_seeds
 from sdcomp.settings import whole_number
 
@@ -69,7 +70,7 @@ def check_request(
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
     steps = whole_number("steps", steps)
     if image is not None:
-        image = _check_image(config, image, n, size)
+        image = check_image(image, n, size)
         size = tuple(image.shape[2:])
     pixels = image_pixels(config, size)
     return Request(
@@ -77,7 +78,7 @@ def check_request(
         negatives=negatives,
         seeds=image_seeds(seed, prompts),
         steps=steps,
-        first=0 if image is None else steps - max(1, min(int(steps * strength), steps)),
+        first=0 if image is None else first_step(steps, strength),
         scale=scale,
         image=image,
         pixels=pixels,
@@ -116,18 +117,3 @@ def _latent_shape(config: ModelConfig, pixels: tuple[int, int]) -> tuple[int, in
     if height < factor or width < factor or height % factor or width % factor:
         raise ValueError(f"height and width must be multiples of {factor}, not {height} and {width}")
     return config.unet.in_channels, height // f, width // f
-
-
-def _check_image(config: ModelConfig, image: Tensor, n: int, size: tuple[int, int] | None) -> Tensor:
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        raise TypeError("image must be a floating-point tensor with values in [0, 1]")
-    image = image[None] if image.dim() == 3 else image
-    if image.dim() != 4 or image.shape[1] != 3 or len(image) not in (1, n):
-        raise ValueError(f"image must be (1 or {n}, 3, H, W), not {tuple(image.shape)}")
-    # This form refuses NaN too.
-    if not ((image >= 0) & (image <= 1)).all():
-        raise ValueError("image must have values in [0, 1]")
-    if size is not None and tuple(size) != tuple(image.shape[2:]):
-        raise ValueError("size and image disagree: leave size out, or resize the image first")
-    _latent_shape(config, tuple(image.shape[2:]))
-    return image

@@ -17,7 +17,7 @@ from sdcomp.model.batch_size import default_batch_size, rows_at_once
 from sdcomp.model.clip import encode_text
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.generate_arguments import Request, check_request, image_pixels
-from sdcomp.model.guidance import guided
+from sdcomp.model.guidance import guided_call
 from sdcomp.model.offloading import weights_on
 from sdcomp.model.prompt_warnings import check_prompts
 from sdcomp.model.samplers import SAMPLER, STEPS, Sampler, make_sampler
@@ -284,7 +284,9 @@ class StableDiffusion:
         prompts; for a guidance `scale` of 1 only the prompts' `(B, L, context_dim)`. The UNet computes in
         the model's type; the prediction has the type of the latents.
         """
-        both = latents if scale == 1 else torch.cat([latents, latents])
+
+        def predicted(rows: Tensor) -> Tensor:
+            return self.unet(rows.to(self.dtype), timestep, context).to(latents.dtype)
+
         with self._ready(self.unet):
-            predicted = self.unet(both.to(self.dtype), timestep, context).to(latents.dtype)
-        return guided(predicted.chunk(1 if scale == 1 else 2), scale)
+            return guided_call(predicted, latents, scale)

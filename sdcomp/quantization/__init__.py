@@ -2,7 +2,7 @@
 
 from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.describe import describe
-from sdcomp.quantization.filters import FILTERS, published_filters
+from sdcomp.quantization.layer_sets import FILTERS, published_filters
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.not_calibrated import NotCalibratedError

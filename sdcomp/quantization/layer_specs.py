@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.quantization.filters import matches
-from sdcomp.quantization.overrides import Overrides, as_table
+from sdcomp.quantization.layer_patterns import matches
+from sdcomp.quantization.layer_sets import Overrides
+from sdcomp.quantization.overrides import as_table
 from sdcomp.quantization.quantizer import UniformQuantizer
 
 

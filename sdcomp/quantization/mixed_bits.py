@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sdcomp.budgets import Curve, allocate
-from sdcomp.quantization.overrides import Overrides
+from sdcomp.quantization.layer_sets import Overrides
 
 
 def choose_bits(

@@ -12,7 +12,7 @@ from sdcomp.errors import UserError
 from sdcomp.model.layers import is_quantized
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.attention import quantized_products
-from sdcomp.quantization.filters import FILTERS, matches
+from sdcomp.quantization.filters import as_filters, left_out
 from sdcomp.quantization.intervals import uniform_starts
 from sdcomp.quantization.layer_specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
@@ -40,10 +40,11 @@ class QuantModel(QuantizedModel):
     precision. Weights have a scale for each "channel" by default; `channel_wise=False` is another word for
     one "tensor". Activations have one scale for the whole "tensor", or one for each "token" if asked. A
     `Calibrator` finds the scales of activations; its default policy is their `scale_method`.
-    `quant_filters`: see `sdcomp.quantization.filters.matches`; or "published", see `published_filters`.
+    `quant_filters`: patterns, see `sdcomp.quantization.layer_patterns.matches`; or "published", see
+    `published_filters`.
     `overrides`: filters, each with `weight_quant_params` and `act_quant_params` that change those of the
     layers it matches, for example `{"time_embed": {"act_quant_params": {"n_bits": 8}}}`; or the name of a set
-    in `sdcomp.quantization.overrides.OVERRIDES`. Of several that match, the last one decides.
+    in `sdcomp.quantization.layer_sets.OVERRIDES`. Of several that match, the last one decides.
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
     `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
@@ -78,13 +79,13 @@ class QuantModel(QuantizedModel):
         self.act_quantizer = quantizer_of(act_quant_params, weights=False)
         if self.weight_quantizer is None and self.act_quantizer is None:
             raise ValueError("weight_quant_params and act_quant_params are both None: nothing to quantize")
-        self.quant_filters = _as_filters(quant_filters, module)
+        self.quant_filters = as_filters(quant_filters, module)
         self.split_shortcuts = split_shortcuts
         self.quantize_attention_products = quantize_attention_products
         self.state = QuantState()
 
         layers = {name: layer for name, layer in module.named_modules() if is_quantizable(layer)}
-        self.left_out = _left_out(self.quant_filters, list(layers))
+        self.left_out = left_out(self.quant_filters, list(layers))
         splits = shortcut_splits(module) if split_shortcuts else {}
         self.overrides, specs = layer_specs(
             module, [name for name in layers if name not in self.left_out],
@@ -249,30 +250,3 @@ class TimeStepCalibratedQuantModel(QuantModel):
             "timestep_arg": self.timestep_arg,
             "train_timesteps": self.train_timesteps,
         }
-
-
-def _as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
-    if isinstance(filters, str):
-        if filters not in FILTERS:
-            raise ValueError(
-                f"quant_filters must be a list of names such as [{filters!r}], or {', '.join(FILTERS)}"
-            )
-        return FILTERS[filters](module)
-    filters = list(filters)
-    if not all(isinstance(pattern, str) for pattern in filters):
-        raise TypeError("quant_filters must be a list of texts")
-    return filters
-
-
-def _left_out(filters: list[str], layers: list[str]) -> dict[str, str]:
-    """The layers that filters leave out, each with the first filter that matches it."""
-    left_out = {name: pattern for pattern in reversed(filters) for name in layers if matches(pattern, name)}
-    for pattern in filters:
-        if not any(matches(pattern, name) for name in layers):
-            raise UserError(
-                f"filter {pattern!r} matches no layer; names begin with"
-                f" {', '.join(sorted({name.split('.')[0] for name in layers})) or 'nothing'}"
-            )
-    if len(left_out) == len(layers):
-        raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
-    return left_out

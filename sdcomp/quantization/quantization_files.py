@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
+from sdcomp.quantization.layer_sets import SIDES
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
-from sdcomp.quantization.overrides import SIDES
 from sdcomp.quantization.quantizer import BITS, GRANULARITIES, SCALE_METHODS
 from sdcomp.settings import (
     ANYTHING,

@@ -1,8 +1,9 @@
-"""The loss of each part of the tiny model, for `sdcomp.training.fit`."""
+"""Losses for `sdcomp.training.fit`: of each part of the tiny model, and of recovery."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from sdcomp.model.schedule import NoiseSchedule
 from sdcomp.model.tokenizer import tokenize
 from sdcomp.model.unet import UNet
 from sdcomp.model.vae import VAEDecoder, VAEEncoder
+from sdcomp.quantization import QuantModel
 from sdcomp.scenes import BACKGROUNDS, Scene, caption, render
 from sdcomp.scenes.reader import SceneReader, head_targets
 from sdcomp.training.data import FAMILY, SceneSet
 from sdcomp.training.loop import Loss
+from sdcomp.training.recorded_calls import Call
 
 
 def vae_loss(
@@ -160,3 +163,38 @@ def _nothing(
     tiles = F.unfold(image[None], 16, stride=16)
     order = torch.randperm(tiles.shape[-1], generator=generator)
     return F.fold(tiles[..., order], image.shape[-2:], 16, stride=16)[0]
+
+
+def recovery_loss(
+    student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool | None
+) -> Loss:
+    """The loss of a batch of recorded rows, in parts: its micro-batches' losses add up to its mean."""
+    recorded = [(call, i) for call in calls for i in range(len(call[0]))]
+    device = next(student.parameters()).device
+    half = device.type == "cuda" if half is None else half
+
+    def loss(rng: np.random.Generator, generator: torch.Generator) -> Iterator[Tensor]:
+        chosen = [recorded[r] for r in rng.integers(len(recorded), size=batch_size)]
+        for some in _micro_batches(student, chosen, rows):
+            latents, context, target = (
+                torch.stack([call[part][i] for call, i in some]).to(device) for part in (0, 2, 3)
+            )
+            timesteps = torch.tensor([call[1] for call, _ in some], device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                predicted = student(latents, timesteps, context)
+            yield F.mse_loss(predicted.float(), target) * (len(some) / batch_size)
+
+    return loss
+
+
+def _micro_batches(
+    student: nn.Module, chosen: list[tuple[Call, int]], rows: int
+) -> Iterator[list[tuple[Call, int]]]:
+    """Split a batch into micro-batches, each within one timestep interval of a timestep-aware student."""
+    groups: dict[int, list[tuple[Call, int]]] = {}
+    for call, i in chosen:
+        interval = student.interval_of(call[1]) if isinstance(student, QuantModel) else 0
+        groups.setdefault(interval, []).append((call, i))
+    for group in groups.values():
+        for start in range(0, len(group), rows):
+            yield group[start : start + rows]

@@ -6,16 +6,14 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
@@ -25,7 +23,9 @@ from sdcomp.quantization import QuantModel
 from sdcomp.quantization.not_calibrated import require_calibrated
 from sdcomp.quantization.rounding_gradients import rounded, trainable
 from sdcomp.settings import whole_number
-from sdcomp.training.loop import Loss, Trained, fit
+from sdcomp.training.loop import Trained, fit
+from sdcomp.training.losses import recovery_loss
+from sdcomp.training.recorded_calls import recorded_calls
 
 
 def recover(
@@ -72,14 +72,14 @@ def recover(
     if rows < 1 or batch_size % rows:
         raise ValueError(f"micro_batch must divide batch_size, {batch_size}, which {rows} does not")
     sampling |= {"steps": sampling_steps, "seed": seed}
-    calls = _record(sd, prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling)
+    calls = recorded_calls(sd, prompts, batch_size=min(own, len(prompts)), progress=progress, **sampling)
     quantized = isinstance(unet, QuantModel)
     student = trainable(unet) if quantized else copy.deepcopy(unet).requires_grad_(True)
     _hold_zeros(student, unet)
     _set_recompute(student, own < BATCH_SIZE if recompute is None else recompute)
     inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
     inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
-    loss = _distillation_loss(student, calls, batch_size, rows, autocast)
+    loss = recovery_loss(student, calls, batch_size, rows, autocast)
     trained = fit(
         student, loss, steps, lr=lr, warmup=max(1, min(100, steps // 10)), weight_decay=0.0, seed=seed,
         checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, inputs=inputs, progress=progress,
@@ -105,83 +105,6 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
     if whole_number("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return prompts
-
-
-Call = tuple[Tensor, int, Tensor, Tensor]
-"""Latents, timestep, context and prediction of one call."""
-
-
-class _Recorder(nn.Module):
-    """A UNet that records its calls: latents, timestep, context, prediction, all on the CPU."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        self.calls: list[Call] = []
-        self._context: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
-        predicted = self.unet(latents, timestep, context)
-        # All steps of a batch share one context: keep it once.
-        if self._context is None or self._context[0] is not context:
-            self._context = context, context.float().cpu()
-        self.calls.append((latents.float().cpu(), timestep, self._context[1], predicted.float().cpu()))
-        return predicted
-
-
-class _NoImages(nn.Module):
-    """Replaces the decoder where nobody needs the images: returns gray ones, at no cost."""
-
-    def __init__(self, decoder: nn.Module, downsampling: int) -> None:
-        super().__init__()
-        self.decoder, self.downsampling = decoder, downsampling  # its weights tell the device and the type
-
-    def forward(self, latents: Tensor) -> Tensor:
-        height, width = (side * self.downsampling for side in latents.shape[2:])
-        return latents.new_zeros(len(latents), 3, 1, 1).expand(-1, -1, height, width)
-
-
-def _record(sd: StableDiffusion, prompts: list[str], **settings: Any) -> list[Call]:
-    """Generate, and return the calls of the UNet."""
-    recorder = _Recorder(sd.unet)
-    decoder = _NoImages(sd.decoder, sd.config.vae.downsampling)
-    sd.replace(unet=recorder, decoder=decoder).generate(prompts, **settings)
-    return recorder.calls
-
-
-def _distillation_loss(
-    student: nn.Module, calls: list[Call], batch_size: int, rows: int, half: bool | None
-) -> Loss:
-    """The loss of a batch of recorded rows, in parts: its micro-batches' losses add up to its mean."""
-    recorded = [(call, i) for call in calls for i in range(len(call[0]))]
-    device = next(student.parameters()).device
-    half = device.type == "cuda" if half is None else half
-
-    def loss(rng: np.random.Generator, generator: torch.Generator) -> Iterator[Tensor]:
-        chosen = [recorded[r] for r in rng.integers(len(recorded), size=batch_size)]
-        for some in _micro_batches(student, chosen, rows):
-            latents, context, target = (
-                torch.stack([call[part][i] for call, i in some]).to(device) for part in (0, 2, 3)
-            )
-            timesteps = torch.tensor([call[1] for call, _ in some], device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                predicted = student(latents, timesteps, context)
-            yield F.mse_loss(predicted.float(), target) * (len(some) / batch_size)
-
-    return loss
-
-
-def _micro_batches(
-    student: nn.Module, chosen: list[tuple[Call, int]], rows: int
-) -> Iterator[list[tuple[Call, int]]]:
-    """Split a batch into micro-batches, each within one timestep interval of a timestep-aware student."""
-    groups: dict[int, list[tuple[Call, int]]] = {}
-    for call, i in chosen:
-        interval = student.interval_of(call[1]) if isinstance(student, QuantModel) else 0
-        groups.setdefault(interval, []).append((call, i))
-    for group in groups.values():
-        for start in range(0, len(group), rows):
-            yield group[start : start + rows]
 
 
 def _set_recompute(unet: nn.Module, recompute: bool) -> None:

@@ -23,7 +23,7 @@ from sdcomp.quantization import (
     build,
     describe,
 )
-from sdcomp.quantization.filters import matches
+from sdcomp.quantization.layer_patterns import matches
 from sdcomp.quantization.shortcuts import shortcut_splits
 
 EIGHT = {"n_bits": 8}
