@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdcomp.integer.bfloat16_attention import BFloat16AttentionProduct, attention_dtype
 from sdcomp.integer.int8_layers import Int8Conv2d, Int8GatedLinear, Int8Layer, Int8Linear
-from sdcomp.model.attention import CrossAttention, join_heads, split_heads
+from sdcomp.model.attention import AttentionProduct, CrossAttention, join_heads, split_heads
 from sdcomp.model.bypass import Bypass
 from sdcomp.model.layers import silu
 from sdcomp.model.unet import (
@@ -66,15 +67,13 @@ def _add(layer: nn.Module, x: Tensor, accumulate: Tensor | None) -> Tensor:
 
 
 def _products(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
-    """Apply layers without a split to one input; quantize it once if their grids are equal.
-
-    The results are float32 for attention, since few CPUs multiply bfloat16 faster.
-    """
+    """Apply layers without a split to one input, for attention; quantize it once if their grids are equal."""
+    dtype = attention_dtype(x.dtype)
     integers = [layer for layer in layers if isinstance(layer, Int8Linear)]
     if len(integers) < len(layers) or len({layer.input_grids()[0] for layer in integers}) > 1:
-        return [layer(x, dtype=torch.float32) if layer in integers else layer(x).float() for layer in layers]
+        return [layer(x, dtype=dtype) if layer in integers else layer(x).to(dtype) for layer in layers]
     quantized = layers[0].quantize(x)
-    return [layer.multiply([quantized], torch.float32) for layer in layers]
+    return [layer.multiply([quantized], dtype) for layer in layers]
 
 
 class Int8ResBlock(_SpecialBlock, ResBlock):
@@ -97,6 +96,10 @@ class Int8ResBlock(_SpecialBlock, ResBlock):
         images = (F.group_norm(i, norm.num_groups, norm.weight, norm.bias, norm.eps) for i in x.split(1))
         integers = torch.cat([conv.quantize(F.silu(image, inplace=True)) for image in images])
         return conv.multiply([integers], x.dtype, accumulate)
+
+
+class Int8AttentionProduct(_SpecialBlock, BFloat16AttentionProduct):
+    """`AttentionProduct`, faster in bfloat16."""
 
 
 class Int8CrossAttention(_SpecialBlock, CrossAttention):
@@ -172,6 +175,7 @@ class Int8Upsample(_SpecialBlock, Upsample):
 
 _BLOCKS: dict[type, type[_SpecialBlock]] = {
     ResBlock: Int8ResBlock,
+    AttentionProduct: Int8AttentionProduct,
     CrossAttention: Int8CrossAttention,
     FeedForward: Int8FeedForward,
     TransformerBlock: Int8TransformerBlock,

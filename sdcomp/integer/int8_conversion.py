@@ -26,8 +26,8 @@ def to_int8(
 
     Weights and activations of any number of bits up to 8 run on the 8-bit kernels. Everything between them
     (norms, activation functions, layers left out) computes in `dtype`: float32, bfloat16 or float16, by
-    default the model's own. Attention's products stay in float32 in our UNet: CPUs without matrix units are
-    no faster in bfloat16. On identical inputs a float32 layer agrees with its simulation to 1e-5 relative.
+    default the model's own. In bfloat16, attention's products are bfloat16 on CPUs that multiply it faster,
+    else float32. On identical inputs a float32 layer agrees with its simulation to 1e-5 relative.
 
     `execution`: see `sdcomp.integer.execution.choose_execution`. By default a CPU that has the integer
     kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by

@@ -73,8 +73,10 @@ def quantized(model: str, calls: int, amount: float) -> nn.Module:
     return calibrated(unet, *(inputs(model, seed) for seed in range(calls)))
 
 
-def our_int8(model: str, folder: Path, calls: int, amount: float = 0.0) -> None:
-    save_int8(to_int8(quantized(model, calls, amount), execution="kernels"), folder)
+def our_int8(
+    model: str, folder: Path, calls: int, amount: float = 0.0, dtype: torch.dtype = torch.float32
+) -> None:
+    save_int8(to_int8(quantized(model, calls, amount), dtype, execution="kernels"), folder)
 
 
 def our_export(model: str, folder: Path, calls: int, file: str, amount: float = 0.0) -> None:
@@ -152,6 +154,14 @@ ENGINES = {
             ),
             made_by(our_int8, run_int8, "sdcomp int8"),
             made_by(our_int8, run_int8, "sdcomp int8, 10 % removed", amount=0.1),
+            made_by(our_int8, run_int8, "sdcomp int8, bfloat16 between", dtype=torch.bfloat16),
+            made_by(
+                our_int8,
+                run_int8,
+                "sdcomp int8, bfloat16 between, 10 % removed",
+                amount=0.1,
+                dtype=torch.bfloat16,
+            ),
             made_by(our_export, run_onnx, "sdcomp export, onnxruntime", file="unet.onnx"),
         ]
     ),
