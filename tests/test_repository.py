@@ -193,9 +193,10 @@ def test_the_headline_names_the_files_that_the_report_has(tmp_path):
     assert lines[7].startswith(
         "| 60 % of parameters removed, 3 bits in groups, packed | 6.0 (30%) | -0.5 [-1.5,"
     )
-    smallest, quickest, alone = builder.headline_answer().splitlines()
+    smallest, quickest, alone, peer = builder.headline_answer().splitlines()
     assert "smallest of 7 files" in smallest and "4.00 MB, 20% of fp16" in smallest
     assert "0.300 s an image, 1.3 times" in quickest and "fp32, 6 steps" in alone
+    assert "at least" in peer and "sdcomp" not in peer
 
 
 def test_prompt_sets_are_what_their_script_makes():

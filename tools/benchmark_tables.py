@@ -170,7 +170,7 @@ def low_bits_table() -> str:
     columns = {
         "variant": ("variant", ""), "prompts": ("split", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
         "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
-        "PSNR (dB)": ("psnr", ".1f"), "packed file (MB)": ("megabytes", ".2f"), "n": ("n", ""),
+        "PSNR (dB)": ("psnr", ".1f"), "file (MB)": ("megabytes", ".2f"), "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("low_bits", columns)
 

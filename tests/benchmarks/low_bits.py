@@ -3,8 +3,9 @@
     python tests/benchmarks/low_bits.py --images 256 --out reports/benchmarks/low_bits.csv
 
 The same weights, prompts and initial noise for all (20 DDIM steps); differences are to the unquantized UNet,
-with 95 % intervals. `megabytes` is the size of our packed file. A peer that is not installed, or fails, has
-a row that says so.
+with 95 % intervals. `megabytes` is the size of our packed file. For a peer it is a lower bound: n bits for
+each weight that it quantizes, 16 bits for all else, nothing for scales. A peer that is not installed, or
+fails, has a row that says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,13 +137,20 @@ def peers(
     yield "torchao W8A8 dynamic, linear layers", lambda: torchao("Int8DynamicActivationInt8WeightConfig")
     yield "torchao W4 g16, linear layers", lambda: torchao_groups("int4")
     yield "torchao W3 g16, linear layers", lambda: torchao_groups("int3")
-    yield "NNCF W4 g16", lambda: nncf(group_size=16)
+    yield "NNCF W4 g16, linear layers", lambda: nncf(group_size=16)
 
 
-def megabytes(sd: sdcomp.StableDiffusion, unet: nn.Module) -> float | str:
-    """Return the size of a packed file of the UNet; unknown for peers."""
-    if not isinstance(unet, QuantModel):
-        return ""
+def least_megabytes(unet: nn.Module, name: str) -> float:
+    """Return the fewest megabytes that a peer's weights can take, by the bits and layers in its name."""
+    bits = int(re.search(r"W(\d)", name)[1])
+    kinds = nn.Linear if "linear layers" in name else nn.Linear | nn.Conv2d
+    quantized = sum(m.weight.numel() for m in unet.modules() if isinstance(m, kinds))
+    others = sum(p.numel() for p in unet.parameters()) - quantized
+    return round((bits * quantized + 16 * others) / 8e6, 2)
+
+
+def megabytes(sd: sdcomp.StableDiffusion, unet: QuantModel) -> float:
+    """Return the size of a packed file of the UNet."""
     with tempfile.TemporaryDirectory() as folder:
         saved = sdcomp.save(sd.replace(unet=unet), Path(folder) / "model", format="packed")
         return round((saved / "packed.safetensors").stat().st_size / 1e6, 2)
@@ -175,7 +184,8 @@ def main() -> None:
                 rows.append(
                     {"variant": name, "split": split, **judge(sd, clip, images, baselines[split], prompts)}
                 )
-                rows[-1]["megabytes"] = megabytes(sd, unet)
+                peer = not isinstance(unet, QuantModel)
+                rows[-1]["megabytes"] = least_megabytes(sd.unet, name) if peer else megabytes(sd, unet)
         except Exception as error:
             # A peer may fail in any way; the others are measured all the same.
             if name.startswith("sdcomp"):
