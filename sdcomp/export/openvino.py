@@ -114,7 +114,7 @@ class OpenVINOUNet(nn.Module):
     """A UNet that OpenVINO runs on the CPU, called as `unet(latents, timesteps, context)`.
 
     `weights`: the content of the `.bin` file, mapped and not read, so that digests and sizes are the file's.
-    Computation is in float32 and in integers. For inference only.
+    For inference only.
     """
 
     def __init__(self, file: Path, compiled: openvino.CompiledModel) -> None:
@@ -140,12 +140,22 @@ class OpenVINOUNet(nn.Module):
         return f"OpenVINO, {self.file.name}"
 
 
-def load_openvino(path: str | Path) -> OpenVINOUNet:
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""The engine's names of the types in which it computes everything that is not integers."""
+
+
+def load_openvino(path: str | Path, dtype: torch.dtype = torch.float32) -> OpenVINOUNet:
     """Load a UNet that `export` wrote with format "openvino", for `sd.replace(unet=...)`.
 
-    It uses as many threads as PyTorch. Nothing in the files is executed but the operators of the graph.
-    Raises UserError without OpenVINO, ModelError for a file that is missing or damaged.
+    Attention, norms and layers that are not quantized compute in `dtype`: float32, or bfloat16, which is
+    faster on CPUs that multiply it and further from the simulation. The engine uses as many threads as
+    PyTorch. Nothing in the files is executed but the operators of the graph.
+
+    Raises UserError without OpenVINO, ModelError for a file that is missing or damaged, ValueError for
+    another type.
     """
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype!r}")
     with deploy_extra():
         import openvino
     file = resolve_input(path)
@@ -153,8 +163,8 @@ def load_openvino(path: str | Path) -> OpenVINOUNet:
         regular(part, ModelError)
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # The engine's defaults: bfloat16 where the CPU has it, and inputs of 8 bits beside weights of 8 bits.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        # By default the engine rounds inputs to 8 bits where only the weights have 8 bits.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
     try:

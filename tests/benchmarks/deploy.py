@@ -6,10 +6,11 @@
 First every model is made and saved, in a process of its own: `make_gib` is that process's peak memory. Ours
 and NNCF's are calibrated on the same `--calls` inputs, and have the same inputs of dynamic size. Then each
 engine is loaded in a process of its own, and as many as fit into `--memory` GiB take turns, step by step.
-Float32 and NNCF's model always take part, and ratios are taken within a round.
+Float32 and NNCF's model always take part, and ratios are taken within a round. OpenVINO and our kernels also
+run with bfloat16 between the integers; such an engine is compared with NNCF's model in bfloat16.
 
 The table is written after each result. A run that was killed goes on from it and from the files in
-`--folder`. "10 % removed" takes away about a tenth of each group's units, in widths of multiples of 16; its
+`--folder`. "10 % removed" takes away about a tenth of each group's units, in widths of multiples of 8; its
 time does not depend on which units they are. Needs the `deploy` and `peers` extras; NNCF at Stable Diffusion
 1.5's size needs 13 GiB of memory.
 """
@@ -21,7 +22,7 @@ import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -55,7 +56,7 @@ from sdcomp.model.prune_groups import prune_groups
 # Models are made
 
 
-def smaller(unet: nn.Module, amount: float, multiple: int = 16) -> nn.Module:
+def smaller(unet: nn.Module, amount: float, multiple: int = 8) -> nn.Module:
     """Remove the last units of each group, in place; returns the UNet."""
     kept = {}
     for group in prune_groups(unet):
@@ -114,8 +115,8 @@ def run_int8(model: str, folder: str, name: str) -> Step:
     return lambda: unet(*call)
 
 
-def run_openvino(model: str, folder: str, name: str) -> Step:
-    unet, call = load_openvino(Path(folder, name, "unet.xml")), exported_inputs(model)
+def run_openvino(model: str, folder: str, name: str, dtype: torch.dtype = torch.float32) -> Step:
+    unet, call = load_openvino(Path(folder, name, "unet.xml"), dtype), exported_inputs(model)
     return lambda: unet(*call)
 
 
@@ -138,36 +139,34 @@ class Engine:
     make: Callable[[str, Path, int], None] | None = None
 
 
-def made_by(make: Callable, run: Callable, name: str, **arguments: object) -> tuple[str, Engine]:
-    return name, Engine(partial(run, name=name), partial(make, **arguments))
-
-
+BETWEEN = ", bfloat16 between"
 NNCF = "nncf, openvino"
-ENGINES = {
-    REFERENCE: Engine(fp32),
-    **dict(
-        [
-            made_by(nncf_export, run_openvino, NNCF),
-            made_by(our_export, run_openvino, "sdcomp export, openvino", file="unet.xml"),
-            made_by(
-                our_export, run_openvino, "sdcomp export, openvino, 10 % removed", file="unet.xml", amount=0.1
-            ),
-            made_by(our_int8, run_int8, "sdcomp int8"),
-            made_by(our_int8, run_int8, "sdcomp int8, 10 % removed", amount=0.1),
-            made_by(our_int8, run_int8, "sdcomp int8, bfloat16 between", dtype=torch.bfloat16),
-            made_by(
-                our_int8,
-                run_int8,
-                "sdcomp int8, bfloat16 between, 10 % removed",
-                amount=0.1,
-                dtype=torch.bfloat16,
-            ),
-            made_by(our_export, run_onnx, "sdcomp export, onnxruntime", file="unet.onnx"),
-        ]
-    ),
-    "diffusers fp32": Engine(diffusers_eager),
-}
-REFERENCES = (REFERENCE, NNCF)
+REMOVED = ", 10 % removed"
+
+
+def engines() -> Iterator[tuple[str, Engine]]:
+    """Yield each engine with its name; the types in between share a file where they can."""
+    yield REFERENCE, Engine(fp32)
+    for made, make in (
+        (NNCF, nncf_export),
+        ("sdcomp export, openvino", partial(our_export, file="unet.xml")),
+    ):
+        yield made, Engine(partial(run_openvino, name=made), make)
+        yield made + BETWEEN, Engine(partial(run_openvino, name=made, dtype=torch.bfloat16))
+    made, make = "sdcomp export, openvino" + REMOVED, partial(our_export, file="unet.xml", amount=0.1)
+    yield made, Engine(partial(run_openvino, name=made), make)
+    yield made + BETWEEN, Engine(partial(run_openvino, name=made, dtype=torch.bfloat16))
+    for part, amount in (("", 0.0), (REMOVED, 0.1)):
+        for between, dtype in (("", torch.float32), (BETWEEN, torch.bfloat16)):
+            made, make = "sdcomp int8" + part + between, partial(our_int8, amount=amount, dtype=dtype)
+            yield made, Engine(partial(run_int8, name=made), make)
+    made = "sdcomp export, onnxruntime"
+    yield made, Engine(partial(run_onnx, name=made), partial(our_export, file="unet.onnx"))
+    yield "diffusers fp32", Engine(diffusers_eager)
+
+
+ENGINES = dict(engines())
+REFERENCES = (REFERENCE, NNCF, NNCF + BETWEEN)
 COLUMNS = (
     "make_seconds", "make_gib", "file_gb", "arithmetic_left", "seconds", "seconds_low", "seconds_high",
     "speedup", "speedup_low", "speedup_high", "of_nncf", "of_nncf_low", "of_nncf_high", "peak_gib",
@@ -243,8 +242,8 @@ def take_turns(workers: dict[str, Worker], repeats: int) -> dict[str, dict[str, 
     rows = {}
     for name, own in times.items():
         found = {"seconds": median(own), "speedup": median(times[REFERENCE], own)}
-        if NNCF in times:
-            found["of_nncf"] = median(own, times[NNCF])
+        if (peer := NNCF + BETWEEN * (BETWEEN in name)) in times:
+            found["of_nncf"] = median(own, times[peer])
         row = {
             key + end: getattr(x, part)
             for key, x in found.items()

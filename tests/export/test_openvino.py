@@ -162,3 +162,11 @@ def test_a_missing_package_is_named(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ValueError, match=r"pip install 'sdcomp\[deploy\]'"):
         sdcomp.export(small, tmp_path / "a.xml", format="openvino")
+
+
+def test_bfloat16_between_the_integers_changes_little(exported, calls):
+    in_bfloat16 = load_openvino(exported.file, torch.bfloat16)
+    for call in calls:
+        assert decibels(exported(*call), in_bfloat16(*call)) > 20
+    with pytest.raises(ValueError, match="float32 or torch.bfloat16, not torch.float16"):
+        load_openvino(exported.file, torch.float16)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_models import calibrate, decibels, random, small_call
 
 from sdcomp.integer import bfloat16_attention, int8_kernels, to_int8
 from sdcomp.integer.bfloat16_attention import BFloat16AttentionProduct, attention_dtype
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.quantization import QuantModel
-from tests.helpers.quantized_models import calibrate, decibels, random, small_call
 
 
 @pytest.mark.parametrize("scores", [2**20, 1000, 7], ids=["whole", "some rows", "one row"])
