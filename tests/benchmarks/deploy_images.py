@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -45,9 +46,11 @@ class ONNXUNet(nn.Module):
         return torch.from_numpy(self.session.run(None, feed)[0])
 
 
-def openvino(sd: sdcomp.StableDiffusion, q: QuantModel, folder: str) -> nn.Module:
+def openvino(
+    sd: sdcomp.StableDiffusion, q: QuantModel, folder: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     file = sdcomp.export(sd.replace(unet=q), Path(folder, "unet.xml"), format="openvino")
-    return sdcomp.export.load_openvino(file)
+    return sdcomp.export.load_openvino(file, dtype)
 
 
 def onnx(sd: sdcomp.StableDiffusion, q: QuantModel, folder: str) -> nn.Module:
@@ -56,7 +59,9 @@ def onnx(sd: sdcomp.StableDiffusion, q: QuantModel, folder: str) -> nn.Module:
 
 ENGINES: dict[str, Callable[..., nn.Module]] = {
     "openvino": openvino,
+    "openvino, bfloat16 between": partial(openvino, dtype=torch.bfloat16),
     "sdcomp int8": lambda sd, q, folder: to_int8(q),
+    "sdcomp int8, bfloat16 between": lambda sd, q, folder: to_int8(q, torch.bfloat16),
     "onnxruntime": onnx,
 }
 
