@@ -21,6 +21,7 @@ from sdcomp.integer import PackedModel
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
 from sdcomp.model.rebuild import normal_tensors, rebuild
+from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import QuantLayer, QuantModel
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.input_grids import InputGrid, input_grids
@@ -79,10 +80,17 @@ class Dialect(Protocol):
 class GraphLayer(nn.Module):
     """A convolution or linear layer in the operators of a dialect.
 
-    A layer with a split (see `LayerSpec`) multiplies the two halves of its input apart.
+    A layer with a split (see `LayerSpec`) multiplies the two halves of its input apart. `rows` of the weight
+    are the outputs that this one computes.
     """
 
-    def __init__(self, layer: QuantLayer | NBitLayer, dialect: Dialect, interval: Interval) -> None:
+    def __init__(
+        self,
+        layer: QuantLayer | NBitLayer,
+        dialect: Dialect,
+        interval: Interval,
+        rows: slice = slice(None),
+    ) -> None:
         super().__init__()
         self.dialect, self.conv = dialect, isinstance(layer, nn.Conv2d)
         if self.conv:
@@ -91,25 +99,34 @@ class GraphLayer(nn.Module):
             self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         out, columns, *kernel = layer.shape if isinstance(layer, NBitLayer) else layer.weight.shape
         self.sizes = [columns] if layer.split is None else [layer.split, columns - layer.split]
-        self.shapes = [(out, size, *kernel) for size in self.sizes]
+        self.shapes = [(len(range(out)[rows]), size, *kernel) for size in self.sizes]
         self.grids = _grids(layer, interval)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
-        for i, (weight, scale) in enumerate(_weights(layer, self.shapes)):
-            self.register_buffer(f"weight{i}", weight)
-            self.register_buffer(f"scale{i}", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float()[rows])
+        for i, (weight, scale) in enumerate(_weights(layer, self.sizes, kernel)):
+            self.register_buffer(f"weight{i}", weight[rows])
+            self.register_buffer(f"scale{i}", None if scale is None else scale[rows])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.quantize(x))
+
+    def quantize(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Round an input or its halves; see `Dialect.quantize`."""
         parts = [x] if len(self.sizes) == 1 else x.split(self.sizes, dim=1)
-        first, *rest = (self._product(i, part) for i, part in enumerate(parts))
+        if self.grids is None:
+            return [(part, None) for part in parts]
+        return [self.dialect.quantize(part, grids) for part, grids in zip(parts, self.grids, strict=True)]
+
+    def multiply(self, parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """The output for what `quantize` returned."""
+        first, *rest = (self._product(i, *part) for i, part in enumerate(parts))
         return first + rest[0] if rest else first
 
-    def _product(self, i: int, x: Tensor) -> Tensor:
+    def _product(self, i: int, x: Tensor, factor: Tensor | None) -> Tensor:
         """The product of part `i` of the input; the first part's has the bias."""
         weight, scale = getattr(self, f"weight{i}"), getattr(self, f"scale{i}")
         if scale is not None:
             weight = self.dialect.dequantize(weight, scale)
         weight, bias = weight.reshape(self.shapes[i]), self.bias if i == 0 else None
-        x, factor = (x, None) if self.grids is None else self.dialect.quantize(x, self.grids[i])
         if factor is None:
             return self._multiply(x, weight, bias)
         product = self._multiply(x, weight, None) * factor
@@ -121,20 +138,34 @@ class GraphLayer(nn.Module):
         return F.conv2d(x, weight, bias, *self.geometry) if self.conv else F.linear(x, weight, bias)
 
 
+class GraphGEGLU(nn.Module):
+    """`GEGLU` as two layers: an engine then computes GELU within one of them, and copies no halves."""
+
+    def __init__(self, layer: QuantLayer | NBitLayer, dialect: Dialect, interval: Interval) -> None:
+        super().__init__()
+        hidden = layer.out_features // 2
+        self.value = GraphLayer(layer, dialect, interval, slice(hidden))
+        self.gate = GraphLayer(layer, dialect, interval, slice(hidden, None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.gate.quantize(x)
+        return self.value.multiply(parts) * F.gelu(self.gate.multiply(parts))
+
+
 def _weights(
-    layer: QuantLayer | NBitLayer, shapes: list[tuple[int, ...]]
+    layer: QuantLayer | NBitLayer, sizes: list[int], kernel: list[int]
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Integers and scales of a weight or of its halves; floats and None where int8 cannot hold it.
 
     So it is for 8 bits with a zero point, and for groups where the last one is narrower.
     """
-    quantizer, sizes = layer.weight_quantizer, [shape[1] for shape in shapes]
+    quantizer = layer.weight_quantizer
     grouped = quantizer is not None and quantizer.granularity == "group"
     if (
         quantizer is None
         or not layer.state.weights
         or quantizer.integer_dtype != torch.int8
-        or (grouped and prod(shapes[0][1:]) % quantizer.group_size)
+        or (grouped and sizes[0] * prod(kernel) % quantizer.group_size)
     ):
         return [(part, None) for part in rounded_weight(layer).detach().float().split(sizes, dim=1)]
     integers, scale = layer.integer_weight(), layer.weight_scale.float()
@@ -158,6 +189,16 @@ def _grids(layer: QuantLayer | NBitLayer, interval: Interval) -> list[Grids] | N
     rows = input_grids(layer.act_scale, layer.act_zero_point, quantizer)
     rows = [calibrated(rows, i, layer.name) for i in range(len(rows))]
     return [Grids(list(part), not quantizer.symmetric, interval) for part in zip(*rows, strict=True)]
+
+
+def _twin(
+    unet: UNet, layer: QuantLayer | NBitLayer, dialect: Dialect, interval: Interval
+) -> tuple[str, nn.Module]:
+    """The module that takes the place of a layer, or of the GEGLU around it, and the name of that place."""
+    parent = layer.name.rpartition(".")[0]
+    if isinstance(unet.get_submodule(parent), GEGLU):
+        return parent, GraphGEGLU(layer, dialect, interval)
+    return layer.name, GraphLayer(layer, dialect, interval)
 
 
 class GraphUNet(nn.Module):
@@ -186,7 +227,7 @@ class GraphUNet(nn.Module):
             refuse_branches(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []
         with normal_tensors():
-            twins = {layer.name: GraphLayer(layer, dialect, self.interval) for layer in layers}
+            twins = dict(_twin(inside, layer, dialect, self.interval) for layer in layers)
             self.module = rebuild(inside, twins).float().requires_grad_(False)
         self.eval()
 

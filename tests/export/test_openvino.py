@@ -12,6 +12,7 @@ from sdcomp.evaluation import weight_bytes
 from sdcomp.export import load_openvino
 from sdcomp.export.graph import GraphLayer, Interval
 from sdcomp.export.openvino import _Operators
+from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import NotCalibratedError, QuantModel, TimeStepCalibratedQuantModel, build
 
 openvino = pytest.importorskip("openvino")
@@ -89,14 +90,17 @@ def test_it_is_nearly_as_close_to_the_simulation_as_our_kernels_are(simulated, e
             sum(decibels(want, unet(*call)) for want, call in zip(expected, calls, strict=True)) / len(calls)
             for unet in (int8, exported)
         )
-    assert theirs > ours - 3
+    # With some numbers of threads our float layers have the simulation's bits; 40 dB is where roundings differ.
+    assert theirs > min(ours, 40) - 3
 
 
 def test_every_layer_runs_in_integers_at_all_timesteps(simulated, exported):
     kinds = [op.get_rt_info() for op in exported._compiled.get_runtime_model().get_ops()]
     kinds = [(info["layerType"].value, info["runtimePrecision"].value) for info in kinds]
     products = [precision for kind, precision in kinds if kind in ("Convolution", "FullyConnected")]
-    assert len(products) == len(simulated.quantized_layers()) and set(products) == {"i8", "u8"}
+    # The two halves of a GEGLU are a product each.
+    layers = len(simulated.quantized_layers()) + sum(isinstance(m, GEGLU) for m in simulated.modules())
+    assert len(products) == layers and set(products) == {"i8", "u8"}
 
 
 def test_the_file_has_bytes_for_weights(trained, exported):
