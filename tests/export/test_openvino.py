@@ -90,7 +90,7 @@ def test_it_is_nearly_as_close_to_the_simulation_as_our_kernels_are(simulated, e
             sum(decibels(want, unet(*call)) for want, call in zip(expected, calls, strict=True)) / len(calls)
             for unet in (int8, exported)
         )
-    # With some numbers of threads our float layers have the simulation's bits; 40 dB is where roundings differ.
+    # With some numbers of threads our float layers have the simulation's bits, and few roundings differ.
     assert theirs > min(ours, 40) - 3
 
 
