@@ -46,20 +46,22 @@ if TYPE_CHECKING:
 
 
 def calibration_settings(
-    run: Run, sd: StableDiffusion, prompts: str = "calibration", negative_prompt: str = ""
+    run: Run, sd: StableDiffusion, prompts: str = "calibration", negative_prompt: str = "", n: int = 0
 ) -> dict[str, Any]:
     """The arguments of `sd.generate` for a calibration, from a run's parameters.
 
-    `prompts` is a prompt set or a file. Calibration starts from noise, so every timestep interval is reached.
+    `prompts` is a prompt set or a file; the first `n` of it are taken, by default the parameter
+    `n_calibration`. Calibration starts from noise, so every timestep interval is reached.
     """
     p, own = run.parameters, run.generation(sd)
+    n = n or p["n_calibration"]
     return {
-        "prompts": load_prompts(sd, prompts, p["n_calibration"]).texts,
+        "prompts": load_prompts(sd, prompts, n).texts,
         "steps": p.get("calibration_steps") or p["steps"],
         "sampler": p.get("calibration_sampler", SAMPLER),
         "guidance_scale": own["guidance_scale"],
         "negative_prompt": negative_prompt,
-        "batch_size": min(p["n_calibration"], own["batch_size"]),
+        "batch_size": min(n, own["batch_size"]),
         "seed": p["seed"] + 1,
         "progress": run.progress,
     }

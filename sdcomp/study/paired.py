@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.evaluation import (
     UNITS,
     Clip,
+    Estimate,
     Prompts,
     branch_errors,
     cached_images,
@@ -101,14 +103,17 @@ class PairedStudy:
         clip: Clip | None = None,
         noise_images: int = 0,
         shown: int = IMAGES_IN_A_ROW,
+        about: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         """`settings` are arguments of `generate`; `shown` images of each variant are kept, for figures.
 
+        `about` says more about every result of this study, such as its sampler, where a run has several.
+
         Raises UserError where nothing can judge the images: `clip` is not given, and the model has neither
         an image encoder nor a reader for these prompts.
         """
-        self.run, self.sd, self.prompts = run, sd, prompts
+        self.run, self.sd, self.prompts, self.about = run, sd, prompts, about or {}
         self.settings, self.shown = {**settings, "progress": run.progress}, shown
         self.clip = clip or (Clip.of(sd) if sd.clip is not None else None)
         if self.clip is None and (sd.reader is None or prompts.scenes is None):
@@ -155,7 +160,7 @@ class PairedStudy:
             images = cached_images(self.sd.replace(unet=unet), self.prompts.texts, **settings)
             errors = {} if self.trace is None or variant.steps else self._branch_errors(unet)
         except NonFiniteError as error:
-            self.run.record(variant, FAILED, 1, unit=str(error))
+            self._row(variant, FAILED, 1, unit=str(error))
             return None
         found = self._scores(images)
         pairs = self._record_scores(variant, found, images)
@@ -175,7 +180,7 @@ class PairedStudy:
         for metric, values in self._measured[variant].items():
             groups = self.prompts.groups[: len(values)]
             change = paired_difference(values, self._measured[to][metric], groups)
-            self.run.record(variant, f"{metric} difference", change, unit=_unit(metric), baseline=to)
+            self._row(variant, f"{metric} difference", change, unit=_unit(metric), baseline=to)
 
     def noise_errors(self, unet: nn.Module) -> Tensor:
         """Squared error of a UNet's noise predictions along the baseline's path, `(S, noise_images)`.
@@ -210,7 +215,7 @@ class PairedStudy:
         squared = step_weights(sampler, self.sd.schedule, steps, len(self.trace.timesteps)).square()
         shares = squared / squared.sum()
         for timestep, share in zip(self.trace.timesteps.tolist(), shares.tolist(), strict=True):
-            self.run.record(FP32, "weight of the step", share, timestep=timestep)
+            self._row(FP32, "weight of the step", share, timestep=timestep)
         return shares[:, None]
 
     def _scores(self, images: Tensor) -> dict[str, Tensor]:
@@ -220,14 +225,17 @@ class PairedStudy:
             found["KID"] = 1000 * kid_values(features, theirs, self.prompts.groups, scenes)
         return found
 
+    def _row(self, variant: Variant, metric: str, found: Estimate | float, **more: Any) -> None:
+        self.run.record(variant, metric, found, **self.about, **more)
+
     def _record(
         self, variant: Variant, metric: str, values: Tensor, to: Variant | None = None, **about: Any
     ) -> None:
         """Record the mean of scores, and keep them image by image; `to` is what they are measured against."""
         groups = self.prompts.groups[: len(values)]
         found, baseline = estimate(values, groups), to or ""
-        self.run.record(variant, metric, found, unit=_unit(metric), baseline=baseline, **about)
-        self.run.images.keep(variant, metric, values, groups, **about)
+        self._row(variant, metric, found, unit=_unit(metric), baseline=baseline, **about)
+        self.run.images.keep(variant, metric, values, groups, **self.about, **about)
 
     def _record_scores(self, variant: Variant, found: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """Record scores and their differences; returns the comparisons with the baseline's images."""
@@ -235,11 +243,11 @@ class PairedStudy:
         for metric, values in found.items():
             self._record(variant, metric, values)
             change = paired_difference(values, self.scores[metric], groups)
-            self.run.record(variant, f"{metric} difference", change, unit=_unit(metric), baseline=FP32)
+            self._row(variant, f"{metric} difference", change, unit=_unit(metric), baseline=FP32)
         self._record_frechet(variant, images)
         pairs = {SQUARED: squared_errors(images, self.images), "SSIM": ssim(images, self.images)}
-        self.run.record(variant, "PSNR", decibels(pairs[SQUARED], groups), unit="dB", baseline=FP32)
-        self.run.images.keep(variant, SQUARED, pairs[SQUARED], groups)
+        self._row(variant, "PSNR", decibels(pairs[SQUARED], groups), unit="dB", baseline=FP32)
+        self.run.images.keep(variant, SQUARED, pairs[SQUARED], groups, **self.about)
         self._record(variant, "SSIM", pairs["SSIM"], FP32)
         return pairs
 
@@ -251,7 +259,7 @@ class PairedStudy:
         if n > d:
             distance = frechet_distance(features, theirs)
             few = "; n < 10 d: biased" if n < 10 * d else ""
-            self.run.record(variant, "Frechet distance", distance, unit=f"n = {n}, d = {d}{few}")
+            self._row(variant, "Frechet distance", distance, unit=f"n = {n}, d = {d}{few}")
 
     def _record_noise(self, variant: Variant, errors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Record the squared errors `(S, N)` of the guided prediction and its branches; returns the means."""

@@ -158,12 +158,18 @@ def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], limits: tuple[float, fl
 
 def difference_bars(axis: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], color: Any) -> None:
     """Draw paired differences (rows of `Run.results`) with their intervals, from top to bottom."""
-    places = range(len(rows), 0, -1)
     axis.axvline(0, color="0.6", linewidth=1)
-    axis.hlines(places, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color)
-    axis.plot([row["value"] for row in rows], places, "o", color=color)
-    axis.set_yticks(list(places), names)
+    interval_bars(axis, rows, range(len(rows), 0, -1), color)
+    axis.set_yticks(range(len(rows), 0, -1), names)
     axis.set_ylim(0.5, len(rows) + 0.5)
+
+
+def interval_bars(
+    axis: Axes, rows: Sequence[dict[str, Any]], places: Sequence[float], color: Any, label: str = ""
+) -> None:
+    """Draw results (rows of `Run.results`) as dots with their intervals across, at heights of the axis."""
+    axis.hlines(places, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color)
+    axis.plot([row["value"] for row in rows], places, "o", color=color, label=label)
 
 
 def error_dots(

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sdcomp.evaluation import PathErrors, Prompts, applicable, bootstrap, share_estimate
+from sdcomp.evaluation import (
+    PathErrors,
+    Prompts,
+    applicable,
+    bootstrap,
+    estimate,
+    paired_difference,
+    share_estimate,
+)
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
 from sdcomp.study.run import Run
@@ -42,3 +50,31 @@ def record_attributes(
             missed = share_estimate(1 - values, groups)
             run.record(variant, "missed", missed, unit="%", attribute=attribute)
             run.images.keep(variant, "missed", 1 - right, scenes, attribute=attribute)
+
+
+def record_attribute_accuracy(
+    run: Run, variant: Variant, sd: StableDiffusion, images: Tensor, baseline: Tensor, prompts: Prompts
+) -> None:
+    """Record in how many images each attribute is right in all objects, beside the images of fp32.
+
+    `images` and `baseline` are `(N, 3, H, W)`, of the first prompts. An image counts if its scene has the
+    attribute. Without a reader nothing is recorded.
+    """
+    if sd.reader is None or prompts.scenes is None:
+        return
+    found, before = (
+        prompt_accuracy(sd.reader, drawn, prompts.scenes[: len(drawn)]).by_attribute
+        for drawn in (images, baseline)
+    )
+    for attribute, shares in found.items():
+        places = [i for i, applies in enumerate((~shares.isnan()).tolist()) if applies]
+        if not places:
+            continue
+        groups = [prompts.groups[i] for i in places]
+        right, wanted = shares[places] == 1, before[attribute][places] == 1
+        said = {"unit": "%", "attribute": attribute}
+        run.record(variant, "attribute accuracy", estimate(right, groups), **said)
+        run.images.keep(variant, "attribute accuracy", right, groups, places=places, attribute=attribute)
+        if variant != FP32:
+            change = paired_difference(right, wanted, groups)
+            run.record(variant, "attribute accuracy difference", change, baseline=FP32, **said)

@@ -48,13 +48,16 @@ class ImageScores:
         groups: Sequence[Hashable],
         *,
         prompts: str = "judged",
+        places: Sequence[int] | None = None,
         **about: Any,
     ) -> None:
         """Keep the scores `(n,)` of the first n images; `groups` names the scene of each.
 
-        `prompts` names the set of prompts that the images show. NaN marks a score that does not apply.
+        `prompts` names the set of prompts that the images show. NaN marks a score that does not apply. For
+        other images than the first, `places` has their numbers.
         """
-        for image, (value, group) in enumerate(zip(values.tolist(), groups, strict=True)):
+        numbers = range(len(values)) if places is None else places
+        for image, value, group in zip(numbers, values.tolist(), groups, strict=True):
             scene = self._scenes.setdefault(group, len(self._scenes))
             cells = self._cells.setdefault((name_of(subject), prompts, image), {"scene": scene})
             cells[column(metric, about)] = value
@@ -95,12 +98,12 @@ class ReadScores:
 def recomputed(row: Row, scores: ReadScores) -> Estimate | None:
     """The estimate of a row of results, from the scores of images; None where it has another source."""
     metric, about = row["metric"], row["about"]
-    name = column(metric, about)
     if metric == "PSNR":
-        found = scores.of(row["label"], SQUARED)
+        found = scores.of(row["label"], column(SQUARED, about))
         return found and decibels(*found)
+    name = column(metric.removesuffix(" difference"), about)
     if metric.endswith(" difference"):
-        pair = [scores.of(who, name.removesuffix(" difference")) for who in (row["label"], row["baseline"])]
+        pair = [scores.of(who, name) for who in (row["label"], row["baseline"])]
         return paired_difference(pair[0][0], pair[1][0], pair[0][1]) if all(pair) else None
     found = scores.of(row["label"], name)
     if found is None:

@@ -17,6 +17,7 @@ SETTINGS = {
     "01_quantization": {"calibration_steps": 10, "noise_images": 1, "methods": ["weights_only"]},
     "04_combined": {"calibration_steps": 10, "noise_images": 1, "timing_repeats": 1, "variants": []},
     "06_low_bits": {"ladder": ["low_bits"], "act_bits": [32, 8], "norms": []},
+    "07_conditions": {"bits": [8], "draws": 1, "policies": [], "calibration_samplers": [], "conditions": []},
 }
 pytestmark = pytest.mark.slow
 

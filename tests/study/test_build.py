@@ -186,6 +186,7 @@ def test_arguments_of_the_study_take_the_place_of_the_presets(run, small):
 def test_calibration_is_what_the_parameters_say(run):
     tiny = sdcomp.load("data/tiny")
     run.parameters |= {"n_calibration": 3, "calibration_steps": 7}
+    assert len(calibration_settings(run, tiny, n=5)["prompts"]) == 5
     found = calibration_settings(run, tiny, negative_prompt="blue")
     assert len(found.pop("prompts")) == 3
     assert found == {

@@ -129,6 +129,23 @@ def test_fewer_steps_start_from_the_same_noise_and_have_no_noise_errors(study, s
     assert "CLIP score difference" in measured and not any("noise" in metric for metric in measured)
 
 
+def test_every_result_says_its_condition_where_a_run_has_several(study, seeing):
+    about = {"sampler": "ddim", "sampling_steps": 1}
+    run, settings = Record(), {"steps": 1, "batch_size": 8, "guidance_scale": 1.0}
+    other = PairedStudy(run, seeing, study.prompts, noise_images=2, about=about, **settings)
+    other.measure(LOUDER, Louder(seeing.unet, 1.1))
+    other.measure(TWICE, Louder(seeing.unet, 1.3))
+    other.measure(BREAKS, Breaks(seeing.unet, 1.0, lambda latents, timestep: 0))
+    assert (BREAKS, "failed", "ddim", 1) in run.rows
+    other.run = Record()
+    other.compare(TWICE, LOUDER)
+    assert all(said[:2] == ["ddim", 1] for _, _, *said in (*run.rows, *other.run.rows))
+    # The baseline is drawn again under this condition.
+    assert not torch.equal(other.images, study.images)
+    names = {name for cells in run.images._cells.values() for name in cells} - {"scene"}
+    assert names and all(" ddim 1" in name for name in names)
+
+
 def test_two_variants_are_compared_prompt_by_prompt(study, seeing):
     plain = study.measure(LOUDER, Louder(seeing.unet, 1.1))
     twice = study.measure(TWICE, Louder(seeing.unet, 1.3))

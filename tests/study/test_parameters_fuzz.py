@@ -78,7 +78,8 @@ WITHIN = {
     "amount": (0, 1), "amounts": (0, 1), "sensitivity_amounts": (0, 1), "budgets": (0, 1),
     "strength": (0, 1), "weight_bits": (2, 8), "act_bits": (2, 8), "sweep_bits": (2, 8), "k": (1, 1000),
     "sweep_k": (1, 1000), "steps": (1, 500), "repeats": (1, 10_000), "seed": (0, 2**31 - 1),
-    "packed_bits": (2, 8), "calibration_steps": (1, 1000), "n_images": (1, 100_000),
+    "packed_bits": (2, 8), "bits": (2, 8), "draws": (1, 100), "calibration_steps": (1, 1000),
+    "n_images": (1, 100_000),
 }  # fmt: skip
 """What numbers can mean, written down a second time."""
 FULL_PRECISION = ("06_low_bits", "act_bits", 32)

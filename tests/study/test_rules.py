@@ -67,7 +67,7 @@ def test_the_profiles_of_stable_diffusion_pass(profile):
 
 
 QUANTIZATION, PRUNING, PROFILING, COMBINED = "01_quantization", "02_pruning", "03_profiling", "04_combined"
-LOW_BITS = "06_low_bits"
+LOW_BITS, CONDITIONS = "06_low_bits", "07_conditions"
 BAD = [
     ("00_base_model", {"train_images": 257}, "train_images must be a multiple of 4"),
     ("00_base_model", {"n_images": 257}, "n_images must be between 1 and 256"),
@@ -131,6 +131,17 @@ BAD = [
     (LOW_BITS, {"norms": [0.5]}, "norms must be exponents between 1 and 16, or 0"),
     (LOW_BITS, {"k": 21}, "k must be at most steps, 20, not 21"),
     (LOW_BITS, {"sensitivity_layers": -1}, "sensitivity_layers must be between 0"),
+    (CONDITIONS, {"preset": "weights_only"}, "preset must be one of max, "),
+    (CONDITIONS, {"preset": "timestep_mse", "k": 21}, "k must be at most steps, 20, not 21"),
+    (CONDITIONS, {"bits": []}, "bits must not be an empty list"),
+    (CONDITIONS, {"conditions": ["10"]}, "conditions must be conditions, such as 'ddpm', '10 steps'"),
+    (CONDITIONS, {"conditions": ["0 steps"]}, "conditions must be conditions, such as"),
+    (CONDITIONS, {"conditions": ["guidance 101"]}, "conditions must be conditions, such as"),
+    (CONDITIONS, {"conditions": ["ddpm", "ddpm"]}, "conditions must name each of its values once"),
+    (CONDITIONS, {"policies": ["min"]}, "policies must be one of max, mse, maximum, momentum, merged"),
+    (CONDITIONS, {"pruned": []}, "pruned must not be an empty list"),
+    (CONDITIONS, {"pruned": ["2:4 recovered 9"], "dtype": "float16"}, "trains in float32, not float16"),
+    (CONDITIONS, {"draws": 0}, "draws must be between 1"),
     ("05_claims", {"reports": "README.md"}, "reports must be an existing folder"),
     ("05_claims", {"score": "FID"}, "score must be one of prompt accuracy, CLIP score"),
     ("05_claims", {"seed": 1}, "there is no parameter 'seed'"),
@@ -160,6 +171,8 @@ GOOD = [
     (LOW_BITS, {"methods": ["low_bits", "weights_gptq_groups"], "norms": [], "ladder": []}),
     (LOW_BITS, {"k": 21, "norms": []}),
     (LOW_BITS, {"act_bits": [4], "norms": [1.0, 0.0]}),
+    (CONDITIONS, {"preset": "low_bits", "k": 21, "policies": [], "calibration_samplers": []}),
+    (CONDITIONS, {"conditions": ["dpmpp_2m 10 steps guidance 2.5"], "calibration_sizes": [256]}),
 ]
 
 

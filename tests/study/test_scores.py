@@ -45,6 +45,18 @@ def run(tmp_path) -> Run:
         MSE, "missed", share_estimate(missed[kept], [SCENES[i] for i in kept]), unit="%", attribute="size"
     )
     run.images.keep(MSE, "missed", missed, SCENES, attribute="size")
+    # Under another condition, beside fp32 under the same one; and of some images only.
+    about = {"sampler": "ddpm", "sampling_steps": 9}
+    for subject, values in ((FP32, drawn(9) < 0.9), (MSE, drawn(10) < 0.7)):
+        run.images.keep(subject, "prompt accuracy", values, SCENES, **about)
+    change = paired_difference(drawn(10) < 0.7, drawn(9) < 0.9, SCENES)
+    run.record(MSE, "prompt accuracy difference", change, baseline=FP32, **about)
+    run.record(MSE, "PSNR", decibels(drawn(11).double(), SCENES), unit="dB", baseline=FP32, **about)
+    run.images.keep(MSE, "squared error", drawn(11).double(), SCENES, **about)
+    some = [i for i in range(40) if i % 3]
+    right, scenes = drawn(12)[some] < 0.5, [SCENES[i] for i in some]
+    run.record(MSE, "attribute accuracy", estimate(right, scenes), unit="%", attribute="size")
+    run.images.keep(MSE, "attribute accuracy", right, scenes, places=some, attribute="size")
     run.record(MSE, "gain", bootstrap(drawn(8), groups=SCENES), unit="%", baseline=FP32)
     run.images.keep(MSE, "gain", drawn(8), SCENES, prompts="probes")
     return run
@@ -74,7 +86,7 @@ def test_the_tool_finds_every_interval_again(run, capsys):
     run.save()
     assert recompute_intervals.main([str(run.folder)]) == 0
     said = capsys.readouterr().out
-    assert "10 intervals are the same" in said and "time relative to fp32" in said
+    assert "13 intervals are the same" in said and "time relative to fp32" in said
 
 
 def test_the_tool_tells_what_differs(run, capsys):

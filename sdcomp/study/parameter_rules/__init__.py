@@ -4,6 +4,7 @@ from sdcomp.study.parameter_rules import (
     base_model,
     claims,
     combined,
+    conditions,
     low_bits,
     profiling,
     pruning,
@@ -19,6 +20,7 @@ STUDIES: dict[str, Study] = {
     "04_combined": combined.STUDY,
     "05_claims": claims.STUDY,
     "06_low_bits": low_bits.STUDY,
+    "07_conditions": conditions.STUDY,
 }
 """The rules of each study, by the name of its notebook."""
 

@@ -1,0 +1,116 @@
+"""What 07_conditions may say in words, from paired differences to fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sdcomp.study.answers import ENOUGH
+from sdcomp.study.results import Row
+
+
+def sure(row: Row) -> bool:
+    """Whether an interval leaves 0 out."""
+    return row["ci_low"] > 0 or row["ci_high"] < 0
+
+
+def reach(row: Row) -> float:
+    """Half the width of an interval."""
+    return (row["ci_high"] - row["ci_low"]) / 2
+
+
+def draws_spread(draws: Sequence[Sequence[Row]]) -> float:
+    """The standard deviation between draws, pooled over groups of them; NaN without a group of two.
+
+    Each item has the rows of one number of prompts, a row for each draw. The draws are judged by the same
+    images, and these are finite, so this is an upper bound of what the draw of the prompts adds.
+    """
+    values = [[row["value"] for row in group] for group in draws if len(group) > 1]
+    free = sum(len(group) - 1 for group in values)
+    return float(np.sqrt(sum(len(g) * np.var(g) for g in values) / free)) if free else float("nan")
+
+
+def calibration_answer(draws: Mapping[str, Sequence[Row]]) -> str:
+    """Sentences about draws of calibration prompts, against what the images leave open.
+
+    `draws` has the rows of the draws by the name of their group, such as "16 prompts".
+    """
+    if not draws:
+        return "No calibration gave images."
+    lines = [_draws(name, rows) for name, rows in draws.items()]
+    spread = draws_spread(list(draws.values()))
+    if np.isnan(spread):
+        return "\n".join([*lines, "One draw does not tell how much draws differ."])
+    rows = [row for group in draws.values() for row in group]
+    alone = float(np.median([reach(row) for row in rows]))
+    both = float(np.hypot(alone, 1.96 * spread))
+    lines.append(
+        f"Draws have a standard deviation of at most {spread:.1f} {_points(rows[0])}. With it an interval"
+        f" reaches {both:.1f} instead of {alone:.1f}."
+    )
+    return "\n".join(lines)
+
+
+def _draws(name: str, rows: Sequence[Row]) -> str:
+    low, high = (f"{end(row['value'] for row in rows):.1f}" for end in (min, max))
+    values = f"{len(rows)} draws: {low} to {high}" if len(rows) > 1 else f"1 draw: {low}"
+    alone = np.median([reach(row) for row in rows])
+    return f"{name}, {values} {_points(rows[0])}; an interval by images reaches {alone:.1f} to each side."
+
+
+def changes_answer(changes: Sequence[Row], own: str) -> str:
+    """A sentence about conditions under which a loss is another than under the study's `own`.
+
+    `changes` are rows of the difference between two paired differences, a row for each variant and condition;
+    their entry `condition` names the condition.
+    """
+    if not changes:
+        return "No other condition was run."
+    few = _few(changes[0])
+    other = [row for row in changes if sure(row)]
+    if few:
+        return f"{few} Whether a loss is another than under {own} stays open."
+    widest = max(reach(row) for row in changes)
+    if not other:
+        return (
+            f"No loss is shown to be another than under {own}. The intervals of {len(changes)} changes reach"
+            f" up to {widest:.1f} {_points(changes[0])} to each side."
+        )
+    found = "; ".join(f"{row['condition']}, {row['label']}: {shown(row)}" for row in other)
+    return f"{len(other)} of {len(changes)} losses are others than under {own}: {found}."
+
+
+def lost_first(rows: Sequence[Row]) -> list[Row]:
+    """The attributes that the gentlest variant that loses any is shown to lose, the worst first.
+
+    `rows` are paired differences of the accuracy of attributes, variant by variant from gentle to harsh. Half
+    of `ENOUGH` images are enough, because half of the scenes have one object, and no relation.
+    """
+    lost = [row for row in rows if row["ci_high"] < 0 and row["n"] >= ENOUGH // 2]
+    return sorted((row for row in lost if row["label"] == lost[0]["label"]), key=lambda row: row["value"])
+
+
+def first_failure(rows: Sequence[Row]) -> str:
+    """A sentence about `lost_first`."""
+    if not rows:
+        return "No reader judges these images, so no attribute can be told."
+    lost = lost_first(rows)
+    if not lost:
+        gentle, harsh = rows[0]["label"], rows[-1]["label"]
+        return f"From {gentle} to {harsh}, no attribute is shown to be lost at this n."
+    said = ", ".join(f"{row['about']['attribute']} {shown(row)}" for row in lost)
+    return f"{lost[0]['label']} is the first that is shown to lose attributes ({_points(lost[0])}): {said}."
+
+
+def shown(row: Row) -> str:
+    """A value with its interval, in brackets."""
+    return f"{row['value']:.1f} [{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+
+
+def _few(row: Row) -> str:
+    return f"{row['n']:g} images are fewer than {ENOUGH}." if row["n"] < ENOUGH else ""
+
+
+def _points(row: Row) -> str:
+    return "points" if row["unit"] == "%" else row["unit"]

@@ -1,0 +1,68 @@
+"""What 07_conditions says in words, from made-up rows."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sdcomp.study.condition_answers import (
+    calibration_answer,
+    changes_answer,
+    draws_spread,
+    first_failure,
+    lost_first,
+)
+
+
+def row(label: str, value: float, reach: float, n: int = 128, **more) -> dict:
+    found = {"label": label, "value": value, "ci_low": value - reach, "ci_high": value + reach}
+    return {**found, "n": n, "unit": "%", **more}
+
+
+def lost(label: str, attribute: str, value: float, reach: float, n: int = 128) -> dict:
+    return row(label, value, reach, n, about={"attribute": attribute})
+
+
+def test_the_spread_is_pooled_within_numbers_of_prompts():
+    draws = [[row("a", -1, 3), row("b", 1, 3), row("c", 3, 3)], [row("d", 10, 3), row("e", 14, 3)]]
+    pooled = math.sqrt((2 * np.var([-1, 1, 3], ddof=1) + np.var([10, 14], ddof=1)) / 3)
+    assert draws_spread(draws) == pytest.approx(pooled)
+    assert math.isnan(draws_spread([[row("a", 1, 1)], [row("b", 2, 1)]])) and math.isnan(draws_spread([]))
+
+
+def test_draws_widen_an_interval():
+    draws = {"4 prompts": [row("a", -2, 3.92), row("b", 0, 3.92)], "16 prompts": [row("c", -1, 3.92)]}
+    lines = calibration_answer(draws).splitlines()
+    assert (
+        lines[0] == "4 prompts, 2 draws: -2.0 to 0.0 points; an interval by images reaches 3.9 to each side."
+    )
+    assert lines[1].startswith("16 prompts, 1 draw: -1.0 points;")
+    wide = math.hypot(3.92, 1.96 * math.sqrt(2))
+    assert lines[2].startswith("Draws have a standard deviation of at most 1.4 points.")
+    assert f"reaches {wide:.1f} instead of 3.9" in lines[2]
+    assert calibration_answer({"4 prompts": [row("a", 0, 1)]}).endswith("how much draws differ.")
+    assert calibration_answer({}) == "No calibration gave images."
+
+
+def test_a_loss_holds_where_its_change_is_not_told_from_zero():
+    holds, other = row("mse", -1, 4, condition="ddpm"), row("mse", -9, 4, condition="6 steps")
+    assert changes_answer([], "ddim") == "No other condition was run."
+    said = changes_answer([holds, holds], "ddim")
+    assert said.startswith("No loss is shown to be another than under ddim. The intervals of 2 changes reach")
+    assert said.endswith("up to 4.0 points to each side.")
+    said = changes_answer([holds, other], "ddim")
+    assert said == "1 of 2 losses are others than under ddim: 6 steps, mse: -9.0 [-13.0, -5.0]."
+    assert "stays open" in changes_answer([row("mse", -90, 4, 16, condition="ddpm")], "ddim")
+
+
+def test_the_first_failure_is_that_of_the_gentlest_variant_that_shows_one():
+    rows = [
+        lost("W6A6", "color", -1, 2), lost("W6A6", "shape", -1, 2),
+        lost("W5A5", "color", -4, 2), lost("W5A5", "shape", -6, 2), lost("W5A5", "relation", -9, 2, n=20),
+        lost("W4A4", "color", -40, 2), lost("W4A4", "shape", -30, 2),
+    ]  # fmt: skip
+    assert [r["about"]["attribute"] for r in lost_first(rows)] == ["shape", "color"]
+    said = first_failure(rows)
+    assert said.startswith("W5A5 is the first") and "shape -6.0 [-8.0, -4.0], color" in said
+    assert first_failure(rows[:2]) == "From W6A6 to W6A6, no attribute is shown to be lost at this n."
+    assert first_failure([]) == "No reader judges these images, so no attribute can be told."
