@@ -135,6 +135,18 @@ def deploy_images_table() -> str:
     return _benchmark("deploy_images", columns)
 
 
+def removal_time_table() -> str:
+    """Removal by the time that it saves."""
+    columns = {
+        "share of the seconds": ("amount", ".3f"), "prompts": ("split", ""),
+        "time of a call": ("time", ".3f"), "interval": ("time_low..time_high", ".3f"),
+        "MACs left": ("macs", ".1%"), "parameters": ("parameters", ",.0f"),
+        "prompt accuracy (%)": ("accuracy", ".1f"), "difference to the whole": ("difference", ".1f"),
+        "95 % interval": ("low..high", ".1f"), "n": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("removal_time", columns)
+
+
 def coverage_table() -> str:
     """How often intervals contain the truth."""
     columns = {
@@ -184,6 +196,7 @@ TABLES = {
     "pruning": pruning_table,
     "removal": removal_table,
     "images after removal": removal_quality_table,
+    "removal by time": removal_time_table,
     "int8, SD 1.5": lambda: int8_table("sd15"),
     "int8, where": int8_where_table,
     "int8, tiny": lambda: int8_table("base"),
