@@ -104,7 +104,7 @@ INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")
 
 
 def test_each_interval_in_the_readme_is_a_row_of_a_report():
-    """Found in the files themselves, without the builder."""
+    """Found in the files themselves, without the builder. What other tools lose stands in a benchmark."""
     rows = []
     for path in sorted(ROOT.glob("reports/*/metrics.csv")):
         with open(path, newline="", encoding="utf-8") as file:
@@ -115,6 +115,8 @@ def test_each_interval_in_the_readme_is_a_row_of_a_report():
         for row in rows
         for digits in range(4)
     }
+    with open(ROOT / "reports" / "benchmarks" / "low_bits.csv", newline="", encoding="utf-8") as file:
+        written |= {(row["accuracy_difference"], row["low"], row["high"]) for row in csv.DictReader(file)}
     assert len(intervals) > 30 and [numbers for numbers in intervals if numbers not in written] == []
 
 

@@ -97,7 +97,7 @@ def test_attributes_are_compared_image_by_image():
     assert places == list(range(12)) and values.dtype == torch.bool and not values[-1]
     change = run.rows["attribute accuracy difference", "color"]
     assert change.value == pytest.approx(-100 / 12) and change.low < change.value < change.high
-    pairs = [i for i, scene in enumerate(prompts.scenes) if len(scene.objects) == 2]
+    pairs = [i for i, scene in enumerate(prompts.scenes) if len(scene.things) == 2]
     assert kept["relation"][1] == pairs and run.rows["attribute accuracy", "relation"].n == len(pairs)
 
 

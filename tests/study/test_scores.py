@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import recompute_intervals
 import torch
@@ -92,7 +93,9 @@ def test_the_tool_finds_every_interval_again(run, capsys):
 def test_the_tool_tells_what_differs(run, capsys):
     run.save()
     path = run.folder / "images.csv"
-    path.write_text(path.read_text().replace("False", "True", 1))
+    table = pd.read_csv(path, dtype=str)
+    table.loc[table.index[table["prompt accuracy"] == "False"][0], "prompt accuracy"] = "True"
+    table.to_csv(path, index=False)
     assert recompute_intervals.main([str(run.folder)]) == 1
     said = capsys.readouterr().out
     assert "fp32, prompt accuracy  differs" in said and "2 differ" in said
