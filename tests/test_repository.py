@@ -198,7 +198,23 @@ def test_the_headline_names_the_files_that_the_report_has(tmp_path):
     smallest, quickest, alone, peer = builder.headline_answer().splitlines()
     assert "smallest of 7 files" in smallest and "4.00 MB, 20% of fp16" in smallest
     assert "0.300 s an image, 1.3 times" in quickest and "fp32, 6 steps" in alone
-    assert "at least" in peer and "sdcomp" not in peer
+    assert peer.startswith("- The smallest of")
+
+
+def test_the_smallest_peer_is_within_the_limits(monkeypatch):
+    tables = _load(ROOT / "tools" / "benchmark_tables.py")
+    names = ("variant", "accuracy_difference", "low", "high", "megabytes")
+    rows = [
+        ("sdcomp W2", "0.0", "-1.0", "1.0", "1"), ("far W2", "-2.1", "-3.0", "0.0", "2"),
+        ("wide W3", "-1.0", "-5.1", "0.0", "3"), ("tie W4", "-2.0", "-4.9", "0.8", "5"),
+        ("best W4", "-0.4", "-2.8", "1.9", "5"), ("failed", "", "", "", ""),
+    ]  # fmt: skip
+    table = [dict(zip(names, row, strict=True)) for row in rows]
+    monkeypatch.setattr(tables, "read", lambda name: table)
+    assert "of 5 models" in tables.smallest_peer(2.0)
+    assert tables.smallest_peer(2.0).endswith("at least 5 MB (best W4: -0.4 [-2.8, 1.9]).")
+    table[3:] = []
+    assert tables.smallest_peer(2.0).startswith("None of 2 models")
 
 
 def test_prompt_sets_are_what_their_script_makes():

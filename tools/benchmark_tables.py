@@ -117,8 +117,9 @@ def deploy_table(model: str) -> str:
     columns = {
         "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
         "interval": ("speedup_low..speedup_high", ".2f"), "time, NNCF = 1": ("of_nncf", ".2f"),
-        "its interval": ("of_nncf_low..of_nncf_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
-        "made in (s)": ("make_seconds", ".0f"), "peak memory to make (GiB)": ("make_gib", ".2f"),
+        "its interval": ("of_nncf_low..of_nncf_high", ".2f"), "MACs left": ("arithmetic_left", ".1%"),
+        "peak memory (GiB)": ("peak_gib", ".2f"), "made in (s)": ("make_seconds", ".0f"),
+        "peak memory to make (GiB)": ("make_gib", ".2f"),
         "file (GB)": ("file_gb", ".4f"), "n": ("n", ".0f"), "note": ("note", ""),
     }  # fmt: skip
     return _benchmark(f"deploy_{model}", columns)
@@ -165,6 +166,29 @@ def packed_table() -> str:
         "memory beyond activations (GiB)": ("weights_gib", ".2f"), "n": ("n", ".0f"),
     }  # fmt: skip
     return _benchmark("packed_sd15", columns)
+
+
+def smallest_peer(little: float, tolerance: float = 5.0) -> str:
+    """A sentence about the smallest model of another tool with at most `little` lost.
+
+    By its interval it has lost at most `tolerance`, as in `sdcomp.study.answers.smallest_file`.
+    """
+    peers = [row for row in read("benchmarks/low_bits") if not row["variant"].startswith("sdcomp")]
+    good = [
+        row
+        for row in peers
+        if row["megabytes"]
+        and float(row["accuracy_difference"]) >= -little
+        and float(row["low"]) >= -tolerance
+    ]
+    if not good:
+        return f"None of {len(peers)} models that other tools make is within the same limits."
+    best = min(good, key=lambda row: (float(row["megabytes"]), -float(row["accuracy_difference"])))
+    change = f"{best['accuracy_difference']} [{best['low']}, {best['high']}]"
+    return (
+        f"The smallest of {len(peers)} models that other tools make, within the same limits: at least"
+        f" {best['megabytes']} MB ({best['variant']}: {change})."
+    )
 
 
 def trials_table() -> str:

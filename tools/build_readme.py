@@ -146,21 +146,8 @@ def headline_answer() -> str:
     lines = [smallest_file(changes, files, _fp16_megabytes())]
     seconds = {row["variant"]: row["value"] for row in select(rows, metric="UNet time of an image")}
     lines += fastest(changes, seconds).splitlines() if seconds else []
-    lines.append(smallest_peer(changes[0]["n"]))
+    lines.append(benchmark_tables.smallest_peer(LITTLE))
     return "\n".join(f"- {line}" for line in lines)
-
-
-def smallest_peer(n: float) -> str:
-    """The smallest model of another tool within the limits of `smallest_file`, on as many images."""
-    rows = [row for row in benchmark_tables.read("benchmarks/low_bits") if row["megabytes"]]
-    rows = [row for row in rows if not row["variant"].startswith("sdcomp") and row["n"] == format(n, ".0f")]
-    good = [row for row in rows if float(row["accuracy_difference"]) >= -LITTLE and float(row["low"]) >= -5]
-    best = min(good, key=lambda row: (float(row["megabytes"]), -float(row["accuracy_difference"])))
-    change = f"{best['accuracy_difference']} [{best['low']}, {best['high']}]"
-    return (
-        f"The smallest of {len(rows)} models that other tools make, within the same limits: at least"
-        f" {best['megabytes']} MB ({best['variant']}: {change})."
-    )
 
 
 def _fp16_megabytes() -> float:

@@ -3,7 +3,7 @@
 from sdcomp.evaluation.bootstrap import bootstrap
 from sdcomp.evaluation.cache import cached_images, cached_trace
 from sdcomp.evaluation.clip_judge import Clip
-from sdcomp.evaluation.confidence_intervals import Estimate, independent_difference
+from sdcomp.evaluation.confidence_intervals import Estimate
 from sdcomp.evaluation.float_precision import fix_precision, precision_facts
 from sdcomp.evaluation.image_files import load_images
 from sdcomp.evaluation.kid_and_frechet import frechet_distance, kid_values
@@ -42,7 +42,6 @@ __all__ = [
     "estimate",
     "fix_precision",
     "frechet_distance",
-    "independent_difference",
     "interleaved_times",
     "kid_values",
     "layer_errors",

@@ -26,17 +26,6 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def independent_difference(first: Estimate, second: Estimate) -> Estimate:
-    """`first - second`, with the interval that follows from theirs (Zou & Donner 2008).
-
-    It takes the two as independent; it is too wide where the errors of both go the same way.
-    """
-    value = first.value - second.value
-    low = value - np.hypot(first.value - first.low, second.high - second.value)
-    high = value + np.hypot(first.high - first.value, second.value - second.low)
-    return Estimate(value, float(low), float(high), min(first.n, second.n))
-
-
 def student(df: np.ndarray | float) -> np.ndarray:
     """What `Z` is for Student's t (Abramowitz & Stegun 1964, 26.7.5), to 1 % from df = 3 on."""
     z, df = Z, np.asarray(df, dtype=float)

@@ -59,5 +59,5 @@ def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
             f'{path} is no prompt file: each line must be like {{"prompt": "..."}} ({error})'
         ) from None
     if not 1 <= n <= len(rows):
-        raise UserError(f"n_images must be 1 to {len(rows)}, the size of {path.name}, not {n}")
+        raise UserError(f"{path.name} has {len(rows)} prompts: ask for 1 to {len(rows)}, not for {n}")
     return Prompts(texts[:n], scenes[:n] if None not in scenes and sd.reader is not None else None)

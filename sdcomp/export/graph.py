@@ -111,7 +111,7 @@ class GraphLayer(nn.Module):
 
     def quantize(self, x: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Round an input or its halves; see `Dialect.quantize`."""
-        parts = [x] if len(self.sizes) == 1 else x.split(self.sizes, dim=1)
+        parts = [x] if len(self.sizes) == 1 else x.split(self.sizes, dim=1 if self.conv else -1)
         if self.grids is None:
             return [(part, None) for part in parts]
         return [self.dialect.quantize(part, grids) for part, grids in zip(parts, self.grids, strict=True)]
@@ -148,7 +148,7 @@ class GraphGEGLU(nn.Module):
         self.gate = GraphLayer(layer, dialect, interval, slice(hidden, None))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.gate.quantize(x)
+        parts = self.gate.quantize(x)  # once: both layers have the grids of the one that they were made of
         return self.value.multiply(parts) * F.gelu(self.gate.multiply(parts))
 
 

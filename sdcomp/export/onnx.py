@@ -33,9 +33,9 @@ def save_onnx(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = None)
     if dtype is not None:
         raise UserError("the onnx format has types of its own: leave dtype out")
     # Every level halves the maps, and the skip connections need them to fit.
-    halvings = 2 ** (len(sd.config.unet.channel_mult) - 1)
+    factor = 2 ** (len(sd.config.unet.channel_mult) - 1)
     sizes = {name: torch.export.Dim(name) for names in DYNAMIC for name in names.values()}
-    sizes |= {name: halvings * sizes[name] for name in ("height", "width")}
+    sizes |= {name: factor * sizes[name] for name in ("height", "width")}
     shapes = tuple({i: sizes[name] for i, name in names.items()} for names in DYNAMIC)
     with torch.no_grad():
         graph = torch.export.export(

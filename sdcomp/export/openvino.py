@@ -147,9 +147,9 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 def load_openvino(path: str | Path, dtype: torch.dtype = torch.float32) -> OpenVINOUNet:
     """Load a UNet that `export` wrote with format "openvino", for `sd.replace(unet=...)`.
 
-    Attention, norms and layers that are not quantized compute in `dtype`: float32, or bfloat16, which is
-    faster on CPUs that multiply it and further from the simulation. The engine uses as many threads as
-    PyTorch. Nothing in the files is executed but the operators of the graph.
+    Attention, norms and layers that are not quantized compute in `dtype`: float32, or bfloat16, which large
+    models may run faster on CPUs that multiply it. The engine uses as many threads as PyTorch. Nothing in the
+    files is executed but the operators of the graph.
 
     Raises UserError without OpenVINO, ModelError for a file that is missing or damaged, ValueError for
     another type.

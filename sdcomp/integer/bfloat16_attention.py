@@ -10,13 +10,15 @@ from torch import Tensor
 from sdcomp.model.attention import AttentionProduct
 
 _SCORES = 2**20
-"""Scores held at a time: 2 MiB, so that they are still in the cache when they are read again."""
+"""Scores held at a time, 2 MiB of them, so that they are still in the cache when they are read again."""
 
 
 @functools.cache
 def fast_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # PyTorch has no public function for this that all its versions know; without them: float32.
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 def attention_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,13 +29,13 @@ def attention_dtype(dtype: torch.dtype) -> torch.dtype:
 class BFloat16AttentionProduct(AttentionProduct):
     """`AttentionProduct`; bfloat16 is multiplied by oneDNN, some rows of the scores at a time.
 
-    PyTorch's own attention gains nothing from bfloat16 without AMX. In blocks it takes a half to a third of
-    the time in float32, on a CPU with AVX512-BF16 and at SD 1.5's sizes. Scores and probabilities are rounded
-    to bfloat16, sums are float32.
+    PyTorch's own attention was no faster in bfloat16 than in float32 on a CPU with AVX512-BF16, and this was,
+    at SD 1.5's sizes. Scores and probabilities are rounded to bfloat16, sums are float32. For inference only:
+    where gradients are on, and for other types, PyTorch's own runs.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.dtype != torch.bfloat16:
+        if q.dtype != torch.bfloat16 or torch.is_grad_enabled() or not q.numel() * k.numel():
             return super().forward(q, k, v)
         shape, length, root = q.shape, k.shape[2], q.shape[-1] ** -0.5
         q, k, v = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)

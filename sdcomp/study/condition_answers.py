@@ -23,8 +23,8 @@ def reach(row: Row) -> float:
 def draws_spread(draws: Sequence[Sequence[Row]]) -> float:
     """The standard deviation between draws, pooled over groups of them; NaN without a group of two.
 
-    Each item has the rows of one number of prompts, a row for each draw. The draws are judged by the same
-    images, and these are finite, so this is an upper bound of what the draw of the prompts adds.
+    Each item has the rows of one number of prompts, a row for each draw. From a few draws it is a rough
+    estimate. It also holds what finitely many images add, since a draw changes all of them.
     """
     values = [[row["value"] for row in group] for group in draws if len(group) > 1]
     free = sum(len(group) - 1 for group in values)
@@ -36,20 +36,27 @@ def calibration_answer(draws: Mapping[str, Sequence[Row]]) -> str:
 
     `draws` has the rows of the draws by the name of their group, such as "16 prompts".
     """
-    if not draws:
+    rows = [row for group in draws.values() for row in group]
+    if not rows:
         return "No calibration gave images."
-    lines = [_draws(name, rows) for name, rows in draws.items()]
+    lines = [_draws(name, group) for name, group in draws.items()]
+    return "\n".join([*lines, draws_against_images(draws)])
+
+
+def draws_against_images(draws: Mapping[str, Sequence[Row]]) -> str:
+    """A sentence about the standard deviation between draws, and the interval that images give."""
+    rows = [row for group in draws.values() for row in group]
     spread = draws_spread(list(draws.values()))
     if np.isnan(spread):
-        return "\n".join([*lines, "One draw does not tell how much draws differ."])
-    rows = [row for group in draws.values() for row in group]
+        return "One draw does not tell how much draws differ."
+    if few := _few(rows[0]):
+        return f"{few} How much draws differ stays open."
     alone = float(np.median([reach(row) for row in rows]))
     both = float(np.hypot(alone, 1.96 * spread))
-    lines.append(
-        f"Draws have a standard deviation of at most {spread:.1f} {_points(rows[0])}. With it an interval"
+    return (
+        f"{len(rows)} draws have a standard deviation of {spread:.1f} {_points(rows[0])}. With it an interval"
         f" reaches {both:.1f} instead of {alone:.1f}."
     )
-    return "\n".join(lines)
 
 
 def _draws(name: str, rows: Sequence[Row]) -> str:
@@ -78,11 +85,16 @@ def changes_answer(changes: Sequence[Row], own: str) -> str:
             f" up to {widest:.1f} {_points(changes[0])} to each side."
         )
     found = "; ".join(f"{row['condition']}, {row['label']}: {shown(row)}" for row in other)
-    return f"{len(other)} of {len(changes)} losses are others than under {own}: {found}."
+    return (
+        f"{len(other)} of {len(changes)} losses are others than under {own}, where chance alone would give"
+        f" {len(changes) / 20:.1f}: {found}."
+    )
 
 
 def lost_first(rows: Sequence[Row]) -> list[Row]:
-    """The attributes that the gentlest variant that loses any is shown to lose, the worst first.
+    """The attributes that the gentlest variant that loses any is shown to lose, each by its own interval.
+
+    The worst stands first.
 
     `rows` are paired differences of the accuracy of attributes, variant by variant from gentle to harsh. Half
     of `ENOUGH` images are enough, because half of the scenes have one object, and no relation.

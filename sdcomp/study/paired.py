@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sdcomp import scenes
@@ -181,6 +182,12 @@ class PairedStudy:
             groups = self.prompts.groups[: len(values)]
             change = paired_difference(values, self._measured[to][metric], groups)
             self._row(variant, f"{metric} difference", change, unit=_unit(metric), baseline=to)
+
+    def losses(self, variant: Variant, metric: str) -> Tensor:
+        """A measured variant's scores minus the baseline's, image by image, `(N,)`; in points for shares."""
+        values, baseline = self._measured[variant][metric], self.scores[metric]
+        unit = 100 if values.dtype == torch.bool else 1
+        return unit * (values.double() - baseline.double())
 
     def noise_errors(self, unet: nn.Module) -> Tensor:
         """Squared error of a UNet's noise predictions along the baseline's path, `(S, noise_images)`.

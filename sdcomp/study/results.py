@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import pandas as pd
 
 from sdcomp.errors import UserError
-from sdcomp.evaluation import Estimate
 from sdcomp.files import ROOT, resolve_input
 from sdcomp.study.old_rows import renewed
 from sdcomp.study.variants import FP32, Variant
@@ -110,11 +109,6 @@ def select(rows: Iterable[Row], about: dict[str, Any] | None = None, **columns: 
         if all(row.get(name) == value for name, value in columns.items())
         and (about is None or about.items() <= row["about"].items())
     ]
-
-
-def estimate_of(row: Row) -> Estimate:
-    """The estimate of a row that has an interval."""
-    return Estimate(row["value"], row["ci_low"], row["ci_high"], int(row["n"]))
 
 
 # Tables

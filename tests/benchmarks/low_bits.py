@@ -48,7 +48,7 @@ def ours(sd: sdcomp.StableDiffusion, calibration: list[str]) -> Iterator[tuple[s
         return Calibrator(sd, q, **PRESETS[recipe].calibrator).calibrate(calibration, steps=20, seed=1)
 
     def linear_only() -> QuantModel:
-        """What torchao and NNCF quantize."""
+        """The layers that torchao quantizes."""
         convolutions = [name for name, m in sd.unet.named_modules() if isinstance(m, nn.Conv2d)]
         weights = {**PRESETS["weights_gptq_groups"].weights, "group_size": 16}
         return made("weights_gptq_groups", 4, weights=weights, model={"quant_filters": convolutions})
@@ -137,16 +137,17 @@ def peers(
     yield "torchao W8A8 dynamic, linear layers", lambda: torchao("Int8DynamicActivationInt8WeightConfig")
     yield "torchao W4 g16, linear layers", lambda: torchao_groups("int4")
     yield "torchao W3 g16, linear layers", lambda: torchao_groups("int3")
-    yield "NNCF W4 g16, linear layers", lambda: nncf(group_size=16)
+    yield "NNCF W4 g16, convolutions at 8 bits", lambda: nncf(group_size=16)
 
 
 def least_megabytes(unet: nn.Module, name: str) -> float:
     """Return the fewest megabytes that a peer's weights can take, by the bits and layers in its name."""
     bits = int(re.search(r"W(\d)", name)[1])
-    kinds = nn.Linear if "linear layers" in name else nn.Linear | nn.Conv2d
-    quantized = sum(m.weight.numel() for m in unet.modules() if isinstance(m, kinds))
-    others = sum(p.numel() for p in unet.parameters()) - quantized
-    return round((bits * quantized + 16 * others) / 8e6, 2)
+    convolution = 8 if "convolutions at 8 bits" in name else 16 if "linear layers" in name else bits
+    weights = [(bits, nn.Linear), (convolution, nn.Conv2d)]
+    sizes = [(n, sum(m.weight.numel() for m in unet.modules() if isinstance(m, kind))) for n, kind in weights]
+    others = sum(p.numel() for p in unet.parameters()) - sum(size for _, size in sizes)
+    return round((sum(n * size for n, size in sizes) + 16 * others) / 8e6, 2)
 
 
 def megabytes(sd: sdcomp.StableDiffusion, unet: QuantModel) -> float:

@@ -1,6 +1,6 @@
 """Removal that is chosen by the time that it saves: the time of a UNet call, and the images.
 
-    python tests/benchmarks/removal_time.py --amounts 0.2 0.245 --out reports/benchmarks/removal_time.csv
+    python tests/benchmarks/removal_time.py --amounts 0.2 0.22 0.24 --out reports/benchmarks/removal_time.csv
 
 Channels, heads and blocks of the tiny model compete (`remove_cheapest`). A layer costs the seconds that it
 takes in a call with `--rows` rows; widths are multiples of `--multiple`. Nothing is trained. Calls of the
@@ -30,7 +30,7 @@ PROFILES = 3
 def main() -> None:
     """Measure each amount on each set of prompts, and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--amounts", type=float, nargs="+", default=[0.2, 0.245])
+    parser.add_argument("--amounts", type=float, nargs="+", default=[0.2, 0.22, 0.24])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--images", type=int, default=256)

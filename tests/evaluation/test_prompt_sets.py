@@ -43,9 +43,9 @@ def test_a_set_of_the_working_directory_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("sd", "name", "n", "message"),
     [
-        (SCENES, "test", 257, "n_images must be 1 to 256, the size of scenes_test.jsonl, not 257"),
-        (SCENES, "test", 0, "n_images must be 1 to 256"),
-        (SCENES, "test", -3, "n_images must be 1 to 256"),
+        (SCENES, "test", 257, "scenes_test.jsonl has 256 prompts: ask for 1 to 256, not for 257"),
+        (SCENES, "test", 0, "ask for 1 to 256, not for"),
+        (SCENES, "test", -3, "ask for 1 to 256, not for"),
         (SCENES, "validation", 1, "scenes_validation.jsonl is missing"),
         (PHOTOS, "unseen", 1, "sd15_unseen.jsonl is missing: there is no 'unseen' prompt set for this model"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdcomp.evaluation import independent_difference, paired_difference, share_estimate
+from sdcomp.evaluation import paired_difference, share_estimate
 from sdcomp.evaluation.share_intervals import effective_number, student, tango, wilson
 
 COVERAGE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "coverage.py"))
@@ -27,19 +27,6 @@ def test_wilsons_ends_are_the_shares_that_the_score_test_just_rejects():
         inside = (end > 1e-9) & (end < 1 - 1e-9)
         score = (share - end)[inside] / np.sqrt(end * (1 - end) / n)[inside]
         assert np.abs(score) == pytest.approx(1.96, abs=1e-3)
-
-
-# Newcombe 1998, Statistics in Medicine 17, 873-890, Table II, method 10 (Wilson's intervals combined).
-@pytest.mark.parametrize(
-    ("first", "second", "low", "high"),
-    [((56, 70), (48, 80), 5.24, 33.39), ((9, 10), (3, 10), 17.05, 80.90), ((10, 10), (0, 10), 60.75, 100)],
-)
-def test_the_difference_of_two_shares_has_newcombes_interval(first, second, low, high):
-    parts = (share_estimate(torch.arange(n) < right) for right, n in (first, second))
-    found = independent_difference(*parts)
-    assert found.value == pytest.approx(100 * (first[0] / first[1] - second[0] / second[1]))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.006)
-    assert found.n == min(first[1], second[1])
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,22 @@ def test_it_agrees_with_pytorch_to_the_roundings_of_bfloat16(monkeypatch, scores
     q, k, v = (random(2, n, 3, 10, seed=n + i).bfloat16().transpose(1, 2)
                for i, n in enumerate((tokens, length, length)))  # fmt: skip
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    got = BFloat16AttentionProduct()(q, k, v)
+    with torch.no_grad():
+        got = BFloat16AttentionProduct()(q, k, v)
     assert got.dtype is torch.bfloat16 and got.shape == wanted.shape
     # Three roundings to 8 bits: of scores, of probabilities and of the output.
     assert (got - wanted).norm() < 3 * 2**-8 * wanted.norm()
 
 
-def test_other_types_go_to_pytorch():
+def test_other_types_and_gradients_go_to_pytorch():
     q, k, v = random(1, 2, 5, 4), random(1, 2, 3, 4, seed=1), random(1, 2, 3, 4, seed=2)
     assert torch.equal(BFloat16AttentionProduct()(q, k, v), AttentionProduct()(q, k, v))
+    q = q.bfloat16().requires_grad_()
+    BFloat16AttentionProduct()(q, k.bfloat16(), v.bfloat16()).sum().backward()
+    assert q.grad.any()
+    with torch.no_grad():
+        nothing = BFloat16AttentionProduct()(q[:, :, :0], k.bfloat16(), v.bfloat16())
+    assert nothing.shape == (1, 2, 0, 4)
 
 
 @pytest.mark.parametrize("fast", [True, False])

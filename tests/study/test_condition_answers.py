@@ -38,10 +38,12 @@ def test_draws_widen_an_interval():
     )
     assert lines[1].startswith("16 prompts, 1 draw: -1.0 points;")
     wide = math.hypot(3.92, 1.96 * math.sqrt(2))
-    assert lines[2].startswith("Draws have a standard deviation of at most 1.4 points.")
+    assert lines[2].startswith("3 draws have a standard deviation of 1.4 points.")
     assert f"reaches {wide:.1f} instead of 3.9" in lines[2]
     assert calibration_answer({"4 prompts": [row("a", 0, 1)]}).endswith("how much draws differ.")
     assert calibration_answer({}) == "No calibration gave images."
+    few = {"4 prompts": [row("a", 0, 30, 8), row("b", 9, 30, 8)]}
+    assert calibration_answer(few).endswith("8 images are fewer than 64. How much draws differ stays open.")
 
 
 def test_a_loss_holds_where_its_change_is_not_told_from_zero():
@@ -51,7 +53,8 @@ def test_a_loss_holds_where_its_change_is_not_told_from_zero():
     assert said.startswith("No loss is shown to be another than under ddim. The intervals of 2 changes reach")
     assert said.endswith("up to 4.0 points to each side.")
     said = changes_answer([holds, other], "ddim")
-    assert said == "1 of 2 losses are others than under ddim: 6 steps, mse: -9.0 [-13.0, -5.0]."
+    assert said.startswith("1 of 2 losses are others than under ddim, where chance alone would give 0.1:")
+    assert said.endswith("6 steps, mse: -9.0 [-13.0, -5.0].")
     assert "stays open" in changes_answer([row("mse", -90, 4, 16, condition="ddpm")], "ddim")
 
 
