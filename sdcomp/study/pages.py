@@ -40,6 +40,7 @@ _INDEX = """<!DOCTYPE html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 section {{ border-top: 1px solid #ccc; margin-top: 2rem; }}
 small {{ color: #555; }}
+pre {{ white-space: pre-wrap; font: inherit; }}
 figure {{ display: inline-block; margin: 0.5rem 1rem 0.5rem 0; vertical-align: top; }}
 figure img {{ height: 9rem; max-width: 18rem; object-fit: contain; display: block; }}
 </style>
@@ -57,6 +58,17 @@ def drop_stderr(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
+
+def own_answer(notebook: NotebookNode) -> str:
+    """What the section "The answer of this run" of a notebook prints; empty without one."""
+    inside, printed = False, []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            inside = cell.source.startswith("## The answer of this run")
+        elif inside and cell.cell_type == "code":
+            printed += [output.text for output in cell.outputs if output.get("name") == "stdout"]
+    return "".join(printed).strip()
 
 
 def write_pages(folder: Path) -> Path:
@@ -92,6 +104,7 @@ def _write_page(path: Path) -> str:
 
     study = path.stem
     said = re.search(r"\*\*Question.*?(?=\*\*Run time|\Z)", first, flags=re.DOTALL)
+    own = own_answer(notebook)
     figures = [
         f'<figure><a href="{study}/{figure.name}"><img src="{study}/{figure.name}" alt="{figure.stem}">'
         f"</a><figcaption><small>{figure.stem}</small></figcaption></figure>"
@@ -103,6 +116,7 @@ def _write_page(path: Path) -> str:
         (
             f'<section>\n<h2><a href="{study}/{study}.html">{escape(title)}</a></h2>',
             markdown2html(said[0]) if said else "",
+            f"<p><strong>This run.</strong></p>\n<pre>{escape(own)}</pre>" if own else "",
             f"<p><small>{record['seconds']:.0f} s on {escape(record['device'])}, commit "
             f"{escape(record['commit'][:7])}; {', '.join(files)}</small></p>",
             *figures,

@@ -54,7 +54,12 @@ def runs(tmp_path) -> Path:
         new_output("stream", name="stdout", text="9347284 parameters"),
         new_output("display_data", data={"image/png": PIXEL}),
     ]
-    cells = [new_markdown_cell(FIRST), new_code_cell("draw()", execution_count=1, outputs=outputs)]
+    answer = [new_output("stream", name="stdout", text="30 % < 35 %: no loss is shown.\n")]
+    cells = [
+        new_markdown_cell(FIRST), new_code_cell("draw()", execution_count=1, outputs=outputs),
+        new_markdown_cell("## The answer of this run"), new_code_cell("say()", outputs=answer),
+        new_markdown_cell("## Reading"), new_code_cell("more()"),
+    ]  # fmt: skip
     nbformat.write(new_notebook(cells=cells), folder / "02_pruning.ipynb")
     (folder / "run.json").write_text(
         json.dumps({"seconds": 47.2, "device": "CPU <1>", "commit": "0123456789"})
@@ -71,6 +76,7 @@ def test_index_says_what_a_run_asks_and_answers_and_links_to_all_of_it(runs):
     assert "<strong>Question.</strong> How much of <code>amount</code>?" in text
     assert "<strong>Answer (last full run).</strong> It depends:" in text
     assert "<li>zeroed: 45 % [40, 50]</li>" in text
+    assert "<pre>30 % &lt; 35 %: no loss is shown.</pre>" in text and "9347284" not in text
     assert "A minute" not in text and "papermill" not in text
     assert "47 s on CPU &lt;1&gt;, commit 0123456;" in text
     names = ("02_pruning.html", "02_pruning.ipynb", "metrics.csv", "run.json", "quality.png")
