@@ -129,6 +129,13 @@ def test_fewer_steps_start_from_the_same_noise_and_have_no_noise_errors(study, s
     assert "CLIP score difference" in measured and not any("noise" in metric for metric in measured)
 
 
+def test_losses_are_those_of_the_recorded_differences(study):
+    study.measure(LOUDER, Louder(study.sd.unet, 1.1))
+    for metric in study.scores:
+        recorded = study.run.rows[LOUDER, f"{metric} difference"].estimate.value
+        assert study.losses(LOUDER, metric).mean().item() == pytest.approx(recorded, abs=1e-4)
+
+
 def test_every_result_says_its_condition_where_a_run_has_several(study, seeing):
     about = {"sampler": "ddim", "sampling_steps": 1}
     run, settings = Record(), {"steps": 1, "batch_size": 8, "guidance_scale": 1.0}
