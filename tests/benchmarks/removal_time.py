@@ -11,15 +11,22 @@ whole and of the smaller UNets are timed in turn, every second round backwards. 
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 
 import sdcomp
-from sdcomp.evaluation import estimate, layer_profile, load_prompts, macs, paired_difference, scores
-from sdcomp.evaluation.timing import median
+from sdcomp.evaluation import (
+    estimate,
+    interleaved_times,
+    layer_profile,
+    load_prompts,
+    macs,
+    median,
+    paired_difference,
+    scores,
+)
 from sdcomp.pruning import calibrate, remove_cheapest
 
 METRIC = "prompt accuracy"
@@ -52,7 +59,9 @@ def main() -> None:
         amount: remove_cheapest(sd.unet, amount, calibration, costs=costs, multiple=args.multiple)
         for amount in args.amounts
     }
-    seconds = take_turns({0.0: sd.unet, **smaller}, call, args.repeats)
+    calls = {amount: partial(unet, *call) for amount, unet in {0.0: sd.unet, **smaller}.items()}
+    with torch.no_grad():
+        seconds = interleaved_times(calls, args.repeats, warmup=4)
     rows = []
     for split in args.splits:
         prompts = load_prompts(sd, split, args.images)
@@ -75,18 +84,6 @@ def main() -> None:
             print(rows[-1], flush=True)
     if args.out:
         pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.6g")
-
-
-@torch.no_grad()
-def take_turns(unets: dict[float, torch.nn.Module], call: tuple, repeats: int) -> dict[float, np.ndarray]:
-    """Return the seconds of `repeats` calls of each UNet, after four that are not counted."""
-    seconds: dict[float, list[float]] = {amount: [] for amount in unets}
-    for turn in range(repeats + 4):
-        for amount in list(unets) if turn % 2 else reversed(unets):
-            begin = time.perf_counter()
-            unets[amount](*call)
-            seconds[amount].append(time.perf_counter() - begin)
-    return {amount: np.array(times[4:]) for amount, times in seconds.items()}
 
 
 if __name__ == "__main__":
