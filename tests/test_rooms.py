@@ -13,7 +13,7 @@ LEVELS = (
     {"settings"},
     {"scenes"},
     {"model"},
-    {"budgets", "column_sweep", "moments"},
+    {"budgets", "checkpoints", "column_sweep", "moments"},
     {"quantization", "pruning"},
     {"training"},
     {"integer"},

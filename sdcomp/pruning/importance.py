@@ -173,8 +173,8 @@ def _summing(found: dict[str, Tensor], name: str, anchor: Tensor) -> Callable[..
     return hook
 
 
-def check_importance(importance: str, calibration: object) -> None:
-    """Raise ValueError for an unknown importance, and for one that needs a calibration and has none."""
+def check_importance(importance: str, calibration: object, checkpoint: object = None) -> None:
+    """Raise ValueError for an unknown importance, and for data or a checkpoint that do not go with it."""
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, not {importance!r}")
     if importance != "magnitude" and calibration is None:
@@ -182,6 +182,8 @@ def check_importance(importance: str, calibration: object) -> None:
             f"importance {importance!r} needs data: give calibration=, a Calibration or a callable that runs "
             "the module"
         )
+    if importance != "second_order" and checkpoint is not None:
+        raise ValueError(f"a checkpoint is kept for importance 'second_order' only, not for {importance!r}")
 
 
 def gather(

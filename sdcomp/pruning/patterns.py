@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from sdcomp.errors import UserError
 from sdcomp.moments import weight_matrix
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import prunable_layers
+from sdcomp.pruning.resume import PruningCheckpoint
 from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer
 
 
@@ -29,19 +31,21 @@ def prune_n_m(
     calibration: Calibration | Callable[[], object] | None = None,
     parts: Sequence[str] | None = None,
     inplace: bool = False,
+    checkpoint: Path | None = None,
+    inputs: str = "",
 ) -> nn.Module:
     """Keep the `n` most important weights of every `m` consecutive inputs; the others become zero.
 
     Prunes the weights of the convolutions and linear layers below `parts` (default: the UNet's blocks) that
     tensor cores take: `takes_pattern`. Other layers and biases stay whole. `n` (1 to m) may be a mapping from
     names of layers, for example of `n_m_budgets`; layers without an entry stay whole. Of tied weights the
-    first become zero. For `importance` and `calibration` see `prune_unstructured`.
+    first become zero. For the other arguments see `prune_unstructured`.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for n or m out of range, an
     unknown importance, part or layer, and for missing data; UserError for a quantized module, for weights or
-    inputs that are not finite, and where no layer takes the pattern.
+    inputs that are not finite, a wrong checkpoint, and where no layer takes the pattern.
     """
-    check_importance(importance, calibration)
+    check_importance(importance, calibration, checkpoint)
     layers = _layers(module, m, parts)
     if isinstance(n, Mapping):
         if unknown := sorted(set(n) - set(layers)):
@@ -51,11 +55,16 @@ def prune_n_m(
         counts = dict.fromkeys(layers, n)
     for count in counts.values():
         _check_count(count, m)
+    kept = PruningCheckpoint(checkpoint, module, f"{counts} of {m} {parts} {inputs}")
     calibration = gather(module, calibration, parts, importance == "gradient", inplace)
     module = module if inplace else copy.deepcopy(module)
+    layers = {name: module.get_submodule(name) for name in layers}
+    done = kept.resume(layers)
     for name, count in counts.items():
-        if count < m:
-            _prune(name, module.get_submodule(name), count, m, importance, calibration)
+        if count < m and name not in done:
+            _prune(name, layers[name], count, m, importance, calibration)
+            kept.keep(layers, name)
+    kept.remove()
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sdcomp.budgets import Curve, divide
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
+from sdcomp.pruning.resume import PruningCheckpoint
 from sdcomp.pruning.second_order import layer_errors, prune_layer, share
 
 AMOUNTS = (0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -26,6 +28,8 @@ def prune_unstructured(
     calibration: Calibration | Callable[[], object] | None = None,
     parts: Sequence[str] | None = None,
     inplace: bool = False,
+    checkpoint: Path | None = None,
+    inputs: str = "",
 ) -> nn.Module:
     """Set the share `amount` (0 to below 1) of the least important weights to zero.
 
@@ -38,32 +42,39 @@ def prune_unstructured(
     With `importance` "magnitude" weights and biases are pruned, as `torch.nn.utils.prune.l1_unstructured`
     and `global_unstructured` do. The other kinds (`sdcomp.pruning.importance`) prune weights only and need a
     `calibration`, or a callable that runs `module`, for example a generation. "second_order" also updates
-    the weights that stay; its global scope takes the amounts of `layer_amounts`.
+    the weights that stay; its global scope takes the amounts of `layer_amounts`. Killed, it goes on from the
+    file `checkpoint`, with the same result; `inputs` says what the calibration saw, so that the checkpoint of
+    another one is refused.
 
     Returns a pruned copy, or `module` itself with `inplace`. Raises ValueError for an amount out of range,
     an unknown scope, importance, part or layer, and for missing data; UserError for a quantized module,
-    weights or inputs that are not finite, and where nothing would be left.
+    weights or inputs that are not finite, a wrong checkpoint, and where nothing would be left.
     """
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global', not {scope!r}")
-    check_importance(importance, calibration)
+    check_importance(importance, calibration, checkpoint)
     layers = prunable_layers(module, parts)  # before the copy, which may be of gigabytes
     amounts = _amounts(amount, scope, layers)
     _together(layers, amounts, scope, importance)
+    kept = PruningCheckpoint(checkpoint, module, f"{amounts} {scope} {parts} {inputs}")
     gradients = scope == "global" or importance == "gradient"
     calibration = gather(module, calibration, parts, gradients, inplace)
     if not inplace:
         module = copy.deepcopy(module)
         layers = {name: module.get_submodule(name) for name in layers}
+    done = kept.resume(layers)
     if importance == "second_order" and scope == "global":
-        amounts, scope = layer_amounts(layers, amount, calibration), "layer"
+        amounts = kept.amounts or kept.keep_amounts(layer_amounts(layers, amount, calibration))
+        scope = "layer"
     for entries, k in _together(layers, amounts, scope, importance):
-        if importance == "second_order" and k:
-            ((name, _),) = entries
+        name = entries[0][0] if entries else ""
+        if importance != "second_order" and k:
+            _zero(entries, layers, k, importance, calibration)
+        elif k and name not in done:
             rule = share(amounts[name], calibration.gradients.get(name))
             prune_layer(layers[name], calibration.of(name, "moments"), rule)
-        elif k:
-            _zero(entries, layers, k, importance, calibration)
+            kept.keep(layers, name)
+    kept.remove()
     return module
 
 

@@ -119,8 +119,8 @@ class Builder:
     def pruned(self, variant: Variant) -> nn.Module:
         """A pruned copy of the UNet, recovered where the variant says so; without pruning the UNet itself.
 
-        A recovery uses up to 128 calibration prompts, four for each image of the study. Its checkpoint is in
-        the run's folder, and a killed run resumes from there.
+        A recovery uses up to 128 calibration prompts, four for each image of the study. Its checkpoint and
+        that of second-order zeros are in the run's folder, and a killed run resumes from there.
         """
         if not variant.pruning:
             return self.sd.unet
@@ -148,14 +148,18 @@ class Builder:
         return prune_structured(self.sd.unet, variant.amount, mode="remove", **how)
 
     def _importance(self, variant: Variant) -> dict[str, Any]:
-        """The arguments `importance` and `calibration`, where a variant does not go by magnitude."""
+        """The arguments of pruning that say how a variant finds what matters; none if by magnitude."""
         name = variant.importance
         if name not in IMPORTANCES:
             return {}
         # A pattern, or the weights of one layer by Wanda, need no gradients of the output.
         rows_alone = name == "wanda" or variant.pruning == "pattern"
         gradients = variant.scope == "global" or not rows_alone
-        return {"importance": name, "calibration": self.seen(gradients)}
+        how = {"importance": name, "calibration": self.seen(gradients)}
+        if name == "second_order" and variant.pruning != "removed":
+            how["checkpoint"] = self._checkpoint(replace(variant.unquantized, recover_steps=0))
+            how["inputs"] = repr({**self.calibration, "progress": False, "gradients": gradients})
+        return how
 
     def seen(self, gradients: bool = False) -> Calibration:
         """What the importance of weights needs to know of the UNet's layers, gathered once.

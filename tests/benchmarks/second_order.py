@@ -5,7 +5,7 @@
 
 Weights are random: memory does not depend on them, and time hardly does. The layers' inputs are observed in a
 few UNet calls on random latents, once for each part of the layers whose second moments fit into `--memory`
-GiB. With `--checkpoint` a killed rounding goes on where it stopped. `--zeros` prunes instead.
+GiB. `--zeros` prunes instead. With `--checkpoint` a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.zeros and args.checkpoint:
-        parser.error("--checkpoint is for rounding: pruning does not resume")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = (sdcomp.SD15 if args.config == "sd15" else sdcomp.TINY).unet
@@ -61,7 +59,8 @@ def main() -> None:
     start, memory, pruned = time.monotonic(), args.memory * 2**30, unet
     if args.zeros:
         calibration = calibrate(unet, run, gradients=False, memory=memory)
-        pruned = prune_unstructured(unet, args.zeros, importance="second_order", calibration=calibration)
+        how = {"importance": "second_order", "calibration": calibration, "checkpoint": args.checkpoint}
+        pruned = prune_unstructured(unet, args.zeros, inputs=f"{args.calls} calls", **how)
     else:
         apply_recipe(model, args.recipe, run, memory=memory, checkpoint=args.checkpoint, inputs="benchmark")
     row = {

@@ -135,7 +135,7 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
     whole = quantize(small, recipe, PROMPTS, **settings)
     expected = whole.state_dict()
     file, rounded = tmp_path / "quantize.ckpt", []
-    monkeypatch.setattr("sdcomp.quantization.resume._EVERY", 0)
+    monkeypatch.setattr("sdcomp.checkpoints._EVERY", 0)
     plain = SecondOrderRounding.__call__
 
     def killed_at_the_tenth(self, layer, moments):

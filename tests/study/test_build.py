@@ -14,10 +14,12 @@ from sdcomp.pruning import (
     calibrate,
     count_zeros,
     n_m_budgets,
+    patterns,
     prune_n_m,
     prune_structured,
     prune_unstructured,
     remove_cheapest,
+    unstructured,
 )
 from sdcomp.quantization import PRESETS, Calibrator, QuantModel, TimeStepCalibratedQuantModel, quantize
 from sdcomp.quantization.methods import SecondOrderRounding
@@ -112,6 +114,26 @@ def test_packed_weights_are_those_of_the_simulation(run, small, call):
     packed = builder.build(variant)
     assert isinstance(packed, sdcomp.PackedModel)
     assert torch.equal(call(packed), call(builder.build(variant.simulation)))
+
+
+def test_second_order_zeros_resume_from_the_runs_folder(run, small, tmp_path, monkeypatch):
+    pruned_twice = [requested("unstructured 0.5 second_order"), requested("2:4 second_order recovered 1")]
+    plain = unstructured.prune_layer
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for variant, module in zip(pruned_twice, (unstructured, patterns), strict=True):
+        monkeypatch.setattr("sdcomp.checkpoints._EVERY", 0)
+        calls = iter([plain, plain, killed])
+        monkeypatch.setattr(module, "prune_layer", lambda *a, calls=calls, **k: next(calls)(*a, **k))
+        with pytest.raises(KeyboardInterrupt):
+            Builder(run, small, CALIBRATION).pruned(variant)
+        monkeypatch.setattr(module, "prune_layer", plain)
+    names = {"unstructured_50_by_second_order.ckpt", "2_4_by_second_order.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    Builder(run, small, CALIBRATION).pruned(pruned_twice[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["2_4_by_second_order.ckpt"]
 
 
 def test_a_recovery_is_kept_in_the_runs_folder_and_keeps_zeros(run, tmp_path):

@@ -1,0 +1,90 @@
+"""A killed second-order pruning goes on from its checkpoint to the same bits."""
+
+import copy
+
+import pytest
+import torch
+
+import sdcomp.pruning.patterns
+import sdcomp.pruning.unstructured
+from sdcomp.errors import UserError
+from sdcomp.pruning import calibrate, prune_n_m, prune_unstructured
+from sdcomp.pruning.layers import prunable_layers
+from sdcomp.pruning.second_order import layer_errors, prune_layer
+
+PRUNINGS = {
+    "layer": lambda unet, **more: prune_unstructured(unet, 0.5, importance="second_order", **more),
+    "global": lambda unet, **more: prune_unstructured(unet, 0.5, "global", importance="second_order", **more),
+    "2:4": lambda unet, **more: prune_n_m(unet, importance="second_order", **more),
+}
+
+
+@pytest.fixture
+def seen(small):
+    return calibrate(small.unet, lambda: small.generate(["a"], steps=1))
+
+
+def first(unet, count):
+    """The names of the layers that are pruned first."""
+    return list(prunable_layers(unet, None))[:count]
+
+
+@pytest.fixture
+def pruned_layers(monkeypatch):
+    """Layers whose pruning was begun; the fifth is where the run is killed."""
+    begun = []
+
+    def killed_at_the_fifth(layer, *args, **kwargs):
+        begun.append(layer)
+        if len(begun) == 5:
+            raise KeyboardInterrupt
+        prune_layer(layer, *args, **kwargs)
+
+    monkeypatch.setattr("sdcomp.checkpoints._EVERY", 0)
+    for module in (sdcomp.pruning.unstructured, sdcomp.pruning.patterns):
+        monkeypatch.setattr(module, "prune_layer", killed_at_the_fifth)
+    return begun
+
+
+@pytest.mark.parametrize("kind", PRUNINGS)
+def test_a_killed_pruning_goes_on_to_the_same_bits(small, seen, tmp_path, monkeypatch, kind, request):
+    prune, file = PRUNINGS[kind], tmp_path / "pruning.ckpt"
+    whole = prune(small.unet, calibration=seen)
+    begun = request.getfixturevalue("pruned_layers")
+    with pytest.raises(KeyboardInterrupt):
+        prune(small.unet, calibration=seen, checkpoint=file, inputs="a")
+    with pytest.raises(UserError, match="is of another pruning: delete it"):
+        prune(small.unet, calibration=seen, checkpoint=file, inputs="b")
+    with pytest.raises(UserError, match="is of another pruning: delete it"):
+        prune(whole, calibration=seen, checkpoint=file, inputs="a")
+    measured = []
+    monkeypatch.setattr(
+        sdcomp.pruning.unstructured, "layer_errors", lambda *args: measured.append(0) or layer_errors(*args)
+    )
+    resumed = prune(small.unet, calibration=seen, checkpoint=file, inputs="a")
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in resumed.state_dict().items())
+    # Only the layer at which it was killed was begun twice, and the amounts are those of the first run.
+    changed = [n for n, t in small.unet.state_dict().items() if not torch.equal(t, whole.state_dict()[n])]
+    assert len(begun) == 1 + len(changed) and not measured
+    assert not file.exists()
+
+
+def test_a_pruning_in_place_resumes_too(small, seen, tmp_path, pruned_layers):
+    killed, fresh = copy.deepcopy(small.unet), copy.deepcopy(small.unet)
+    how = {"calibration": seen, "checkpoint": tmp_path / "pruning.ckpt", "inplace": True}
+    with pytest.raises(KeyboardInterrupt):
+        PRUNINGS["layer"](killed, **how)
+    assert PRUNINGS["layer"](fresh, **how) is fresh
+    assert all(killed.get_submodule(n).weight.equal(fresh.get_submodule(n).weight) for n in first(fresh, 4))
+
+
+def test_other_files_and_other_importances_are_refused(small, seen, tmp_path):
+    file = tmp_path / "pruning.ckpt"
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is no checkpoint of a pruning: delete it or name another"):
+        PRUNINGS["layer"](small.unet, calibration=seen, checkpoint=file)
+    message = "is kept for importance 'second_order' only, not for 'magnitude'"
+    with pytest.raises(ValueError, match=message):
+        prune_unstructured(small.unet, 0.5, checkpoint=file)
+    with pytest.raises(ValueError, match=message):
+        prune_n_m(small.unet, checkpoint=file)
