@@ -29,6 +29,7 @@ from torch import nn
 
 import sdcomp
 from sdcomp.evaluation.timing import interleaved_times, median
+from sdcomp.files import resolve_input
 from sdcomp.model import SD15, TINY, StableDiffusion, UNet, VAEDecoder, VAEEncoder
 from sdcomp.model.clip import build_text_encoder
 from sdcomp.model.config import ModelConfig
@@ -57,7 +58,7 @@ def write(folder: Path, small: bool) -> None:
         encoder=VAEEncoder(config.vae),
         decoder=VAEDecoder(config.vae),
         text_encoder=build_text_encoder(config),
-        tokenizer=load_tokenizer(sdcomp.files.find("data/tiny" if small else "data/clip_tokenizer"), config),
+        tokenizer=load_tokenizer(resolve_input("data/tiny" if small else "data/clip_tokenizer"), config),
     )
     sdcomp.save(sd, folder / "model.safetensors")
     sdcomp.save(sd, folder / "half.safetensors", torch.float16)
