@@ -1,4 +1,4 @@
-"""Rewrite the tables and numbers of the READMEs from reports and files, so that nobody types one.
+"""Rewrite the tables and numbers of READMEs and notebooks from reports, so that nobody types one.
 
 python tools/build_readme.py
 
@@ -15,7 +15,6 @@ comparison has the label "mse W6A6 less max W6A6".
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_tables
+import data_files
+import notebook_texts
 
 from sdcomp.study import FP32, Variant, pruned, quantized
 from sdcomp.study.answers import LITTLE, fastest, smallest_file
@@ -44,7 +45,8 @@ def _rows(study: str) -> list[Row]:
     return rows
 
 
-def _find(study: str, label: str, metric: str, **about: Any) -> Row:
+def find(study: str, label: str, metric: str, **about: Any) -> Row:
+    """The row of a report with this label, metric and nothing else that it is about. One must fit."""
     found = [row for row in _rows(study) if row["label"] == label and row["metric"] == metric]
     return _only([row for row in found if row["about"] == about], f"{study}; {label}; {metric}; {about}")
 
@@ -72,7 +74,7 @@ def number(kind: str, about: str) -> str:
     where, *names, which, form = about.split("; ")
     pairs = dict(pair.split("=", 1) for pair in which.split(", ") if pair)
     if len(names) == 2:
-        row = _find(where, *names, **{name: _parsed(value) for name, value in pairs.items()})
+        row = find(where, *names, **{name: _parsed(value) for name, value in pairs.items()})
         return _format(row, form, kind == "interval")
     row = _only([row for row in benchmark_tables.read(where) if pairs.items() <= row.items()], about)
     return format(float(row[names[0]]), form)
@@ -108,7 +110,7 @@ def _packed(bits: int, of: Variant = FP32) -> Variant:
     return quantized(recipe, bits, of=of, execution="packed")
 
 
-ZEROS = pruned("unstructured", 0.5, importance="second_order")
+ZEROS = pruned("unstructured", 0.5, scope="global", importance="second_order")
 SMALLER = pruned("removed", 0.6, scope="global", importance="second_order")
 HEADLINE = (
     ("int8", _int8()),
@@ -126,13 +128,13 @@ def headline_table() -> str:
     """The first table: what a real file and a real call cost, and what the images lose."""
     study, half = "04_combined", _fp16_megabytes()
     rows = [["UNet", "file (MB, share of fp16)", "prompt accuracy, difference (points)", "time (fp32 = 1)"]]
-    accuracy = _find(study, FP32.label, "prompt accuracy")["value"]
+    accuracy = find(study, FP32.label, "prompt accuracy")["value"]
     rows.append([f"as it is, fp16 file (accuracy {accuracy:.1f} %)", f"{half:.1f}", "", "1"])
     measured = {row["variant"] for row in _rows(study)}
     for label, variant in [row for row in HEADLINE if row[1] in measured][:5]:
-        size = _find(study, variant.label, "UNet file")["value"]
-        change = _show(_find(study, variant.label, "prompt accuracy difference"))
-        time = _show(_find(study, variant.label, "time relative to fp32"), 2)
+        size = find(study, variant.label, "UNet file")["value"]
+        change = _show(find(study, variant.label, "prompt accuracy difference"))
+        time = _show(find(study, variant.label, "time relative to fp32"), 2)
         rows.append([label, f"{size:.1f} ({size / half:.0%})", change, time])
     return _table(*rows)
 
@@ -151,7 +153,7 @@ def headline_answer() -> str:
 
 
 def _fp16_megabytes() -> float:
-    return _find("02_pruning", FP32.label, "file, dense")["value"]
+    return find("02_pruning", FP32.label, "file, dense")["value"]
 
 
 def results_table() -> str:
@@ -161,11 +163,11 @@ def results_table() -> str:
     ]
 
     def add(label: str, study: str, variant: Variant) -> None:
-        accuracy = _find(study, variant.label, "prompt accuracy")
+        accuracy = find(study, variant.label, "prompt accuracy")
         metrics = ("prompt accuracy difference", "CLIP score difference", "PSNR")
         others = ["", "", ""]
         if variant != FP32:
-            others = [_show(_find(study, variant.label, metric)) for metric in metrics]
+            others = [_show(find(study, variant.label, metric)) for metric in metrics]
         rows.append([label, _show(accuracy), *others, f"{accuracy['n']:.0f}"])
 
     add("as it is", "01_quantization", FP32)
@@ -189,20 +191,20 @@ def results_table() -> str:
 
 
 def times_table() -> str:
-    """Where the time goes, and what each way of compressing saves of it."""
-    study, parts = "03_profiling", ("text encoder", "UNet", "decoder", "total")
-    rows = [["", *(f"{part} (s)" for part in parts), "UNet call, relative", "weights (MB)"]]
+    """What each way of compressing saves of a UNet call, and of memory."""
+    study = "03_profiling"
+    rows = [["", "UNet call (fp32 = 1)", "UNet weights in memory (MB)"]]
     for label, variant in (
         ("fp32", FP32),
         ("45 % of weights zeroed", pruned("unstructured", 0.45)),
+        ("25 % removed", REMOVED[0.25]),
         ("45 % removed", REMOVED[0.45]),
         ("8 bits simulated", quantized("timestep_mse", 8, 8, 5)),
         ("int8", _int8(k=5)),
-        ("45 % removed, int8", _int8(REMOVED[0.45], k=5)),
+        ("25 % removed, int8", _int8(REMOVED[0.25], k=5)),
     ):
-        cells = [_show(_find(study, variant.label, "time", component=part), 3) for part in parts]
-        ratio = "1" if variant == FP32 else _show(_find(study, variant.label, "time relative to fp32"), 2)
-        rows.append([label, *cells, ratio, _show(_find(study, variant.label, "UNet weights"))])
+        ratio = "1" if variant == FP32 else _show(find(study, variant.label, "time relative to fp32"), 2)
+        rows.append([label, ratio, _show(find(study, variant.label, "UNet weights"))])
     return _table(*rows)
 
 
@@ -216,17 +218,26 @@ def claims_table() -> str:
     return _table(*rows)
 
 
+def verdicts() -> str:
+    """The published claims by verdict."""
+    record = json.loads((ROOT / "reports" / "05_claims" / "run.json").read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = {}
+    for claim, verdict in record["verdicts"].items():
+        found.setdefault(verdict, []).append(claim)
+    return "\n".join(f"- **{verdict}**: {'; '.join(claims)}" for verdict, claims in found.items())
+
+
 def tiny_model_table() -> str:
     """The quality of the tiny model, with intervals and n."""
     rows = [["tiny model, 20 DDIM steps", "value [95 % interval]", "images", "scenes"]]
 
     def add(label: str, subject: str, metric: str, **about: Any) -> None:
-        row = _find("00_base_model", subject, metric, **about)
+        row = find("00_base_model", subject, metric, **about)
         unit = f" {row['unit']}" if row["unit"] in ("%", "dB", "images/s") else ""
         n = "" if math.isnan(row["n"]) else f"{row['n']:.0f}"
         distinct = ""
         if "objects" in about:
-            distinct = _show(_find("00_base_model", "generated", "distinct scenes", **about), 0)
+            distinct = _show(find("00_base_model", "generated", "distinct scenes", **about), 0)
         rows.append([label, _show(row) + unit, n, distinct])
 
     for split, which in (("test", "held-out scenes"), ("unseen", "combinations never seen")):
@@ -247,25 +258,16 @@ def tiny_model_table() -> str:
     return _table(*rows)
 
 
-def file_table(folder: str) -> str:
-    """Size and sha256 of the files in a folder of `data`."""
-    rows = [["file", "bytes", "sha256"]]
-    kinds = (".safetensors", ".json", ".jsonl", ".txt")
-    for path in sorted(file for file in (ROOT / "data" / folder).iterdir() if file.suffix in kinds):
-        content = path.read_bytes()
-        rows.append([f"`{path.name}`", f"{len(content):,}", f"`{hashlib.sha256(content).hexdigest()}`"])
-    return _table(*rows)
-
-
 TABLES = {
     "headline": headline_table,
     "headline answer": headline_answer,
     "results": results_table,
     "times": times_table,
     "claims": claims_table,
+    "verdicts": verdicts,
     "tiny model": tiny_model_table,
-    "files": lambda: file_table("tiny"),
-    "prompt files": lambda: file_table("prompts"),
+    "files": lambda: _table(*data_files.rows(ROOT / "data" / "tiny")),
+    "prompt files": lambda: _table(*data_files.rows(ROOT / "data" / "prompts")),
     **benchmark_tables.TABLES,
 }
 PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "data", "reports/benchmarks"))
@@ -286,6 +288,12 @@ def build(text: str) -> str:
     )
 
 
+def built_pages() -> dict[Path, str]:
+    """All READMEs and notebooks, as they should be."""
+    pages = {page: build(page.read_text(encoding="utf-8")) for page in PAGES}
+    return pages | notebook_texts.built(ROOT, build)
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(build(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in built_pages().items():
+        page.write_text(text, encoding="utf-8")

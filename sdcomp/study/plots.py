@@ -61,6 +61,7 @@ def error_band(
     label: str = "",
     color: Any = None,
     linestyle: str = "-",
+    marker: str = "o",
 ) -> None:
     """Draw results (rows of `Run.results`) over `x`: a line, and the intervals as a band or, if few, as bars.
 
@@ -72,7 +73,7 @@ def error_band(
     xs, values, lows, highs = zip(
         *((x[i], rows[i]["value"], rows[i]["ci_low"], rows[i]["ci_high"]) for i in order), strict=True
     )
-    look = {"marker": "o", "markersize": 4, "linestyle": linestyle, "color": color}
+    look = {"marker": marker, "markersize": 9 if marker == "*" else 4, "linestyle": linestyle, "color": color}
     (line,) = axis.plot(xs, values, label=label, **look)
     if len(xs) > 2:
         axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -107,6 +108,7 @@ def scatter(
     quality: Sequence[dict[str, Any]],
     label: str = "",
     color: Any = None,
+    marker: str = "o",
 ) -> None:
     """Draw quality against cost, row by row (of `Run.results`), with both intervals where they are known."""
 
@@ -121,7 +123,8 @@ def scatter(
         ]
 
     x, y = ([row["value"] for row in rows] for rows in (cost, quality))
-    look = {"fmt": "o", "markersize": 4, "elinewidth": 1, "label": label, "color": color}
+    size = 9 if marker == "*" else 4
+    look = {"fmt": marker, "markersize": size, "elinewidth": 1, "label": label, "color": color}
     axis.errorbar(x, y, xerr=bars(cost), yerr=bars(quality), **look)
 
 
