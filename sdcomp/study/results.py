@@ -14,7 +14,6 @@ import pandas as pd
 
 from sdcomp.errors import UserError
 from sdcomp.files import ROOT, resolve_input
-from sdcomp.study.old_rows import renewed
 from sdcomp.study.variants import FP32, Variant
 
 Row = dict[str, Any]
@@ -79,7 +78,7 @@ def read_rows(path: Path) -> list[Row]:
                 raise ValueError("its rows differ in length")
             row["parameters"] = dict(json.loads(row["parameters"]))
             row |= {name: float(row[name] or nan) for name in NUMBERS if name in row}
-        return [typed(renewed(row)) for row in rows]
+        return [typed(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(
             f"{path} is not a complete table of results ({error}); run its notebook again"

@@ -221,10 +221,12 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """The commit that runs, marked where files differ from it; reports may, since runs write them."""
     git = ["git", "-C", str(ROOT)]
+    status = [*git, "status", "--porcelain", "--", ".", ":(exclude)reports"]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + ("-modified" if dirty.stdout.strip() else "")

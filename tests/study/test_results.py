@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_variants import variants
 
 from sdcomp.errors import UserError
-from sdcomp.study import FP32, pruned, quantized, results
+from sdcomp.study import FP32, pruned, results
 from sdcomp.study.results import COLUMNS, columns, matching_results, read_reports, read_rows, select, typed
 
 ABOUT = st.dictionaries(st.sampled_from(["timestep", "component", "budget"]), st.integers(0, 9))
@@ -152,66 +152,8 @@ def test_a_model_with_unknown_weights_matches_no_report(report):
     assert matching_results(run, "02_pruning") == []
 
 
-# Rows of old reports
-
-
-@pytest.mark.parametrize(
-    ("method", "parameters", "variant"),
-    [
-        ("full precision", {}, FP32),
-        ("unpruned", {}, FP32),
-        ("fp32", {"amount": 0.0}, FP32),
-        ("masked", {"amount": 0.4}, pruned("unstructured", 0.4)),
-        ("masked channels", {"amount": 0.05}, pruned("masked channels", 0.05)),
-        (
-            "removed, recovered",
-            {"amount": 0.45, "recover_steps": 9},
-            pruned("removed", 0.45, recover_steps=9),
-        ),
-        ("one block", {"amount": 0.3, "block": "out.1"}, pruned("unstructured", 0.3, block="out.1")),
-        ("weights_only", {"weight_bits": 4, "act_bits": 32}, quantized("weights_only", 4)),
-        (
-            "timestep_mse",
-            {"weight_bits": 6, "act_bits": 6, "k": 5},
-            quantized("timestep_mse", 6, 6, 5),
-        ),
-        (
-            "removed, recovered + int8",
-            {"amount": 0.25, "recover_steps": 400, "weight_bits": 8, "act_bits": 8, "k": 10},
-            quantized(
-                "timestep_mse", 8, 8, 10, of=pruned("removed", 0.25, recover_steps=400), execution="int8"
-            ),
-        ),
-        ("simulated", {"amount": 0.0}, quantized("timestep_mse", 8, 8, 5)),
-        ("machine", {"of": "int8"}, None),
-        ("removed", {}, None),  # a knee
-        ("10 % removed, int8", {"budget": 0.25, "form": "file"}, None),
-    ],
-)
-def test_a_row_of_an_old_report_is_read_as_one_of_today(tmp_path, method, parameters, variant):
-    old = {"method": method, "parameters": json.dumps(parameters | {"timestep": 9}), "value": "1"}
-    write(tmp_path / "metrics.csv", old)
-    (row,) = read_rows(tmp_path / "metrics.csv")
-    assert row["variant"] == variant and row["label"] == (variant.label if variant else method)
-    assert row["about"]["timestep"] == 9
-
-
-def test_the_baseline_of_an_old_comparison_is_the_variant_at_the_same_numbers(tmp_path):
-    bits = {"weight_bits": 6, "act_bits": 6, "k": 10}
-    rows = [
-        ("timestep_mse", "mse", bits),
-        ("removed, recovered", "removed", {"amount": 0.5, "recover_steps": 9}),
-    ]
-    write(
-        tmp_path / "metrics.csv",
-        *({"method": m, "baseline": b, "parameters": json.dumps(p), "value": "1"} for m, b, p in rows),
-    )
-    found = [row["baseline"] for row in read_rows(tmp_path / "metrics.csv")]
-    assert found == [quantized("mse", 6, 6).label, pruned("removed", 0.5).label]
-
-
 def test_every_row_of_the_committed_reports_is_about_what_its_columns_say():
-    """No old name is left: what is not a variant is an instrument, a training, a knee or a recommendation."""
+    """What is not a variant is an instrument, a training, a knee or a recommendation."""
     others = set()
     for path in sorted(results.ROOT.glob("reports/[0-9][0-9]_*/metrics.csv")):
         others |= {

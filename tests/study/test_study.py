@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +179,32 @@ def test_the_record_says_what_was_run_and_with_what(run):
     # Without results there is a table all the same, and the folder has these two files only.
     assert (run.folder / "metrics.csv").read_text() == ",".join(COLUMNS) + "\n"
     assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
+
+
+def test_the_commit_is_marked_where_anything_but_the_reports_differs_from_it(run, tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    def recorded():
+        run.save()
+        return json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["commit"]
+
+    monkeypatch.setattr(run_module, "ROOT", tmp_path)
+    assert recorded() == "unknown"
+    (tmp_path / "reports").mkdir()
+    for name in ("code.py", "reports/metrics.csv"):
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", "code.py", "reports/metrics.csv")
+    git("commit", "-m", "all")
+    (tmp_path / ".git" / "info" / "exclude").write_text("results\n")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    for name in ("metrics.csv", "new.png"):
+        (tmp_path / "reports" / name).write_text("2")
+    assert recorded() == commit
+    (tmp_path / "code.py").write_text("2")
+    assert recorded() == f"{commit}-modified"
 
 
 def test_a_variant_that_failed_is_in_every_table_but_has_no_other_result(run):

@@ -1,0 +1,104 @@
+"""Draw the README's figure: what the images lose against the bytes of a file, beside other tools.
+
+python tools/headline_figure.py
+
+It reads `reports/02_pruning`, `reports/04_combined` and `reports/benchmarks/low_bits.csv`, and writes
+`reports/headline.png`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import benchmark_tables
+import build_readme as readme
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from sdcomp.study import FP32, Variant, pruned, style
+
+
+@dataclass(frozen=True)
+class Point:
+    """A file: its name, its megabytes, and the paired difference with its interval, in points."""
+
+    name: str
+    megabytes: float
+    change: float
+    low: float
+    high: float
+
+
+PUBLISHED = (
+    ("50 % zeros (L1)", pruned("unstructured", 0.5)),
+    ("5 % of channels\nset to zero", pruned("masked channels", 0.05)),
+    ("25 % of channels\nremoved (L2)", readme.REMOVED[0.25]),
+)
+OURS = dict(zip(("int8", "4 bits", "50 % zeros,\n4 bits", "60 %\nremoved,\n4 bits", "60 %\nremoved,\n3 bits"),
+                (variant for _, variant in readme.HEADLINE[:5]), strict=True))  # fmt: skip
+LOWEST = -20.0
+"""Points that lose more are not drawn."""
+BELOW, ABOVE = ("center", "top"), ("center", "bottom")
+LEFT, RIGHT = ("right", "center"), ("left", "center")
+PLACES = {
+    "int8": RIGHT, "4 bits": RIGHT, "NNCF W4 g16": ABOVE, "torchao W8A8": ABOVE, "torchao W3 g16": RIGHT,
+    "optimum-quanto W4": ABOVE, "optimum-quanto W4A8": BELOW, "5 % of channels\nset to zero": BELOW, "25 % of channels\nremoved (L2)": BELOW,
+}  # fmt: skip
+"""Where the name of a point stands; by default below for this package, and to the left for others."""
+
+
+def ours(study: str, name: str, variant: Variant, size: str) -> Point:
+    """A variant of a report; `size` is the metric of its file."""
+    change = readme.find(study, variant.label, "prompt accuracy difference")
+    megabytes = readme.find(study, variant.label, size)["value"]
+    return Point(name, megabytes, change["value"], change["ci_low"], change["ci_high"])
+
+
+def peers() -> list[Point]:
+    """The models that other tools make."""
+    found = []
+    for row in benchmark_tables.read("benchmarks/low_bits"):
+        if not row["variant"].startswith("sdcomp") and row["split"] == "test":
+            name = row["variant"].partition(",")[0].replace(" dynamic", "")
+            numbers = (float(row[key]) for key in ("megabytes", "accuracy_difference", "low", "high"))
+            found.append(Point(name, *numbers))
+    return [point for point in found if point.change >= LOWEST]
+
+
+def draw() -> Figure:
+    """Draw all files: grey what was published, orange other tools, blue this package."""
+    half = readme.find("02_pruning", FP32.label, "file, dense")["value"]
+    published = [ours("02_pruning", name, variant, "smallest file") for name, variant in PUBLISHED]
+    new = [ours("04_combined", name, variant, "UNet file") for name, variant in OURS.items()]
+    kinds = {"published methods": (published, "0.5", "s"), "other tools": (peers(), "C1", "D"),
+             "this package": (new, "C0", "o")}  # fmt: skip
+    figure, axis = plt.subplots(figsize=(9, 5))
+    axis.axhline(0, color="0.75", linewidth=1, zorder=0)
+    axis.plot(half, 0, "s", color="black")
+    axis.annotate("fp16", (half, 0), xytext=(0, 7), textcoords="offset points", ha="center")
+    for kind, (points, color, marker) in kinds.items():
+        sizes = [point.megabytes for point in points]
+        bounds = [point.low for point in points], [point.high for point in points]
+        axis.vlines(sizes, *bounds, color=color, alpha=0.35, linewidth=3)
+        axis.plot(sizes, [point.change for point in points], marker, color=color, markersize=6, label=kind)
+        for point in points:
+            across, up = PLACES.get(point.name, BELOW if kind == "this package" else LEFT)
+            y = {"top": point.low, "bottom": point.high, "center": point.change}[up]
+            shift = {"right": -6, "left": 6, "center": 0}[across], {"top": -3, "bottom": 3, "center": 0}[up]
+            look = {"ha": across, "va": up, "fontsize": 8, "color": color}
+            axis.annotate(point.name, (point.megabytes, y), xytext=shift, textcoords="offset points", **look)
+    axis.set(xscale="log", ylim=(LOWEST, None), ylabel="prompt accuracy, difference to fp16 (points)")
+    axis.set_title(
+        "Left is smaller, up is better; 256 images a point, 95 % intervals", loc="left", fontsize=10
+    )
+    ticks = [2, 3, 4, 6, 8, 12, half]
+    axis.set_xticks(ticks, [f"{size:.3g}\n{size / half:.0%}" for size in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("MB of the UNet's file, and their share of fp16")
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    return figure
+
+
+if __name__ == "__main__":
+    style()
+    draw().savefig(readme.ROOT / "reports" / "headline.png", dpi=160, bbox_inches="tight")
