@@ -113,7 +113,7 @@ def test_each_interval_in_the_readme_is_a_row_of_a_report():
             rows += [row for row in csv.DictReader(file) if row["ci_low"]]
     intervals = INTERVAL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     written = {
-        tuple(f"{float(row[name]):.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+        tuple(f"{float(row[name]):z.{digits}f}" for name in ("value", "ci_low", "ci_high"))
         for row in rows
         for digits in range(4)
     }
@@ -179,7 +179,9 @@ def test_the_headline_names_the_files_that_the_report_has(tmp_path):
     rows = made["04_combined"]
     rows += [(FP32, "prompt accuracy", 90, ""), (FP32, "UNet time of an image", 0.4, "")]
     for i, variant in enumerate([*variants, few]):
-        rows += [(variant, "prompt accuracy difference", -0.5, "fp32")]
+        rows += [
+            (variant, f"{score} difference", -0.5, "fp32") for score in ("prompt accuracy", "CLIP score")
+        ]
         rows += [(variant, "time relative to fp32", 0.8, "fp32"), (variant, "UNet time of an image", 0.3, "")]
         rows += [(variant, "UNet file", 10 - i, "")] if variant != few else []
     for study, found in made.items():
@@ -193,13 +195,13 @@ def test_the_headline_names_the_files_that_the_report_has(tmp_path):
                 writer.writerow({"metric": metric, "value": value} | ends | columns(variant, {}))
     lines = builder.headline_table().splitlines()
     assert len(lines) == 8
-    assert lines[2] == "| as it is, fp16 file (accuracy 90.0 %) | 20.0 |  | 1 |"
+    assert lines[2] == "| as it is, fp16 file (accuracy 90.0 %) | 20.0 |  |  | 1 |"
     assert lines[7].startswith(
         "| 60 % of parameters removed, 3 bits in groups, packed | 6.0 (30%) | -0.5 [-1.5,"
     )
     smallest, quickest, alone, peer = builder.headline_answer().splitlines()
-    assert "smallest of 7 files" in smallest and "4.00 MB, 20% of fp16" in smallest
-    assert "0.300 s an image, 1.3 times" in quickest and "fp32, 6 steps" in alone
+    assert "smallest of 6 files" in smallest and "5.00 MB, 25% of fp16" in smallest
+    assert "0.300 s of UNet time an image, 1.3 times" in quickest and "fp32, 6 steps" in alone
     assert peer.startswith("- The smallest of")
 
 

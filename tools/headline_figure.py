@@ -30,14 +30,21 @@ class Point:
 
 
 PUBLISHED = (
+    ("35 % zeros (L1)", pruned("unstructured", 0.35)),
     ("50 % zeros (L1)", pruned("unstructured", 0.5)),
     ("5 % of channels\nset to zero", pruned("masked channels", 0.05)),
     ("25 % of channels\nremoved (L2)", readme.REMOVED[0.25]),
 )
-OURS = dict(zip(("int8", "4 bits", "50 % zeros,\n4 bits", "60 %\nremoved,\n4 bits", "60 %\nremoved,\n3 bits"),
-                (variant for _, variant in readme.HEADLINE[:5]), strict=True))  # fmt: skip
+OURS = {
+    "int8": "int8",
+    "4-bit weights, packed": "4 bits",
+    "50 % of weights zeroed, 4 bits, packed": "50 % zeros,\n4 bits",
+    "60 % of parameters removed, 4 bits, packed": "60 %\nremoved,\n4 bits",
+    "60 % of parameters removed, 3 bits in groups, packed": "60 %\nremoved,\n3 bits",
+}
+"""Short names for rows of the README's first table."""
 LOWEST = -20.0
-"""Points that lose more are not drawn."""
+"""Models of other tools that lose more are not drawn."""
 BELOW, ABOVE = ("center", "top"), ("center", "bottom")
 LEFT, RIGHT = ("right", "center"), ("left", "center")
 PLACES = {
@@ -67,12 +74,16 @@ def peers() -> list[Point]:
 
 
 def draw() -> Figure:
-    """Draw all files: grey what was published, orange other tools, blue this package."""
+    """Draw all files: grey published pruning, orange other tools, blue this package."""
     half = readme.find("02_pruning", FP32.label, "file, dense")["value"]
     published = [ours("02_pruning", name, variant, "smallest file") for name, variant in PUBLISHED]
-    new = [ours("04_combined", name, variant, "UNet file") for name, variant in OURS.items()]
-    kinds = {"published methods": (published, "0.5", "s"), "other tools": (peers(), "C1", "D"),
-             "this package": (new, "C0", "o")}  # fmt: skip
+    rows = dict(readme.HEADLINE)
+    new = [ours("04_combined", name, rows[label], "UNet file") for label, name in OURS.items()]
+    kinds = {
+        "published pruning, by magnitude": (published, "0.5", "s"),
+        "other tools (lower bounds of MB)": (peers(), "C1", "D"),
+        "this package": (new, "C0", "o"),
+    }
     figure, axis = plt.subplots(figsize=(9, 5))
     axis.axhline(0, color="0.75", linewidth=1, zorder=0)
     axis.plot(half, 0, "s", color="black")
@@ -89,9 +100,8 @@ def draw() -> Figure:
             look = {"ha": across, "va": up, "fontsize": 8, "color": color}
             axis.annotate(point.name, (point.megabytes, y), xytext=shift, textcoords="offset points", **look)
     axis.set(xscale="log", ylim=(LOWEST, None), ylabel="prompt accuracy, difference to fp16 (points)")
-    axis.set_title(
-        "Left is smaller, up is better; 256 images a point, 95 % intervals", loc="left", fontsize=10
-    )
+    title = "Tiny model; left is smaller, up is better; 256 images a point, 95 % intervals"
+    axis.set_title(title, loc="left", fontsize=10)
     ticks = [2, 3, 4, 6, 8, 12, half]
     axis.set_xticks(ticks, [f"{size:.3g}\n{size / half:.0%}" for size in ticks])
     axis.set_xticks([], minor=True)

@@ -63,8 +63,8 @@ def smallest_file(
 def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolerance: float = 5.0) -> str:
     """Sentences about the fastest execution that loses little, and the control: fewer steps of fp32 alone.
 
-    `seconds` are those of an image by fp32 and by all variants that really run so; "little" is as for
-    `smallest_file`.
+    `seconds` are those of the UNet for an image, in fp32 and in all variants that really run; "little" is as
+    for `smallest_file`.
     """
     if too_few := _too_few(differences, "execution is the fastest"):
         return too_few
@@ -77,8 +77,8 @@ def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolera
             continue
         time = seconds[found["variant"]]
         lines.append(
-            f"{who}, with {_limits(tolerance)}: {time:.3f} s an image,"
-            f" {seconds[FP32] / time:.1f} times as fast as fp32 ({_shown(found)})."
+            f"{who}, with {_limits(tolerance)}: {time:.3f} s of UNet time an image,"
+            f" {seconds[FP32] / time:.1f} times as fast as the UNet in fp32 ({_shown(found)})."
         )
     return "\n".join(lines)
 

@@ -92,10 +92,14 @@ def test_the_fastest_stands_beside_fewer_steps_alone():
     first, second = fastest(rows, TIMES).splitlines()
     assert first.startswith("The fastest execution, with at most 2 points lost")
     assert first.endswith(
-        f"0.100 s an image, 4.0 times as fast as fp32 ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
+        "0.100 s of UNet time an image, 4.0 times as fast as the UNet in fp32"
+        f" ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
     )
     assert second.startswith("Fewer steps of fp32 alone, with at most 2 points lost")
-    assert second.endswith("0.120 s an image, 3.3 times as fast as fp32 (fp32, 6 steps: -0.5 [-2.0, 2.0]).")
+    assert second.endswith(
+        "0.120 s of UNet time an image, 3.3 times as fast as the UNet in fp32"
+        " (fp32, 6 steps: -0.5 [-2.0, 2.0])."
+    )
 
 
 def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
