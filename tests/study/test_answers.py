@@ -105,7 +105,7 @@ def test_the_fastest_stands_beside_fewer_steps_alone():
 def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
     rows = [change(FEW, -0.5, -5.5), change(INT8, 0.0, -1.0), change(INT8_FEW, -2.5, -3.0)]
     first, second = fastest(rows, TIMES).splitlines()
-    assert "0.300 s an image, 1.3 times" in first
+    assert "0.300 s of UNet time an image, 1.3 times" in first
     assert second.startswith("Fewer steps of fp32 alone: none that is faster than fp32 is shown to have")
     assert "none that is faster" in fastest([change(INT8, 0.0, -1.0)], {FP32: 0.4, INT8: 0.5})
     assert fastest([change(INT8, 0.0, -1.0, n=32)], TIMES).startswith("32 images do not tell which execution")

@@ -181,12 +181,13 @@ def test_the_record_says_what_was_run_and_with_what(run):
     assert {path.name for path in run.folder.iterdir()} == {"metrics.csv", "run.json"}
 
 
-def test_the_commit_is_marked_where_anything_but_the_reports_differs_from_it(run, tmp_path, monkeypatch):
+def test_the_commit_is_marked_where_anything_but_the_reports_differs_from_it(tmp_path, monkeypatch):
     def git(*words):
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
 
     def recorded():
+        run = Run(STUDY, notebook({"out": str(tmp_path / "results")}))
         run.save()
         return json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["commit"]
 
