@@ -28,6 +28,8 @@ def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
     lines = [
         f"{first['n']:g} images a variant. The intervals of the {first['metric']} reach {reach:.1f}"
         f" ({first['unit']}) to each side (median); smaller differences cannot be told."
+        if np.isfinite(reach)
+        else f"{first['n']:g} images a variant are too few for intervals of the {first['metric']}."
     ]
     if first["n"] < ENOUGH:
         lines.append(f"Fewer than {ENOUGH} images give no verdict. Differences to fp32:")
@@ -106,4 +108,5 @@ def _limits(tolerance: float) -> str:
 
 
 def _shown(row: Row) -> str:
-    return f"{row['label']}: {row['value']:.1f} [{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+    ends = f" [{row['ci_low']:.1f}, {row['ci_high']:.1f}]" if np.isfinite(row["ci_low"]) else ""
+    return f"{row['label']}: {row['value']:.1f}{ends}"

@@ -18,6 +18,12 @@ def test_few_images_give_no_verdict():
     assert lines[2:] == ["- 2:4: -3.0 [-12.0, 6.0]", "- removed 25 %: -8.0 [-19.0, 3.0]"]
 
 
+def test_one_image_has_no_interval():
+    lines = answer([row("2:4", -3, float("nan"), 1)]).splitlines()
+    assert lines[0] == "1 images a variant are too few for intervals of the prompt accuracy difference."
+    assert lines[2:] == ["- 2:4: -3.0"]
+
+
 def test_enough_images_give_verdicts_by_their_intervals():
     rows = [row("good", -1, 2, 256), row("bad", -20, 2, 256), row("open", -4, 3, 256)]
     lines = answer(rows, tolerance=5).splitlines()
