@@ -73,12 +73,17 @@ def error_band(
     xs, values, lows, highs = zip(
         *((x[i], rows[i]["value"], rows[i]["ci_low"], rows[i]["ci_high"]) for i in order), strict=True
     )
-    look = {"marker": marker, "markersize": 9 if marker == "*" else 4, "linestyle": linestyle, "color": color}
+    look = {"marker": marker, "markersize": _size(marker), "linestyle": linestyle, "color": color}
     (line,) = axis.plot(xs, values, label=label, **look)
     if len(xs) > 2:
         axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
     else:
         axis.vlines(xs, lows, highs, color=line.get_color(), alpha=0.5, linewidth=3)
+
+
+def _size(marker: str) -> int:
+    """The size of a marker; a star looks smaller than its size."""
+    return 9 if marker == "*" else 4
 
 
 def label_ends(axis: Axes, size: float = 8) -> None:
@@ -123,8 +128,7 @@ def scatter(
         ]
 
     x, y = ([row["value"] for row in rows] for rows in (cost, quality))
-    size = 9 if marker == "*" else 4
-    look = {"fmt": marker, "markersize": size, "elinewidth": 1, "label": label, "color": color}
+    look = {"fmt": marker, "markersize": _size(marker), "elinewidth": 1, "label": label, "color": color}
     axis.errorbar(x, y, xerr=bars(cost), yerr=bars(quality), **look)
 
 
