@@ -22,13 +22,11 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
 # The notebooks' kernel, `python3`, is .venv's, whatever the user has registered under that name.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-# PROFILE=full: the runs in reports/, all but the training of the base model.
+# PROFILE=full: the runs in reports/.
 ifeq ($(PROFILE),full)
-STUDIES := $(filter-out notebooks/00_%,$(NOTEBOOKS))
 OUT := reports
 PARAMETERS = -f notebooks/profiles/$$study.yaml
 else
-STUDIES := $(NOTEBOOKS)
 OUT := reports/runs
 PARAMETERS = -p out $(OUT)/$$study
 endif
@@ -36,7 +34,7 @@ endif
 .PHONY: study sweep test test-slow lab goldens
 
 study: $(READY)
-	set -e; for nb in $(STUDIES); do \
+	set -e; for nb in $(NOTEBOOKS); do \
 	    study=$$(basename $$nb .ipynb); \
 	    run=$(OUT)/$$study/$$study; \
 	    mkdir -p $(OUT)/$$study; \

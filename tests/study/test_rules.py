@@ -44,9 +44,13 @@ def test_the_defaults_and_the_profile_of_each_notebook_pass(study):
     assert {name: found[name] for name in injected} == injected
 
 
-def test_the_profile_of_the_published_setting_passes():
-    injected = yaml.safe_load((ROOT / "notebooks/profiles/published.yaml").read_text(encoding="utf-8"))
-    assert read_parameters(namespace("01_quantization", **injected), "01_quantization")["k"] == 10
+@pytest.mark.parametrize(
+    ("profile", "study", "name", "value"),
+    [("published", "01_quantization", "k", 10), ("training", "00_base_model", "unet_steps", 14600)],
+)
+def test_the_other_profiles_pass(profile, study, name, value):
+    injected = yaml.safe_load((ROOT / f"notebooks/profiles/{profile}.yaml").read_text(encoding="utf-8"))
+    assert read_parameters(namespace(study, **injected), study)[name] == value
 
 
 SD15 = sorted((ROOT / "notebooks" / "profiles" / "sd15").glob("*.yaml"))
