@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from math import nan
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
 from sdcomp.errors import UserError
-from sdcomp.files import ROOT, resolve_input
+from sdcomp.files import resolve_input
 from sdcomp.study.variants import FP32, Variant
 
 Row = dict[str, Any]
@@ -137,41 +137,3 @@ def table(rows: Iterable[Row], metrics: Sequence[str] = (), direct: bool = False
     index = pd.MultiIndex.from_tuples(list(cells), names=["variant", "of"])
     found = pd.DataFrame(list(cells.values()), index).fillna("")
     return found if any(about for _, about in cells) else found.droplevel("of")
-
-
-# Reports of the same images
-
-SAME = ("seed", "n_images", "steps", "sampler")
-"""Two runs draw the same images only where these parameters, the guidance scale, the type and the weights are
-the same."""
-
-
-class Recorded(Protocol):
-    """What `matching_results` asks of a run, see `sdcomp.study.Run`."""
-
-    parameters: dict[str, Any]
-    facts: dict[str, Any]
-
-    def weights(self) -> dict[str, str]:
-        """SHA-256 of each file of weights."""
-
-
-def matching_results(run: Recorded, *studies: str) -> list[Row]:
-    """The rows of other studies' committed reports whose images come from the same weights and settings."""
-    weights, own, rows = run.weights(), _settings(run.parameters, run.facts), []
-    for study in studies:
-        folder = ROOT / "reports" / study
-        if not all((folder / name).is_file() for name in ("run.json", "metrics.csv")):
-            continue
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        # Without recorded weights nobody knows whether the model is the same.
-        known = weights and record.get("weights") == weights
-        if known and _settings(record["parameters"], record) == own:
-            rows += read_rows(folder / "metrics.csv")
-    return rows
-
-
-def _settings(parameters: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """What decides about a run's images; `facts` have what the parameters leave to the model."""
-    found = {name: parameters.get(name) for name in SAME} | {"dtype": parameters.get("dtype", "float32")}
-    return found | {"guidance_scale": facts.get("guidance_scale", parameters.get("guidance_scale"))}

@@ -16,6 +16,7 @@ import csv
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,28 @@ def peers(
 
         return torchao("IntxWeightOnlyConfig", weight_dtype=getattr(torch, bits), granularity=PerGroup(16))
 
+    def nncf_activations(weight_bits: int, act_bits: int) -> nn.Module:
+        import nncf
+        from nncf.quantization.advanced_parameters import (
+            AdvancedQuantizationParameters,
+            QuantizationParameters,
+        )
+
+        calls: list[tuple] = []
+        with observed(sd.unet, calls):
+            sd.generate(calibration[:16], steps=20, seed=1)
+        how = AdvancedQuantizationParameters(
+            weights_quantization_params=QuantizationParameters(num_bits=weight_bits),
+            activations_quantization_params=QuantizationParameters(num_bits=act_bits),
+        )
+        return nncf.quantize(
+            copy.deepcopy(sd.unet),
+            nncf.Dataset(calls),
+            subset_size=len(calls),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=how,
+        )
+
     def nncf(**arguments: object) -> nn.Module:
         import nncf
 
@@ -138,6 +161,19 @@ def peers(
     yield "torchao W4 g16, linear layers", lambda: torchao_groups("int4")
     yield "torchao W3 g16, linear layers", lambda: torchao_groups("int3")
     yield "NNCF W4 g16, convolutions at 8 bits", lambda: nncf(group_size=16)
+    yield "NNCF W8A8", lambda: nncf_activations(8, 8)
+    yield "NNCF W4A8", lambda: nncf_activations(4, 8)
+    yield "NNCF W4A4", lambda: nncf_activations(4, 4)
+
+
+@contextmanager
+def observed(unet: nn.Module, calls: list[tuple]) -> Iterator[None]:
+    """Keep the arguments of the UNet's calls in `calls`."""
+    hook = unet.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def least_megabytes(unet: nn.Module, name: str) -> float:
@@ -164,7 +200,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--splits", nargs="+", default=["test"])
-    parser.add_argument("--only", default="", help="a part of the names of the variants to run")
+    parser.add_argument("--only", default="", help="a regular expression of the variants to run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -176,7 +212,7 @@ def main() -> None:
     baselines = {split: sd.generate(prompts.texts) for split, prompts in sets.items()}
     rows = []
     for name, make in [*ours(sd, calibration), *peers(sd, calibration)]:
-        if args.only not in name:
+        if not re.search(args.only, name):
             continue
         try:
             unet = make()

@@ -72,7 +72,7 @@ def test_a_pruned_variant_that_fails(tmp_path, broken):
 
 def test_a_combined_variant_that_fails(tmp_path):
     few = {"n_calibration": 1, "calibration_steps": 10, **JUDGED}
-    settings = {"amount": [0.2, 0.4], "backends": ["fp32"], "variants": [], **few}
+    settings = {"amount": [0.2, 0.4], "backends": [], "variants": [], **few}
     settings["save_to"] = str(tmp_path / "model")
     found = run_with(tmp_path, "04_combined", [0.4], **settings)
     assert amounts(rows(tmp_path, "failed")) == [0.4]

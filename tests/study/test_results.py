@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 from test_variants import variants
 
 from sdcomp.errors import UserError
-from sdcomp.study import FP32, pruned, results
-from sdcomp.study.results import COLUMNS, columns, matching_results, read_reports, read_rows, select, typed
+from sdcomp.files import ROOT
+from sdcomp.study import FP32, pruned
+from sdcomp.study.results import COLUMNS, columns, read_reports, read_rows, select, typed
 
 ABOUT = st.dictionaries(st.sampled_from(["timestep", "component", "budget"]), st.integers(0, 9))
 
@@ -102,60 +102,10 @@ def test_rows_are_selected_by_variant_columns_and_what_they_are_about():
     assert select(some, {"component": "decoder"}) == []
 
 
-# Reports of the same images
-
-SETTINGS = {"seed": 0, "n_images": 4, "steps": 20, "sampler": "ddim", "guidance_scale": 4.0}
-
-
-@pytest.fixture
-def report(tmp_path, monkeypatch) -> Path:
-    """An empty folder of a report, in a repository of its own."""
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    folder = tmp_path / "reports" / "02_pruning"
-    folder.mkdir(parents=True)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("record", "rows"),
-    [
-        ({}, 1),
-        ({"weights": {"unet": "other"}}, 0),
-        ({"parameters": {**SETTINGS, "n_images": 8}}, 0),
-        ({"parameters": {**SETTINGS, "model": "elsewhere/the/same"}}, 1),
-        ({"parameters": {**SETTINGS, "guidance_scale": 2.0}}, 0),
-        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 4.0}, 1),
-        ({"parameters": {**SETTINGS, "guidance_scale": ""}, "guidance_scale": 7.5}, 0),
-        ({"parameters": {**SETTINGS, "dtype": "float32"}}, 1),
-        ({"parameters": {**SETTINGS, "dtype": "float16"}}, 0),
-        ({"weights": {}}, 0),
-        ({"weights": None}, 0),
-    ],
-    ids=str,
-)
-def test_only_reports_of_the_same_weights_and_settings_are_read(report, record, rows):
-    parameters = {**SETTINGS, "model": "data/tiny", "dtype": "float32", "guidance_scale": ""}
-    run = SimpleNamespace(parameters=parameters, facts={"guidance_scale": 4.0}, weights=lambda: {"unet": "a"})
-    assert matching_results(run, "02_pruning") == []
-    variant = pruned("unstructured", 0.3)
-    write(report / "metrics.csv", {**columns(variant, {}), "metric": "a", "value": "90.1"})
-    content = {"parameters": {**SETTINGS, "model": "data/tiny"}, "weights": {"unet": "a"}} | record
-    (report / "run.json").write_text(json.dumps(content))
-    found = matching_results(run, "02_pruning")
-    assert [(row["variant"], row["value"]) for row in found] == [(variant, 90.1)] * rows
-
-
-def test_a_model_with_unknown_weights_matches_no_report(report):
-    write(report / "metrics.csv", {**columns(FP32, {}), "value": "1"})
-    (report / "run.json").write_text(json.dumps({"parameters": SETTINGS, "weights": {}}))
-    run = SimpleNamespace(parameters=SETTINGS, facts={}, weights=dict)
-    assert matching_results(run, "02_pruning") == []
-
-
 def test_every_row_of_the_committed_reports_is_about_what_its_columns_say():
     """What is not a variant is an instrument, a training, a knee or a recommendation."""
     others = set()
-    for path in sorted(results.ROOT.glob("reports/[0-9][0-9]_*/metrics.csv")):
+    for path in sorted(ROOT.glob("reports/[0-9][0-9]_*/metrics.csv")):
         others |= {
             row["metric"] for row in read_rows(path) if row["variant"] is None and "00_" not in str(path)
         }

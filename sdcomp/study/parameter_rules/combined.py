@@ -71,7 +71,7 @@ STUDY = Study(
         "weight_bits": BITS,
         "act_bits": BITS,
         "k": INTERVALS,
-        "backends": replace(one_of("fp32", "simulated", *INTEGER), unique=True),
+        "backends": replace(one_of("simulated", *INTEGER), may_be_empty=True, unique=True),
         "variants": VARIANTS,
         "packed_bits": replace(BITS, may_be_empty=True, unique=True),
         "fewer_steps": replace(GENERATION["steps"], may_be_empty=True, unique=True),
