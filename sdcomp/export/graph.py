@@ -20,10 +20,11 @@ from sdcomp.export.checkpoint import rounded_weight
 from sdcomp.integer import PackedModel
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model import ModelError, StableDiffusion, UNet
+from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import QuantLayer, QuantModel
-from sdcomp.quantization.attention import refuse_quantized_products
+from sdcomp.quantization.attention import QuantAttentionScores, refuse_quantized_products
 from sdcomp.quantization.input_grids import InputGrid, input_grids
 from sdcomp.quantization.methods import refuse_branches
 from sdcomp.quantization.not_calibrated import calibrated, require_calibrated
@@ -75,6 +76,9 @@ class Dialect(Protocol):
 
     def quantize(self, x: Tensor, grids: Grids) -> tuple[Tensor, Tensor | None]:
         """Round an input. The second result, or None, is a scale that the layer's product still lacks."""
+
+    def integers(self, x: Tensor, high: int) -> Tensor:
+        """Round to whole numbers from -`high` to `high`, at most 127, which are multiplied as int8."""
 
 
 class GraphLayer(nn.Module):
@@ -152,6 +156,26 @@ class GraphGEGLU(nn.Module):
         return self.value.multiply(parts) * F.gelu(self.gate.multiply(parts))
 
 
+class GraphAttentionScores(AttentionProduct):
+    """`QuantAttentionScores` in the operators of a dialect."""
+
+    def __init__(self, n_bits: int, dialect: Dialect) -> None:
+        super().__init__()
+        self.dialect, self.high = dialect, 2 ** (n_bits - 1) - 1
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (q, q_scale), (k, k_scale) = self._integers(q), self._integers(k)
+        # One factor after the other: OpenVINO cannot compile their product as a single one.
+        scores = (q @ k.transpose(-1, -2)) * (q_scale * q.shape[-1] ** -0.5) * k_scale
+        return scores.softmax(-1) @ v
+
+    def _integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of `(B, heads, N, d)`, and their scales `(B, heads, 1, 1)`."""
+        largest = x.abs().amax(-1, keepdim=True).amax(-2, keepdim=True)
+        scale = largest.clamp(min=torch.finfo(x.dtype).tiny) / self.high
+        return self.dialect.integers(x / scale, self.high), scale
+
+
 def _weights(
     layer: QuantLayer | NBitLayer, sizes: list[int], kernel: list[int]
 ) -> list[tuple[Tensor, Tensor | None]]:
@@ -222,12 +246,18 @@ class GraphUNet(nn.Module):
         self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
         if quantized and unet.state.activations:
             require_calibrated(unet, "first")
-        refuse_quantized_products(unet, "an exported graph")
+        refuse_quantized_products(unet, "an exported graph", scores=True)
         if quantized:
             refuse_branches(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []
         with normal_tensors():
             twins = dict(_twin(inside, layer, dialect, self.interval) for layer in layers)
+            if quantized and unet.state.activations:
+                twins |= {
+                    name: GraphAttentionScores(product.quantizer.n_bits, dialect)
+                    for name, product in inside.named_modules()
+                    if isinstance(product, QuantAttentionScores)
+                }
             self.module = rebuild(inside, twins).float().requires_grad_(False)
         self.eval()
 

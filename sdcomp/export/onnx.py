@@ -72,6 +72,9 @@ class _Operators:
         integers = _operator("QuantizeLinear", (x, scale, zero), zero.dtype)
         return _operator("DequantizeLinear", (integers, scale, zero), x.dtype), None
 
+    def integers(self, x: Tensor, high: int) -> Tensor:
+        return x.round().clamp(-high, high)
+
 
 def _operator(
     name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, attributes: dict[str, int] | None = None

@@ -83,6 +83,9 @@ class _Operators:
         # This scale is no constant, so it must not stand between the integers and their product.
         return _round(x, 1.0, -128), scale
 
+    def integers(self, x: Tensor, high: int) -> Tensor:
+        return _round(x if high == 127 else x.clamp(-high, high), 1.0, -128)
+
 
 def _round(x: Tensor, scale: float, low: float) -> Tensor:
     """Round to 256 multiples of a scale, the lowest of which is `low`."""

@@ -1,4 +1,4 @@
-"""Attention's product with rounded queries, keys, values and probabilities."""
+"""Attention's product with rounded queries and keys, and also with rounded values and probabilities."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ from sdcomp.errors import UserError
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.shared_state import QuantState
+
+
+class QuantAttentionScores(AttentionProduct):
+    """`AttentionProduct` that simulates queries and keys of `n_bits` integers; each call finds their scales.
+
+    Each head of each row has one scale for its queries and one for its keys. Probabilities and values are not
+    rounded, so only the product that gives the scores is one of integers. Exported graphs compute it so.
+    """
+
+    def __init__(self, n_bits: int, state: QuantState) -> None:
+        super().__init__()
+        self.state = state
+        self.quantizer = UniformQuantizer(n_bits, "token")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if _rounds_nothing(self.state):
+            return super().forward(q, k, v)
+        q, k = (self.quantizer(x.flatten(-2)).unflatten(-1, x.shape[-2:]) for x in (q, k))
+        return super().forward(q, k, v)
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"{self.quantizer.n_bits} bits"
 
 
 class QuantAttentionProduct(AttentionProduct):
@@ -25,8 +48,7 @@ class QuantAttentionProduct(AttentionProduct):
         self.unsigned = UniformQuantizer(n_bits, "token", symmetric=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        state = self.state
-        if not state.activations or state.observer is not None or state.only is not None:
+        if _rounds_nothing(self.state):
             return super().forward(q, k, v)
         q, k, v = self.signed(q), self.signed(k), self.signed(v.mT).mT
         probabilities = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
@@ -37,27 +59,43 @@ class QuantAttentionProduct(AttentionProduct):
         return f"{self.signed.n_bits} bits"
 
 
+def _rounds_nothing(state: QuantState) -> bool:
+    return not state.activations or state.observer is not None or state.only is not None
+
+
+PRODUCTS = {True: QuantAttentionProduct, "scores": QuantAttentionScores}
+"""What `quantize_attention_products` of a `QuantModel` may be, besides False."""
+
+
 def quantized_products(
-    module: nn.Module, quantizer: UniformQuantizer | None, state: QuantState
-) -> dict[str, QuantAttentionProduct]:
+    module: nn.Module, asked: bool | str, quantizer: UniformQuantizer | None, state: QuantState
+) -> dict[str, AttentionProduct]:
     """Make the quantized twins of a module's attention products, with the bits of its activations.
 
-    Raises ValueError where activations are not quantized, and for a module without such products.
+    Raises ValueError where activations are not quantized, for a module without such products, and for
+    `asked` that is not in `PRODUCTS`.
     """
     names = [name for name, part in module.named_modules() if isinstance(part, AttentionProduct)]
+    if asked not in PRODUCTS:
+        raise ValueError(f'quantize_attention_products must be False, True or "scores", not {asked!r}')
     if quantizer is None:
         raise ValueError("quantize_attention_products needs act_quant_params, which say how many bits")
     if not names:
         raise ValueError(
             f"{type(module).__name__} has no AttentionProduct: leave quantize_attention_products out"
         )
-    return {name: QuantAttentionProduct(quantizer.n_bits, state) for name in names}
+    return {name: PRODUCTS[asked](quantizer.n_bits, state) for name in names}
 
 
-def refuse_quantized_products(model: nn.Module, what: str) -> None:
-    """Raise UserError if attention's products are quantized, which `what` cannot compute."""
-    if getattr(model, "quantize_attention_products", False) and model.state.activations:
+def refuse_quantized_products(model: nn.Module, what: str, scores: bool = False) -> None:
+    """Raise UserError if attention's products are quantized, which `what` cannot compute.
+
+    `scores`: whether it can compute `QuantAttentionScores`.
+    """
+    asked = getattr(model, "quantize_attention_products", False) and model.state.activations
+    if asked and not (scores and model.quantize_attention_products == "scores"):
+        instead = ' or with "scores"' if scores else ""
         raise UserError(
-            f"{what} cannot quantize attention's products, which are only simulated: make the model without"
-            " quantize_attention_products"
+            f"{what} cannot quantize attention's products: make the model without"
+            f" quantize_attention_products{instead}"
         )

@@ -48,12 +48,13 @@ class QuantModel(QuantizedModel):
     `split_shortcuts=True` gives the two halves of a skip concatenation their own weight and activation
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
     `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
-    the bits of `act_quant_params`: see `QuantAttentionProduct`. This is simulated only.
+    the bits of `act_quant_params`: see `QuantAttentionProduct`. This is simulated only. "scores" rounds only
+    queries and keys, see `QuantAttentionScores`; exports compute that in integers.
 
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
     `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`
-    without such products or without `act_quant_params`, for a module that is quantized already, and for
-    weights that are not finite.
+    without such products, without `act_quant_params` or of another value, for a module that is quantized
+    already, and for weights that are not finite.
     """
 
     train_timesteps = 1000
@@ -67,7 +68,7 @@ class QuantModel(QuantizedModel):
         quant_filters: Sequence[str] | str = (),
         overrides: Mapping[str, Mapping[str, object]] | str = {},
         split_shortcuts: bool = False,
-        quantize_attention_products: bool = False,
+        quantize_attention_products: bool | str = False,
         _starts: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
@@ -96,7 +97,8 @@ class QuantModel(QuantizedModel):
                 name: quantize_layer(layers[name], name, self.state, spec) for name, spec in specs.items()
             }
             if quantize_attention_products:
-                twins |= quantized_products(module, self.act_quantizer, self.state)
+                asked = quantize_attention_products
+                twins |= quantized_products(module, asked, self.act_quantizer, self.state)
             self.module = rebuild(module, twins)
             # Weights alone need no calibration.
             self.register_buffer(

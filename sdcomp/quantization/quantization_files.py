@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
+from sdcomp.quantization.attention import PRODUCTS
 from sdcomp.quantization.layer_sets import SIDES
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
@@ -64,7 +65,7 @@ _PLAIN: dict[str, Rule] = {
     "quant_filters": ListOf(Text(), 0, 1000),
     "overrides": TableOf(TableOf(_TABLE_OR_NONE)),
     "split_shortcuts": FLAG,
-    "quantize_attention_products": FLAG,
+    "quantize_attention_products": OneOf(False, *PRODUCTS),
 }
 _ARGUMENTS = {
     "QuantModel": _PLAIN,

@@ -7,7 +7,8 @@ First every model is made and saved, in a process of its own: `make_gib` is that
 and NNCF's are calibrated on the same `--calls` inputs, and have the same inputs of dynamic size. Then each
 engine is loaded in a process of its own, and as many as fit into `--memory` GiB take turns, step by step.
 Float32 and NNCF's model always take part, and ratios are taken within a round. OpenVINO and our kernels also
-run with bfloat16 between the integers; such an engine is compared with NNCF's model in bfloat16.
+run with bfloat16 between the integers; such an engine is compared with NNCF's model in bfloat16. "int8
+scores" multiplies attention's queries and keys in integers too, as NNCF's model does.
 
 The table is written after each result. A run that was killed goes on from it and from the files in
 `--folder`. "10 % removed" takes away about a tenth of each group's units, in widths of multiples of 8; its
@@ -69,9 +70,10 @@ def smaller(unet: nn.Module, amount: float, multiple: int = 8) -> nn.Module:
     return apply_channel_map(unet, {name: units for name, units in kept.items() if units})
 
 
-def quantized(model: str, calls: int, amount: float) -> nn.Module:
+def quantized(model: str, calls: int, amount: float, scores: bool = False) -> nn.Module:
     unet = smaller(build(model), amount) if amount else build(model)
-    return calibrated(unet, *(inputs(model, seed) for seed in range(calls)))
+    settings = {"quantize_attention_products": "scores"} if scores else {}
+    return calibrated(unet, *(inputs(model, seed) for seed in range(calls)), **settings)
 
 
 def our_int8(
@@ -80,8 +82,11 @@ def our_int8(
     save_int8(to_int8(quantized(model, calls, amount), dtype, execution="kernels"), folder)
 
 
-def our_export(model: str, folder: Path, calls: int, file: str, amount: float = 0.0) -> None:
-    sd = SimpleNamespace(unet=quantized(model, calls, amount), config=MODELS[model][0])  # no other parts
+def our_export(
+    model: str, folder: Path, calls: int, file: str, amount: float = 0.0, scores: bool = False
+) -> None:
+    unet = quantized(model, calls, amount, scores)
+    sd = SimpleNamespace(unet=unet, config=MODELS[model][0])  # no other parts
     export(sd, folder / file, format={"unet.xml": "openvino", "unet.onnx": "onnx"}[file])
 
 
@@ -142,20 +147,20 @@ class Engine:
 BETWEEN = ", bfloat16 between"
 NNCF = "nncf, openvino"
 REMOVED = ", 10 % removed"
+SCORES = ", int8 scores"
 
 
 def engines() -> Iterator[tuple[str, Engine]]:
     """Yield each engine with its name; the types in between share a file where they can."""
     yield REFERENCE, Engine(fp32)
-    for made, make in (
-        (NNCF, nncf_export),
-        ("sdcomp export, openvino", partial(our_export, file="unet.xml")),
-    ):
+    exports = {NNCF: nncf_export}
+    for scores in (False, True):
+        for part, amount in (("", 0.0), (REMOVED, 0.1)):
+            made = "sdcomp export, openvino" + SCORES * scores + part
+            exports[made] = partial(our_export, file="unet.xml", amount=amount, scores=scores)
+    for made, make in exports.items():
         yield made, Engine(partial(run_openvino, name=made), make)
         yield made + BETWEEN, Engine(partial(run_openvino, name=made, dtype=torch.bfloat16))
-    made, make = "sdcomp export, openvino" + REMOVED, partial(our_export, file="unet.xml", amount=0.1)
-    yield made, Engine(partial(run_openvino, name=made), make)
-    yield made + BETWEEN, Engine(partial(run_openvino, name=made, dtype=torch.bfloat16))
     for part, amount in (("", 0.0), (REMOVED, 0.1)):
         for between, dtype in (("", torch.float32), (BETWEEN, torch.bfloat16)):
             made, make = "sdcomp int8" + part + between, partial(our_int8, amount=amount, dtype=dtype)

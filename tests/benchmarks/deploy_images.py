@@ -4,8 +4,8 @@
 
 The tiny model, 8 bits, in timestep intervals; the same prompts and initial noise for all (20 DDIM steps).
 Differences and PSNR are to the simulation, image by image, with 95 % intervals. Our int8 kernels stand beside
-the exports. The table is written after each engine, and a run that was killed goes on from it. Needs the
-`deploy` extra.
+the exports. "int8 scores" rounds attention's queries and keys too, which the simulation beside it does not.
+The table is written after each engine, and a run that was killed goes on from it. Needs the `deploy` extra.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import sdcomp
 from sdcomp.evaluation import Clip, load_prompts
 from sdcomp.evaluation.cache import cached_images
 from sdcomp.integer import to_int8
-from sdcomp.quantization import QuantModel, quantize
+from sdcomp.quantization import PRESETS, QuantModel, quantize
 
 
 class ONNXUNet(nn.Module):
@@ -57,9 +58,12 @@ def onnx(sd: sdcomp.StableDiffusion, q: QuantModel, folder: str) -> nn.Module:
     return ONNXUNet(sdcomp.export(sd.replace(unet=q), Path(folder, "unet.onnx"), format="onnx"))
 
 
+SCORES = ", int8 scores"
 ENGINES: dict[str, Callable[..., nn.Module]] = {
     "openvino": openvino,
     "openvino, bfloat16 between": partial(openvino, dtype=torch.bfloat16),
+    "openvino" + SCORES: openvino,
+    "openvino, bfloat16 between" + SCORES: partial(openvino, dtype=torch.bfloat16),
     "sdcomp int8": lambda sd, q, folder: to_int8(q),
     "sdcomp int8, bfloat16 between": lambda sd, q, folder: to_int8(q, torch.bfloat16),
     "onnxruntime": onnx,
@@ -79,14 +83,17 @@ def main() -> None:
     sd = sdcomp.load("data/tiny")
     clip, prompts = Clip.of(sd), load_prompts(sd, "test", args.images)
     calibration = load_prompts(sd, "calibration", args.calibration).texts
-    q = quantize(sd, args.recipe, calibration, seed=1)
+    recipe = PRESETS[args.recipe]
+    scores = replace(recipe, model={**recipe.model, "quantize_attention_products": "scores"})
+    q, with_scores = (quantize(sd, chosen, calibration, seed=1) for chosen in (recipe, scores))
     simulated = cached_images(sd.replace(unet=q), prompts.texts)
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     for name in args.engines:
         if name in {row["engine"] for row in rows}:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            images = sd.replace(unet=ENGINES[name](sd, q, folder)).generate(prompts.texts)
+            unet = ENGINES[name](sd, with_scores if SCORES in name else q, folder)
+            images = sd.replace(unet=unet).generate(prompts.texts)
         row = judge(sd, clip, images, simulated, prompts)
         rows.append({"engine": name, "recipe": args.recipe, **row})
         print(rows[-1], flush=True)

@@ -53,9 +53,9 @@ def build(model: str) -> UNet:
     return UNet(MODELS[model][0].unet).eval().requires_grad_(False)
 
 
-def calibrated(unet: nn.Module, *calls: tuple[Tensor, Tensor, Tensor]) -> QuantModel:
+def calibrated(unet: nn.Module, *calls: tuple[Tensor, Tensor, Tensor], **settings: object) -> QuantModel:
     """A UNet quantized to 8 bits, calibrated on the largest magnitudes of some calls."""
-    q = QuantModel(unet).set_use_quant(False, False)
+    q = QuantModel(unet, **settings).set_use_quant(False, False)
     found: dict[str, Tensor] = {}
 
     def widest(layer: nn.Module, args: tuple[Tensor]) -> None:

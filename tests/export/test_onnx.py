@@ -61,6 +61,17 @@ def test_a_unet_with_rounded_weights_alone_varies_in_size(small, tmp_path):
             torch.testing.assert_close(run(file, *call), q(*call), atol=1e-3, rtol=1e-3)
 
 
+def test_a_unet_with_quantized_attention_scores(small, tmp_path):
+    calls = [(random(2, 4, 16, 16, seed=t), t, random(2, 5, 32, seed=t)) for t in (100, 900)]
+    q = calibrate(QuantModel(small.unet, quantize_attention_products="scores"), *calls)
+    plain = calibrate(QuantModel(small.unet), *calls)
+    file = sdcomp.export(small.replace(unet=q), tmp_path / "a.onnx", format="onnx")
+    with torch.no_grad():
+        found = sum(decibels(q(*call), run(file, *call)) for call in calls)
+        others = sum(decibels(plain(*call), run(file, *call)) for call in calls)
+    assert found > others
+
+
 @pytest.mark.slow
 def test_the_trained_model_is_nearly_as_close_to_the_simulation_as_our_kernels_are(tmp_path):
     sd = sdcomp.load("data/tiny")

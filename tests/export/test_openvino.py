@@ -10,10 +10,12 @@ from torch import nn
 import sdcomp
 from sdcomp.evaluation import weight_bytes
 from sdcomp.export import load_openvino
-from sdcomp.export.graph import GraphLayer, Interval
+from sdcomp.export.graph import GraphAttentionScores, GraphLayer, Interval
 from sdcomp.export.openvino import _Operators
 from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import NotCalibratedError, QuantModel, TimeStepCalibratedQuantModel, build
+from sdcomp.quantization.attention import QuantAttentionScores
+from sdcomp.quantization.shared_state import QuantState
 
 openvino = pytest.importorskip("openvino")
 
@@ -57,6 +59,23 @@ def test_a_layer_computes_what_its_simulation_does(kind, make):
     found = torch.from_numpy(compiled(x.numpy())[0])
     # Symmetric grids of 8 bits reach -128 there; SiLU's outputs do not reach so far down.
     torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("n_bits", [4, 8])
+def test_attention_scores_are_products_of_integers(n_bits):
+    call = random(2, 3, 40, 16), random(2, 3, 40, 16, seed=1), random(2, 3, 40, 16, seed=2)
+    call[1][1, 2] = 0
+    graph = GraphAttentionScores(n_bits, _Operators()).eval()
+    shapes = [openvino.PartialShape([-1, 3, -1, 16])] * 3
+    model = openvino.convert_model(graph, example_input=call, input=shapes)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled([x.numpy() for x in call])[0])
+    expected = QuantAttentionScores(n_bits, QuantState())(*call)
+    plain = nn.functional.scaled_dot_product_attention(*call)
+    assert decibels(expected, found) > decibels(expected, plain) + 20
+    info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    kinds = {(part["layerType"].value, part["runtimePrecision"].value) for part in info}
+    assert kinds & {("Subgraph", "i8"), ("MatMul", "i8")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,6 +164,20 @@ def test_a_unet_with_rounded_weights_alone(small, tmp_path):
     call = (random(2, 4, 16, 16), 500, random(2, 24, 32))
     with torch.no_grad():
         torch.testing.assert_close(unet(*call), q(*call), atol=1e-3, rtol=1e-3)
+
+
+def test_a_unet_with_quantized_attention_scores(trained, calls, tmp_path):
+    q = calibrate(QuantModel(trained.unet, quantize_attention_products="scores"), *calls)
+    plain = calibrate(QuantModel(trained.unet), *calls)
+    exported = [
+        load_openvino(sdcomp.export(trained.replace(unet=unet), tmp_path / name, format="openvino"))
+        for name, unet in (("a.xml", q), ("b.xml", plain))
+    ]
+    with torch.no_grad():
+        found, without = ([decibels(q(*call), unet(*call)) for call in calls] for unet in exported)
+        alike = [decibels(plain(*call), exported[1](*call)) for call in calls]
+    assert sum(found) > sum(alike) - 3 * len(calls)
+    assert sum(found) > sum(without)
 
 
 def test_what_cannot_be_exported_is_refused(small, tmp_path):

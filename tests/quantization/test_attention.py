@@ -42,6 +42,21 @@ def test_the_four_factors_are_rounded(n_bits):
     assert (found - expected).abs().max() < 0.01 * (expected - plain).abs().max()
 
 
+@pytest.mark.parametrize("n_bits", [4, 8])
+def test_scores_round_queries_and_keys_head_by_head(n_bits):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    k[1, 2] = 0
+    product = nn.Sequential(nn.Linear(8, 8), AttentionProduct())
+    model = QuantModel(product, act_quant_params={"n_bits": n_bits}, quantize_attention_products="scores")
+    model.is_calibrated.fill_(True)
+    heads = [rounded(x[:, :, None].flatten(3), n_bits).view(x.shape) for x in (q, k + (k == 0) * 1e-30)]
+    expected = nn.functional.scaled_dot_product_attention(*heads, v)
+    plain = nn.functional.scaled_dot_product_attention(q, k, v)
+    found = model.module[1](q, k, v)
+    assert (found - expected).abs().max() < 1e-5 < (expected - plain).abs().max()
+
+
 def test_only_what_was_asked_for_is_rounded():
     torch.manual_seed(0)
     layer, x = CrossAttention(16, 16, 2).requires_grad_(False), torch.randn(2, 9, 16)
@@ -54,8 +69,9 @@ def test_only_what_was_asked_for_is_rounded():
     assert torch.equal(model.set_use_quant(False, False)(x), layer(x))
 
 
-def test_images_do_not_depend_on_their_row(small):
-    model = QuantModel(small.unet, act_quant_params=TOKENS, quantize_attention_products=True)
+@pytest.mark.parametrize("asked", [True, "scores"])
+def test_images_do_not_depend_on_their_row(small, asked):
+    model = QuantModel(small.unet, act_quant_params=TOKENS, quantize_attention_products=asked)
     torch.manual_seed(0)
     latents, context = torch.randn(3, 4, 16, 16), torch.randn(3, 5, 32)
     there = model(latents, 7, context)
@@ -71,8 +87,9 @@ def test_calibration_sees_the_inputs_of_the_plain_model(small):
     assert all(map(torch.equal, *scales))
 
 
-def test_a_saved_model_still_rounds_them(small, tmp_path):
-    model = QuantModel(small.unet, act_quant_params=TOKENS, quantize_attention_products=True)
+@pytest.mark.parametrize("asked", [True, "scores"])
+def test_a_saved_model_still_rounds_them(small, tmp_path, asked):
+    model = QuantModel(small.unet, act_quant_params=TOKENS, quantize_attention_products=asked)
     again = load_quant_model(save_quant_model(model, tmp_path), small.unet)
     args = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
     assert torch.equal(again(*args), model(*args))
@@ -82,9 +99,11 @@ def test_what_cannot_compute_them_says_so(small):
     model = QuantModel(small.unet, quantize_attention_products=True)
     Calibrator(small, model).calibrate(["a star"], steps=2)
     for convert in (to_int8, to_packed, trainable, lambda q: GraphUNet(q, None)):
-        with pytest.raises(UserError, match="attention's products, which are only simulated"):
+        with pytest.raises(UserError, match="cannot quantize attention's products: make the model without"):
             convert(model)
     to_packed(model.set_use_quant(activations=False))
+    with pytest.raises(ValueError, match="must be False, True or \"scores\", not 'score'"):
+        QuantModel(small.unet, quantize_attention_products="score")
     with pytest.raises(ValueError, match="needs act_quant_params"):
         QuantModel(small.unet, act_quant_params=None, quantize_attention_products=True)
     with pytest.raises(ValueError, match="Linear has no AttentionProduct"):
