@@ -62,6 +62,23 @@ def smallest_file(
     )
 
 
+def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float = 5.0) -> str:
+    """A sentence about the fewest bits of weights at which each method loses little, see `smallest_file`.
+
+    `methods` has the rows of each.
+    """
+    rows = [row for found in methods.values() for row in found]
+    if too_few := _too_few(rows, "bits are enough"):
+        return too_few
+    said = []
+    for method, found in methods.items():
+        bits = {row["variant"]: row["variant"].weight_bits for row in found}
+        fewest = _cheapest(found, bits, tolerance)
+        # A title breaks its lines between methods only.
+        said.append(f"{method}\N{NO-BREAK SPACE}{'none' if fewest is None else bits[fewest['variant']]}")
+    return f"The fewest bits with {_limits(tolerance)}, {rows[0]['n']:g} images: {', '.join(said)}."
+
+
 def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolerance: float = 5.0) -> str:
     """Sentences about the fastest execution that loses little, and the control: fewer steps of fp32 alone.
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sdcomp.study import FP32, Variant, pruned, quantized
-from sdcomp.study.answers import answer, fastest, smallest_file
+from sdcomp.study.answers import answer, fastest, fewest_bits, smallest_file
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
@@ -86,6 +86,18 @@ def test_a_file_that_is_no_smaller_than_fp16_or_loses_much_is_not_named():
     assert smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7).startswith(none)
     # A simulation has no file that runs.
     assert smallest_file([change(W4.simulation, 0.0, -1.0)], FILES, 18.7).startswith(none)
+
+
+def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
+    methods = {
+        "good": [change(W4, 0.0, -1.0), change(W3, -1.9, -4.9)],
+        "wide": [change(W4, 0.0, -1.0), change(W3, 0.0, -5.1)],
+        "bad": [change(W4, -2.1, -3.0)],
+    }
+    said = "at most 2 points lost (by its interval at most 5), 256 images: good 3, wide 4, bad none."
+    assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == f"The fewest bits with {said}"
+    few = {"good": [change(W4, 0.0, -1.0, n=63)]}
+    assert fewest_bits(few) == "63 images do not tell which bits are enough: it takes 64."
 
 
 INT8 = quantized("timestep_mse", 8, 8, 10, execution="int8")
