@@ -72,7 +72,7 @@ def number(kind: str, about: str) -> str:
     Raises ValueError where not exactly one row fits.
     """
     where, *names, which, form = about.split("; ")
-    pairs = dict(pair.split("=", 1) for pair in which.split(", ") if pair)
+    pairs = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)", which) if pair)
     if len(names) == 2:
         row = find(where, *names, **{name: _parsed(value) for name, value in pairs.items()})
         return _format(row, form, kind == "interval")
@@ -115,9 +115,9 @@ SMALLER = pruned("removed", 0.6, scope="global", importance="second_order")
 HEADLINE = (
     ("int8", _int8()),
     ("4-bit weights, packed", _packed(4)),
-    ("50 % of weights zeroed, 4 bits, packed", _packed(4, ZEROS)),
-    ("60 % of parameters removed, 4 bits, packed", _packed(4, SMALLER)),
-    ("60 % of parameters removed, 3 bits in groups, packed", _packed(3, SMALLER)),
+    ("50 % of weights zeroed by second order, 4 bits, packed", _packed(4, ZEROS)),
+    ("60 % of parameters removed by second order, 4 bits, packed", _packed(4, SMALLER)),
+    ("60 % of parameters removed by second order, 3 bits in groups, packed", _packed(3, SMALLER)),
     ("int8, 10 % of channels and heads removed", _int8(REMOVED[0.1])),
 )
 """The first five that the report has are shown."""

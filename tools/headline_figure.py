@@ -38,9 +38,9 @@ PUBLISHED = (
 OURS = {
     "int8": "int8",
     "4-bit weights, packed": "4 bits",
-    "50 % of weights zeroed, 4 bits, packed": "50 % zeros,\n4 bits",
-    "60 % of parameters removed, 4 bits, packed": "60 %\nremoved,\n4 bits",
-    "60 % of parameters removed, 3 bits in groups, packed": "60 %\nremoved,\n3 bits",
+    "50 % of weights zeroed by second order, 4 bits, packed": "50 % zeros,\n4 bits",
+    "60 % of parameters removed by second order, 4 bits, packed": "60 %\nremoved,\n4 bits",
+    "60 % of parameters removed by second order, 3 bits in groups, packed": "60 %\nremoved,\n3 bits",
 }
 """Short names for rows of the README's first table."""
 LOWEST = -20.0

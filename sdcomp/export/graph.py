@@ -78,7 +78,7 @@ class Dialect(Protocol):
         """Round an input. The second result, or None, is a scale that the layer's product still lacks."""
 
     def integers(self, x: Tensor, high: int) -> Tensor:
-        """Round to whole numbers from -`high` to `high`, at most 127, which are multiplied as int8."""
+        """Round to whole numbers from -`high` to `high`, at most 127; engines may multiply them as int8."""
 
 
 class GraphLayer(nn.Module):
@@ -172,7 +172,8 @@ class GraphAttentionScores(AttentionProduct):
     def _integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The integers of `(B, heads, N, d)`, and their scales `(B, heads, 1, 1)`."""
         largest = x.abs().amax(-1, keepdim=True).amax(-2, keepdim=True)
-        scale = largest.clamp(min=torch.finfo(x.dtype).tiny) / self.high
+        # At least the smallest normal number: an engine may take smaller ones for 0.
+        scale = (largest / self.high).clamp(min=torch.finfo(torch.float32).tiny)
         return self.dialect.integers(x / scale, self.high), scale
 
 
@@ -246,7 +247,7 @@ class GraphUNet(nn.Module):
         self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
         if quantized and unet.state.activations:
             require_calibrated(unet, "first")
-        refuse_quantized_products(unet, "an exported graph", scores=True)
+        refuse_quantized_products(unet, "an exported graph", can_compute_scores=True)
         if quantized:
             refuse_branches(unet, "an exported graph")
         layers = unet.quantized_layers() if quantized else []

@@ -14,7 +14,8 @@ class QuantAttentionScores(AttentionProduct):
     """`AttentionProduct` that simulates queries and keys of `n_bits` integers; each call finds their scales.
 
     Each head of each row has one scale for its queries and one for its keys. Probabilities and values are not
-    rounded, so only the product that gives the scores is one of integers. Exported graphs compute it so.
+    rounded, so only the product that gives the scores is one of integers. An exported OpenVINO graph
+    multiplies them as int8, an ONNX graph rounds them and multiplies floats.
     """
 
     def __init__(self, n_bits: int, state: QuantState) -> None:
@@ -87,14 +88,14 @@ def quantized_products(
     return {name: PRODUCTS[asked](quantizer.n_bits, state) for name in names}
 
 
-def refuse_quantized_products(model: nn.Module, what: str, scores: bool = False) -> None:
+def refuse_quantized_products(model: nn.Module, what: str, can_compute_scores: bool = False) -> None:
     """Raise UserError if attention's products are quantized, which `what` cannot compute.
 
-    `scores`: whether it can compute `QuantAttentionScores`.
+    `can_compute_scores`: whether it can compute `QuantAttentionScores`.
     """
     asked = getattr(model, "quantize_attention_products", False) and model.state.activations
-    if asked and not (scores and model.quantize_attention_products == "scores"):
-        instead = ' or with "scores"' if scores else ""
+    if asked and not (can_compute_scores and model.quantize_attention_products == "scores"):
+        instead = ' or with "scores"' if can_compute_scores else ""
         raise UserError(
             f"{what} cannot quantize attention's products: make the model without"
             f" quantize_attention_products{instead}"

@@ -49,7 +49,8 @@ class QuantModel(QuantizedModel):
     scales in the layers that read it (Li et al. 2023, "Q-Diffusion", section 4.2).
     `quantize_attention_products=True` rounds queries, keys, values and probabilities in our attention too, to
     the bits of `act_quant_params`: see `QuantAttentionProduct`. This is simulated only. "scores" rounds only
-    queries and keys, see `QuantAttentionScores`; exports compute that in integers.
+    queries and keys, with one scale for each head: see `QuantAttentionScores`. It can be exported, and
+    OpenVINO computes it in integers.
 
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
     `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`

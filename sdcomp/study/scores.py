@@ -108,5 +108,5 @@ def recomputed(row: Row, scores: ReadScores) -> Estimate | None:
     found = scores.of(row["label"], name)
     if found is None:
         return None
-    # Of several attributes, or of noise, a part can be right.
+    # Stored as numbers, since of two objects one can be right.
     return share_estimate(*found) if metric == "missed" or metric.endswith(" right") else estimate(*found)

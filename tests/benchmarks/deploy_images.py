@@ -4,7 +4,9 @@
 
 The tiny model, 8 bits, in timestep intervals; the same prompts and initial noise for all (20 DDIM steps).
 Differences and PSNR are to the simulation, image by image, with 95 % intervals. Our int8 kernels stand beside
-the exports. "int8 scores" rounds attention's queries and keys too, which the simulation beside it does not.
+the exports. "int8 scores" rounds attention's queries and keys too. Such an export is compared with the
+simulation that does so, and this simulation with the one that does not.
+
 The table is written after each engine, and a run that was killed goes on from it. Needs the `deploy` extra.
 """
 
@@ -59,9 +61,11 @@ def onnx(sd: sdcomp.StableDiffusion, q: QuantModel, folder: str) -> nn.Module:
 
 
 SCORES = ", int8 scores"
+SIMULATED = "simulated" + SCORES
 ENGINES: dict[str, Callable[..., nn.Module]] = {
     "openvino": openvino,
     "openvino, bfloat16 between": partial(openvino, dtype=torch.bfloat16),
+    SIMULATED: lambda sd, q, folder: q,
     "openvino" + SCORES: openvino,
     "openvino, bfloat16 between" + SCORES: partial(openvino, dtype=torch.bfloat16),
     "sdcomp int8": lambda sd, q, folder: to_int8(q),
@@ -85,16 +89,17 @@ def main() -> None:
     calibration = load_prompts(sd, "calibration", args.calibration).texts
     recipe = PRESETS[args.recipe]
     scores = replace(recipe, model={**recipe.model, "quantize_attention_products": "scores"})
-    q, with_scores = (quantize(sd, chosen, calibration, seed=1) for chosen in (recipe, scores))
-    simulated = cached_images(sd.replace(unet=q), prompts.texts)
+    models = [quantize(sd, chosen, calibration, seed=1) for chosen in (recipe, scores)]
+    simulated = [cached_images(sd.replace(unet=q), prompts.texts) for q in models]
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     for name in args.engines:
         if name in {row["engine"] for row in rows}:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            unet = ENGINES[name](sd, with_scores if SCORES in name else q, folder)
+            unet = ENGINES[name](sd, models[SCORES in name], folder)
             images = sd.replace(unet=unet).generate(prompts.texts)
-        row = judge(sd, clip, images, simulated, prompts)
+        reference = simulated[SCORES in name and name != SIMULATED]
+        row = judge(sd, clip, images, reference, prompts)
         rows.append({"engine": name, "recipe": args.recipe, **row})
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(args.out, index=False)

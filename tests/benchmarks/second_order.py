@@ -1,7 +1,7 @@
 """Second-order rounding or pruning of a UNet of Stable Diffusion 1.5's size: its time and its memory.
 
-    python tests/benchmarks/second_order.py --threads 2 --out reports/benchmarks/second_order_sd15.csv
-    python tests/benchmarks/second_order.py --threads 2 --zeros 0.5 --out reports/benchmarks/pruning_sd15.csv
+    python tests/benchmarks/second_order.py --threads 2 --out second_order_sd15.csv
+    python tests/benchmarks/second_order.py --threads 2 --zeros 0.5 --out pruning_second_order_sd15.csv
 
 Weights are random: memory does not depend on them, and time hardly does. The layers' inputs are observed in a
 few UNet calls on random latents, once for each part of the layers whose second moments fit into `--memory`

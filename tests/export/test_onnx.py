@@ -7,10 +7,13 @@ from quantized_models import calibrate, decibels, random
 from torch import nn
 
 import sdcomp
-from sdcomp.export.graph import GraphLayer, Interval
+from sdcomp.export.graph import GraphAttentionScores, GraphLayer, Interval
 from sdcomp.export.onnx import OPSET, _Operators
+from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import QuantModel, TimeStepCalibratedQuantModel
+from sdcomp.quantization.attention import QuantAttentionScores
+from sdcomp.quantization.shared_state import QuantState
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -61,15 +64,26 @@ def test_a_unet_with_rounded_weights_alone_varies_in_size(small, tmp_path):
             torch.testing.assert_close(run(file, *call), q(*call), atol=1e-3, rtol=1e-3)
 
 
-def test_a_unet_with_quantized_attention_scores(small, tmp_path):
-    calls = [(random(2, 4, 16, 16, seed=t), t, random(2, 5, 32, seed=t)) for t in (100, 900)]
-    q = calibrate(QuantModel(small.unet, quantize_attention_products="scores"), *calls)
-    plain = calibrate(QuantModel(small.unet), *calls)
+@pytest.mark.parametrize("n_bits", [4, 8])
+def test_attention_scores_compute_what_their_simulation_does(n_bits, tmp_path):
+    call = tuple(random(2, 3, 40, 16, seed=seed) for seed in range(3))
+    call[1][1, 2] = 0
+    graph = torch.export.export(GraphAttentionScores(n_bits, _Operators()).eval(), call)
+    torch.onnx.export(graph, f=tmp_path / "a.onnx", opset_version=OPSET, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), call, strict=True)}
+    found = torch.from_numpy(session.run(None, feed)[0])
+    expected = QuantAttentionScores(n_bits, QuantState())(*call)
+    plain = nn.functional.scaled_dot_product_attention(*call)
+    assert decibels(expected, found) > decibels(expected, plain) + 20
+
+
+def test_every_attention_of_a_unet_rounds_queries_and_keys(small, tmp_path):
+    call = random(2, 4, 16, 16), 100, random(2, 5, 32)
+    q = calibrate(QuantModel(small.unet, quantize_attention_products="scores"), call)
     file = sdcomp.export(small.replace(unet=q), tmp_path / "a.onnx", format="onnx")
-    with torch.no_grad():
-        found = sum(decibels(q(*call), run(file, *call)) for call in calls)
-        others = sum(decibels(plain(*call), run(file, *call)) for call in calls)
-    assert found > others
+    rounds = [node for node in onnx.load(file).graph.node if node.op_type == "Round"]
+    assert len(rounds) == 2 * sum(isinstance(part, AttentionProduct) for part in small.unet.modules())
 
 
 @pytest.mark.slow

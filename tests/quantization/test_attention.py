@@ -95,13 +95,20 @@ def test_a_saved_model_still_rounds_them(small, tmp_path, asked):
     assert torch.equal(again(*args), model(*args))
 
 
-def test_what_cannot_compute_them_says_so(small):
-    model = QuantModel(small.unet, quantize_attention_products=True)
+@pytest.mark.parametrize("asked", [True, "scores"])
+def test_what_cannot_compute_them_says_so(small, asked):
+    model = QuantModel(small.unet, quantize_attention_products=asked)
     Calibrator(small, model).calibrate(["a star"], steps=2)
-    for convert in (to_int8, to_packed, trainable, lambda q: GraphUNet(q, None)):
+    for convert in (to_int8, to_packed, trainable):
         with pytest.raises(UserError, match="cannot quantize attention's products: make the model without"):
             convert(model)
+    if asked is True:
+        with pytest.raises(UserError, match='without quantize_attention_products or with "scores"'):
+            GraphUNet(model, None)
     to_packed(model.set_use_quant(activations=False))
+
+
+def test_wrong_requests_are_refused(small):
     with pytest.raises(ValueError, match="must be False, True or \"scores\", not 'score'"):
         QuantModel(small.unet, quantize_attention_products="score")
     with pytest.raises(ValueError, match="needs act_quant_params"):
