@@ -224,8 +224,9 @@ class Builder:
         made.calibration |= {"prompts": len(prompts), **settings}
 
     def _checkpoint(self, variant: Variant) -> Path:
-        """The file from which a killed run resumes work on this variant."""
-        return self.run.folder / (re.sub(r"\W+", "_", variant.label) + ".ckpt")
+        """The file from which a killed run of these parameters resumes work on this variant."""
+        name = re.sub(r"\W+", "_", variant.label)
+        return self.run.folder / f"{name}_{self.run.id}.ckpt"
 
     def _calibrated_first(self, variant: Variant) -> QuantModel:
         """The pruned UNet, with the scales of the UNet before pruning; methods round its own weights."""

@@ -40,7 +40,7 @@ CALIBRATION = {
 def run(tmp_path) -> SimpleNamespace:
     """Takes the place of a `Run`."""
     return SimpleNamespace(
-        folder=tmp_path, progress=False,
+        folder=tmp_path, id="0a1b", progress=False,
         parameters={"n_images": 1, "seed": 0, "calibration_prompts": "calibration"},
         generation=lambda sd: {"guidance_scale": 1.0, "batch_size": 2},
     )  # fmt: skip
@@ -130,17 +130,17 @@ def test_second_order_zeros_resume_from_the_runs_folder(run, small, tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             Builder(run, small, CALIBRATION).pruned(variant)
         monkeypatch.setattr(module, "prune_layer", plain)
-    names = {"unstructured_50_by_second_order.ckpt", "2_4_by_second_order.ckpt"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    names = [f"{name}_by_second_order_{run.id}.ckpt" for name in ("2_4", "unstructured_50")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     Builder(run, small, CALIBRATION).pruned(pruned_twice[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["2_4_by_second_order.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == names[:1]
 
 
 def test_a_recovery_is_kept_in_the_runs_folder_and_keeps_zeros(run, tmp_path):
     sd = sdcomp.load("data/tiny")
     builder = Builder(run, sd)
     plain, made = (builder.build(pruned("removed", 0.9, recover_steps=steps)) for steps in (0, 2))
-    assert [path.name for path in tmp_path.iterdir()] == ["removed_90_recovered_2.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"removed_90_recovered_2_{run.id}.ckpt"]
     assert count_zeros(made).total == count_zeros(plain).total < count_zeros(sd.unet).total / 2
     assert not torch.equal(next(made.parameters()), next(plain.parameters()))
 
