@@ -197,7 +197,7 @@ def test_the_headline_names_the_files_that_the_report_has(tmp_path):
     assert len(lines) == 8
     assert lines[2] == "| as it is, fp16 file (accuracy 90.0 %) | 20.0 |  |  | 1 |"
     assert lines[7].startswith(
-        "| 60 % of parameters removed, 3 bits in groups, packed | 6.0 (30%) | -0.5 [-1.5,"
+        "| 60 % of parameters removed by second order, 3 bits in groups, packed | 6.0 (30%) | -0.5 [-1.5,"
     )
     smallest, quickest, alone, peer = builder.headline_answer().splitlines()
     assert "smallest of 6 files" in smallest and "5.00 MB, 25% of fp16" in smallest

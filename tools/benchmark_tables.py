@@ -226,6 +226,7 @@ TABLES = {
     "int8, tiny": lambda: int8_table("base"),
     "packed weights": packed_table,
     "deploy, SD 1.5": lambda: deploy_table("sd15"),
+    "deploy, SD 1.5, int8 scores": lambda: deploy_table("scores_sd15"),
     "deploy, tiny": lambda: deploy_table("tiny"),
     "deploy, images": deploy_images_table,
     "low bits": low_bits_table,
