@@ -49,8 +49,8 @@ BELOW, ABOVE = ("center", "top"), ("center", "bottom")
 LEFT, RIGHT = ("right", "center"), ("left", "center")
 PLACES = {
     "int8": RIGHT, "4 bits": RIGHT, "NNCF W4 g16": ABOVE, "torchao W8A8": ABOVE, "torchao W3 g16": RIGHT,
-    "optimum-quanto W4": ABOVE, "optimum-quanto W4A8": BELOW, "5 % of channels\nset to zero": BELOW,
-    "25 % of channels\nremoved (L2)": BELOW,
+    "optimum-quanto W4": ABOVE, "NNCF W8A8": ABOVE, "optimum-quanto W4A8": BELOW,
+    "5 % of channels\nset to zero": BELOW, "25 % of channels\nremoved (L2)": BELOW,
 }  # fmt: skip
 """Where the name of a point stands; by default below for this package, and to the left for others."""
 
