@@ -45,8 +45,9 @@ def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
 def smallest_file(
     differences: Sequence[Row], megabytes: Mapping[Variant, float], half: float, tolerance: float = 5.0
 ) -> str:
-    """A sentence about the smallest file with at most `LITTLE` lost, and by its interval at most `tolerance`.
+    """A sentence about the smallest file that loses little.
 
+    Little is at most `LITTLE` points, and at most `tolerance` at the worse end of the interval.
     `differences` are rows as for `answer`, `megabytes` the real files of some of the variants, and `half` is
     the file in fp16.
     """
@@ -121,7 +122,7 @@ def _cheapest(differences: Sequence[Row], costs: Mapping[Variant, float], tolera
 
 
 def _limits(tolerance: float) -> str:
-    return f"at most {LITTLE:g} points lost (by its interval at most {tolerance:g})"
+    return f"at most {LITTLE:g} points lost ({tolerance:g} at the worse end of its interval)"
 
 
 def _shown(row: Row) -> str:

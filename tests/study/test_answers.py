@@ -69,7 +69,7 @@ def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
 def test_the_smallest_file_has_a_small_loss_by_its_mean_and_by_its_interval(w3, sparse, said):
     rows = [change(W4, -0.4, -2.0), change(W3, *w3), change(SPARSE, *sparse)]
     found = smallest_file(rows, FILES, 18.7)
-    limits = "at most 2 points lost (by its interval at most 5)"
+    limits = "at most 2 points lost (5 at the worse end of its interval)"
     assert found.startswith(f"The smallest of 3 files with {limits}: {said}")
 
 
@@ -94,7 +94,7 @@ def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
         "wide": [change(W4, 0.0, -1.0), change(W3, 0.0, -5.1)],
         "bad": [change(W4, -2.1, -3.0)],
     }
-    said = "at most 2 points lost (by its interval at most 5), 256 images: good 3, wide 4, bad none."
+    said = "at most 2 points lost (5 at the worse end of its interval), 256 images: good 3, wide 4, bad none."
     assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == f"The fewest bits with {said}"
     few = {"good": [change(W4, 0.0, -1.0, n=63)]}
     assert fewest_bits(few) == "63 images do not tell which bits are enough: it takes 64."
