@@ -215,10 +215,10 @@ def test_the_smallest_peer_is_within_the_limits(monkeypatch):
     ]  # fmt: skip
     table = [dict(zip(names, row, strict=True)) for row in rows]
     monkeypatch.setattr(tables, "read", lambda name: table)
-    assert "of 5 models" in tables.smallest_peer(2.0)
-    assert tables.smallest_peer(2.0).endswith("at least 5 MB (best W4: -0.4 [-2.8, 1.9]).")
+    assert "of 5 models" in tables.smallest_peer(0.4, 5.0)
+    assert tables.smallest_peer(0.4, 5.0).endswith("at least 5 MB (best W4: -0.4 [-2.8, 1.9]).")
     table[3:] = []
-    assert tables.smallest_peer(2.0).startswith("None of 2 models")
+    assert tables.smallest_peer(0.4, 5.0).startswith("None of 2 models")
 
 
 def test_prompt_sets_are_what_their_script_makes():

@@ -168,17 +168,17 @@ def packed_table() -> str:
     return _benchmark("packed_sd15", columns)
 
 
-def smallest_peer(little: float, tolerance: float = 5.0) -> str:
-    """A sentence about the smallest model of another tool with at most `little` lost.
+def smallest_peer(little: float, tolerance: float) -> str:
+    """A sentence about the smallest model of another tool that loses little.
 
-    By its interval it has lost at most `tolerance`, as in `sdcomp.study.answers.smallest_file`.
+    It loses at most `little` of the `tolerance`, as in `sdcomp.study.answers.smallest_file`.
     """
     peers = [row for row in read("benchmarks/low_bits") if not row["variant"].startswith("sdcomp")]
     good = [
         row
         for row in peers
         if row["megabytes"]
-        and float(row["accuracy_difference"]) >= -little
+        and float(row["accuracy_difference"]) >= -little * tolerance
         and float(row["low"]) >= -tolerance
     ]
     if not good:

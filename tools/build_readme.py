@@ -27,7 +27,7 @@ import data_files
 import notebook_texts
 
 from sdcomp.study import FP32, Variant, pruned, quantized
-from sdcomp.study.answers import LITTLE, fastest, smallest_file
+from sdcomp.study.answers import LITTLE, TOLERANCES, fastest, smallest_file
 from sdcomp.study.results import Row, read_rows, select
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def headline_answer() -> str:
     lines = [smallest_file(changes, files, _fp16_megabytes())]
     seconds = {row["variant"]: row["value"] for row in select(rows, metric="UNet time of an image")}
     lines += fastest(changes, seconds).splitlines() if seconds else []
-    lines.append(benchmark_tables.smallest_peer(LITTLE))
+    lines.append(benchmark_tables.smallest_peer(LITTLE, TOLERANCES["prompt accuracy difference"]))
     return "\n".join(f"- {line}" for line in lines)
 
 

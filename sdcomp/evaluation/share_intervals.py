@@ -43,7 +43,7 @@ def tango(gained: np.ndarray, lost: np.ndarray, n: np.ndarray) -> Ends:
     """The score interval of a paired difference of shares, gained - lost (Tango 1998, section 3).
 
     `gained` and `lost` are the shares of the `n` pairs where only the one, or only the other, answer is
-    right. For clusters, `n` is the effective number (Yang, Sun & Hardin 2012).
+    right. For clusters, `n` is the effective number (Yang, Sun & Hardin 2012). NaN gives NaN.
     """
     difference = np.asarray(gained - lost, dtype=float)
 
@@ -54,7 +54,7 @@ def tango(gained: np.ndarray, lost: np.ndarray, n: np.ndarray) -> Ends:
             middle = (inside + outside) / 2
             near = np.square(difference - middle) * n <= Z**2 * _variance(gained, lost, middle)
             inside, outside = np.where(near, middle, inside), np.where(near, outside, middle)
-        return inside
+        return np.where(np.isnan(n), np.nan, inside)
 
     return end(-1.0), end(1.0)
 

@@ -12,18 +12,22 @@ from sdcomp.study.variants import FP32, Variant
 
 ENOUGH = 64
 """Fewer images than this give no verdict."""
-LITTLE = 2.0
-"""The largest loss, in points, that a variant may have to be called the smallest or the fastest."""
+TOLERANCES = {"prompt accuracy difference": 5.0, "CLIP score difference": 1.0}
+"""The loss that counts as none, in points of each score. CLIP scores of any two images lie close together."""
+LITTLE = 0.4
+"""The smallest and the fastest may lose this share of the tolerance; their intervals may reach all of it."""
 
 
-def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
+def answer(differences: Sequence[Row], tolerance: float | None = None) -> str:
     """Sentences about paired differences to fp32: how sure they are, and who loses at most `tolerance`.
 
     `differences` are rows of one metric with intervals, one for each variant; empty where all have failed.
+    `tolerance` is by default that of the metric in `TOLERANCES`.
     """
     if not differences:
         return "No variant gave images, so this run has no answer."
     first = differences[0]
+    tolerance = _tolerance(differences, tolerance)
     reach = float(np.median([(row["ci_high"] - row["ci_low"]) / 2 for row in differences]))
     lines = [
         f"{first['n']:g} images a variant. The intervals of the {first['metric']} reach {reach:.1f}"
@@ -43,27 +47,30 @@ def answer(differences: Sequence[Row], tolerance: float = 5.0) -> str:
 
 
 def smallest_file(
-    differences: Sequence[Row], megabytes: Mapping[Variant, float], half: float, tolerance: float = 5.0
+    differences: Sequence[Row],
+    megabytes: Mapping[Variant, float],
+    half: float,
+    tolerance: float | None = None,
 ) -> str:
     """A sentence about the smallest file that loses little.
 
-    Little is at most `LITTLE` points, and at most `tolerance` at the worse end of the interval.
+    Little is at most `LITTLE` of the `tolerance`, and all of it at the worse end of the interval.
     `differences` are rows as for `answer`, `megabytes` the real files of some of the variants, and `half` is
     the file in fp16.
     """
     if too_few := _too_few(differences, "file is the smallest"):
         return too_few
-    found = _cheapest(differences, megabytes, tolerance)
+    found = cheapest(differences, megabytes, tolerance)
     if found is None or megabytes[found["variant"]] >= half:
-        return f"No file below the {half:.1f} MB of fp16 is shown to have {_limits(tolerance)}."
+        return f"No file below the {half:.1f} MB of fp16 is shown to have {_limits(differences, tolerance)}."
     size = megabytes[found["variant"]]
     return (
-        f"The smallest of {len(megabytes)} files with {_limits(tolerance)}: {size:.2f} MB,"
+        f"The smallest of {len(megabytes)} files with {_limits(differences, tolerance)}: {size:.2f} MB,"
         f" {size / half:.0%} of fp16 ({_shown(found)})."
     )
 
 
-def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float = 5.0) -> str:
+def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float | None = None) -> str:
     """A sentence about the fewest bits of weights at which each method loses little, see `smallest_file`.
 
     `methods` has the rows of each.
@@ -74,13 +81,15 @@ def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float = 5.0) ->
     said = []
     for method, found in methods.items():
         bits = {row["variant"]: row["variant"].weight_bits for row in found}
-        fewest = _cheapest(found, bits, tolerance)
+        fewest = cheapest(found, bits, tolerance)
         # A title breaks its lines between methods only.
         said.append(f"{method}\N{NO-BREAK SPACE}{'none' if fewest is None else bits[fewest['variant']]}")
-    return f"The fewest bits with {_limits(tolerance)}, {rows[0]['n']:g} images: {', '.join(said)}."
+    return f"The fewest bits with {_limits(rows, tolerance)}, {rows[0]['n']:g} images: {', '.join(said)}."
 
 
-def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolerance: float = 5.0) -> str:
+def fastest(
+    differences: Sequence[Row], seconds: Mapping[Variant, float], tolerance: float | None = None
+) -> str:
     """Sentences about the fastest execution that loses little, and the control: fewer steps of fp32 alone.
 
     `seconds` are those of the UNet for an image, in fp32 and in all variants that really run; "little" is as
@@ -89,15 +98,16 @@ def fastest(differences: Sequence[Row], seconds: Mapping[Variant, float], tolera
     if too_few := _too_few(differences, "execution is the fastest"):
         return too_few
     alone = [row for row in differences if row["variant"] == Variant(steps=row["variant"].steps)]
+    limits = _limits(differences, tolerance)
     lines = []
     for who, rows in (("The fastest execution", differences), ("Fewer steps of fp32 alone", alone)):
-        found = _cheapest(rows, seconds, tolerance)
+        found = cheapest(rows, seconds, tolerance)
         if found is None or seconds[found["variant"]] >= seconds[FP32]:
-            lines.append(f"{who}: none that is faster than fp32 is shown to have {_limits(tolerance)}.")
+            lines.append(f"{who}: none that is faster than fp32 is shown to have {limits}.")
             continue
         time = seconds[found["variant"]]
         lines.append(
-            f"{who}, with {_limits(tolerance)}: {time:.3f} s of UNet time an image,"
+            f"{who}, with {limits}: {time:.3f} s of UNet time an image,"
             f" {seconds[FP32] / time:.1f} times as fast as the UNet in fp32 ({_shown(found)})."
         )
     return "\n".join(lines)
@@ -111,18 +121,32 @@ def _too_few(differences: Sequence[Row], what: str) -> str:
     return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
 
 
-def _cheapest(differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float) -> Row | None:
-    """The row of the least cost among the variants that are shown to lose little."""
+def cheapest(
+    differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float | None = None
+) -> Row | None:
+    """The row of the least cost among the variants that are shown to lose little, see `smallest_file`."""
+    tolerance = _tolerance(differences, tolerance)
     little = [
         row
         for row in differences
-        if row["variant"] in costs and row["value"] >= -LITTLE and row["ci_low"] >= -tolerance
+        if row["variant"] in costs and row["value"] >= -LITTLE * tolerance and row["ci_low"] >= -tolerance
     ]
     return min(little, key=lambda row: costs[row["variant"]], default=None)
 
 
-def _limits(tolerance: float) -> str:
-    return f"at most {LITTLE:g} points lost ({tolerance:g} at the worse end of its interval)"
+def _tolerance(differences: Sequence[Row], tolerance: float | None) -> float:
+    if tolerance is None:
+        return TOLERANCES[differences[0]["metric"]] if differences else 0.0
+    return tolerance
+
+
+def _limits(differences: Sequence[Row], tolerance: float | None) -> str:
+    score, tolerance = (
+        differences[0]["metric"].removesuffix(" difference"),
+        _tolerance(differences, tolerance),
+    )
+    lost = f"at most {LITTLE * tolerance:g} points of {score} lost"
+    return f"{lost} ({tolerance:g} at the worse end of its interval)"
 
 
 def _shown(row: Row) -> str:

@@ -30,7 +30,7 @@ def plot_bytes(axis: Axes, points: pd.DataFrame, half: float, tolerance: float) 
     dashed line is the loss that counts as little, a dotted one the `tolerance` of an interval's lower end.
     """
     axis.set(xscale="log", xlim=(0.85 * min([half, *points["MB"]]), 1.25 * max([half, *points["MB"]])))
-    for loss, line in ((0, "-"), (LITTLE, "--"), (tolerance, ":")):
+    for loss, line in ((0, "-"), (LITTLE * tolerance, "--"), (tolerance, ":")):
         axis.axhline(-loss, color="0.75", linewidth=1, linestyle=line, zorder=0)
     axis.plot(half, 0, "s", color="black")
     axis.annotate("fp16", (half, 0), xytext=(0, 7), textcoords="offset points", ha="center")

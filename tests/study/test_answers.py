@@ -1,14 +1,25 @@
 """What a run says in words, from made-up rows."""
 
 import pytest
+import torch
 
+from sdcomp.evaluation import paired_difference
 from sdcomp.study import FP32, Variant, pruned, quantized
 from sdcomp.study.answers import answer, fastest, fewest_bits, smallest_file
+from sdcomp.study.variants import patterned
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
     found = {"label": label, "value": value, "ci_low": value - width, "ci_high": value + width, "n": n}
     return {**found, "metric": "prompt accuracy difference", "unit": "%"}
+
+
+def paired(values: list[bool], baseline: list[bool], groups: list[str] | None = None) -> dict:
+    found = paired_difference(torch.tensor(values), torch.tensor(baseline), groups)
+    ends = {"value": found.value, "ci_low": found.low, "ci_high": found.high, "n": found.n}
+    variant = patterned("2:4")
+    about = {"metric": "prompt accuracy difference", "unit": "%", "variant": variant, "label": variant.label}
+    return ends | about
 
 
 def test_few_images_give_no_verdict():
@@ -19,9 +30,26 @@ def test_few_images_give_no_verdict():
 
 
 def test_one_image_has_no_interval():
-    lines = answer([row("2:4", -3, float("nan"), 1)]).splitlines()
+    lines = answer([paired([False], [True])]).splitlines()
     assert lines[0] == "1 images a variant are too few for intervals of the prompt accuracy difference."
-    assert lines[2:] == ["- 2:4: -3.0"]
+    assert lines[2:] == ["- 2:4: -100.0"]
+
+
+def test_many_images_of_one_scene_give_no_verdict():
+    found = paired([True] * 64, [True] * 64, ["a red star"] * 64)
+    assert "'Loses at most 5' cannot be told at this n:\n- 2:4: 0.0" in answer([found])
+    assert smallest_file([found], {found["variant"]: 1.0}, 18.7).startswith("No file below")
+
+
+def test_each_score_has_its_own_tolerance():
+    accuracy = row("2:4", -2.3, 0.6, 256)
+    clip = {**accuracy, "metric": "CLIP score difference", "unit": "100 x cosine"}
+    assert "'Loses at most 5' holds" in answer([accuracy])
+    assert "'Loses at most 1' does not hold" in answer([clip])
+    little = [{**change(W4, loss, -0.9), "metric": "CLIP score difference"} for loss in (-0.4, -0.5)]
+    limits = "at most 0.4 points of CLIP score lost (1 at the worse end of its interval)"
+    assert f"The smallest of 3 files with {limits}: 4.90 MB" in smallest_file(little[:1], FILES, 18.7)
+    assert f"is shown to have {limits}" in smallest_file(little[1:], FILES, 18.7)
 
 
 def test_enough_images_give_verdicts_by_their_intervals():
@@ -69,7 +97,7 @@ def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
 def test_the_smallest_file_has_a_small_loss_by_its_mean_and_by_its_interval(w3, sparse, said):
     rows = [change(W4, -0.4, -2.0), change(W3, *w3), change(SPARSE, *sparse)]
     found = smallest_file(rows, FILES, 18.7)
-    limits = "at most 2 points lost (5 at the worse end of its interval)"
+    limits = "at most 2 points of prompt accuracy lost (5 at the worse end of its interval)"
     assert found.startswith(f"The smallest of 3 files with {limits}: {said}")
 
 
@@ -81,7 +109,7 @@ def test_no_file_is_called_the_smallest_without_the_images_to_tell():
 
 
 def test_a_file_that_is_no_smaller_than_fp16_or_loses_much_is_not_named():
-    none = "No file below the 18.7 MB of fp16 is shown to have at most 2 points lost"
+    none = "No file below the 18.7 MB of fp16 is shown to have at most 2 points of prompt accuracy lost"
     assert smallest_file([change(W4, -3.0, -4.0)], FILES, 18.7).startswith(none)
     assert smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7).startswith(none)
     # A simulation has no file that runs.
@@ -94,8 +122,9 @@ def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
         "wide": [change(W4, 0.0, -1.0), change(W3, 0.0, -5.1)],
         "bad": [change(W4, -2.1, -3.0)],
     }
-    said = "at most 2 points lost (5 at the worse end of its interval), 256 images: good 3, wide 4, bad none."
-    assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == f"The fewest bits with {said}"
+    limits = "at most 2 points of prompt accuracy lost (5 at the worse end of its interval)"
+    said = f"The fewest bits with {limits}, 256 images: good 3, wide 4, bad none."
+    assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == said
     few = {"good": [change(W4, 0.0, -1.0, n=63)]}
     assert fewest_bits(few) == "63 images do not tell which bits are enough: it takes 64."
 
@@ -108,7 +137,7 @@ TIMES = {FP32: 0.4, FEW: 0.12, INT8: 0.3, INT8_FEW: 0.1}
 def test_the_fastest_stands_beside_fewer_steps_alone():
     rows = [change(FEW, -0.5, -2.0), change(INT8, 0.0, -1.0), change(INT8_FEW, -1.0, -3.0)]
     first, second = fastest(rows, TIMES).splitlines()
-    assert first.startswith("The fastest execution, with at most 2 points lost")
+    assert first.startswith("The fastest execution, with at most 2 points of prompt accuracy lost")
     assert first.endswith(
         "0.100 s of UNet time an image, 4.0 times as fast as the UNet in fp32"
         f" ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
