@@ -121,6 +121,21 @@ def _too_few(differences: Sequence[Row], what: str) -> str:
     return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
 
 
+def added_losses(differences: Sequence[Row]) -> str:
+    """How many quantized UNets are worse than the same UNet before quantization; rows are as for `answer`."""
+    if too_few := _too_few(differences, "quantization costs a pruned UNet anything"):
+        return too_few
+    worse = [row for row in differences if row["ci_high"] < 0]
+    score = differences[0]["metric"].removesuffix(" difference")
+    return f"Quantization costs {score} in {len(worse)} of {len(differences)} pruned UNets"
+
+
+def repeated(differences: Sequence[Row]) -> str:
+    """A sentence about chosen variants on prompts that did not choose them; rows are as for `answer`."""
+    n, name = differences[0]["n"], differences[0]["about"]["prompts"]
+    return f"On {n:g} prompts of '{name}', which chose nothing: {'; '.join(map(_shown, differences))}."
+
+
 def cheapest(
     differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float | None = None
 ) -> Row | None:

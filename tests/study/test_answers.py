@@ -5,7 +5,7 @@ import torch
 
 from sdcomp.evaluation import paired_difference
 from sdcomp.study import FP32, Variant, pruned, quantized
-from sdcomp.study.answers import answer, fastest, fewest_bits, smallest_file
+from sdcomp.study.answers import added_losses, answer, fastest, fewest_bits, repeated, smallest_file
 from sdcomp.study.variants import patterned
 
 
@@ -142,7 +142,7 @@ def test_the_fastest_stands_beside_fewer_steps_alone():
         "0.100 s of UNet time an image, 4.0 times as fast as the UNet in fp32"
         f" ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
     )
-    assert second.startswith("Fewer steps of fp32 alone, with at most 2 points lost")
+    assert second.startswith("Fewer steps of fp32 alone, with at most 2 points of prompt accuracy lost")
     assert second.endswith(
         "0.120 s of UNet time an image, 3.3 times as fast as the UNet in fp32"
         " (fp32, 6 steps: -0.5 [-2.0, 2.0])."
@@ -156,3 +156,19 @@ def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
     assert second.startswith("Fewer steps of fp32 alone: none that is faster than fp32 is shown to have")
     assert "none that is faster" in fastest([change(INT8, 0.0, -1.0)], {FP32: 0.4, INT8: 0.5})
     assert fastest([change(INT8, 0.0, -1.0, n=32)], TIMES).startswith("32 images do not tell which execution")
+
+
+def test_added_losses_counts_what_is_worse_for_certain():
+    rows = [change(W4, -3.0, -5.0) | {"ci_high": high} for high in (-0.1, 0.0, 1.0)]
+    assert added_losses(rows) == "Quantization costs prompt accuracy in 1 of 3 pruned UNets"
+    few = added_losses([change(W4, 0.0, -1.0, n=63)])
+    assert few == "63 images do not tell which quantization costs a pruned UNet anything: it takes 64."
+    assert added_losses([]) == "No variant gave images, so this run has no answer."
+
+
+def test_what_was_chosen_is_judged_again():
+    rows = [change(v, -1.0, -3.0) | {"about": {"prompts": "final"}} for v in (W4, W3)]
+    assert repeated(rows) == (
+        "On 256 prompts of 'final', which chose nothing: weights_gptq W4 packed: -1.0 [-3.0, 3.0];"
+        " weights_gptq W3 packed: -1.0 [-3.0, 3.0]."
+    )

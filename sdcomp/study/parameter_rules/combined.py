@@ -64,6 +64,9 @@ STUDY = Study(
         **JUDGING,
         "prompts": PROMPT_SET,
         "calibration_prompts": PROMPT_SET,
+        "confirm_prompts": Rule(
+            lambda name: not name or PROMPT_SET.takes(name), f"{PROMPT_SET.words}; or empty"
+        ),
         "n_calibration": CALIBRATION["n_calibration"],
         "calibration_steps": CALIBRATION["calibration_steps"],
         "amount": AMOUNT,
