@@ -201,6 +201,17 @@ def trials_table() -> str:
     return _benchmark("low_bit_trials", columns)
 
 
+def interval_ranges_table() -> str:
+    """Ranges of timestep intervals at 4 bits beside plain ones."""
+    columns = {
+        "variant": ("variant", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to `mse`": ("difference", ".1f"), "95 % interval": ("low..high", ".1f"),
+        "PSNR (dB)": ("psnr", ".1f"), "step error": ("step_error", ".3f"), "gain (%)": ("gain", ".1f"),
+        "final latent error": ("final_error", ".3f"), "n": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("interval_ranges", columns)
+
+
 def low_bits_table() -> str:
     """Images at few bits, here and elsewhere."""
     columns = {
@@ -231,4 +242,5 @@ TABLES = {
     "deploy, images": deploy_images_table,
     "low bits": low_bits_table,
     "trials": trials_table,
+    "interval ranges": interval_ranges_table,
 }

@@ -214,8 +214,7 @@ def claims_table() -> str:
     record = json.loads((ROOT / "reports" / "05_claims" / "run.json").read_text(encoding="utf-8"))
     rows = [["published, on Stable Diffusion 1.5", "on the tiny model", "statement by statement"]]
     for claim, verdict in record["verdicts"].items():
-        said = [f"{statement}: {found}" for statement, found in record["parts"][claim].items()]
-        rows.append([claim, verdict, "; ".join(said)])
+        rows.append([claim, verdict, "; ".join(record["said"][claim])])
     return _table(*rows)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sdcomp.study.claims import VERDICTS, not_worse
+from sdcomp.study.claims import UNKNOWN, VERDICTS, not_worse
 from sdcomp.study.results import Row
 from sdcomp.study.variants import FP32, Variant
 
@@ -41,7 +41,8 @@ def answer(differences: Sequence[Row], tolerance: float | None = None) -> str:
     for verdict in VERDICTS:
         found = [r for r in differences if not_worse(r["ci_low"], r["ci_high"], tolerance) == verdict]
         if found:
-            lines.append(f"'Loses at most {tolerance:g}' {verdict}:")
+            told = f"{verdict} at this n" if verdict == UNKNOWN else verdict
+            lines.append(f"'Loses at most {tolerance:g}' {told}:")
             lines += [f"- {_shown(row)}" for row in found]
     return "\n".join(lines)
 
