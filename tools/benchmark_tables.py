@@ -168,22 +168,31 @@ def packed_table() -> str:
     return _benchmark("packed_sd15", columns)
 
 
-def smallest_peer(little: float, tolerance: float) -> str:
-    """A sentence about the smallest model of another tool that loses little.
+def little_lost(little: float, tolerance: float) -> list[dict[str, str]]:
+    """The models of other tools that lose little on the test prompts, from the smallest on.
 
-    It loses at most `little` of the `tolerance`, as in `sdcomp.study.answers.smallest_file`.
+    They lose at most `little` of the `tolerance`, as in `sdcomp.study.answers.smallest_file`.
     """
-    peers = [row for row in read("benchmarks/low_bits") if not row["variant"].startswith("sdcomp")]
     good = [
         row
-        for row in peers
+        for row in _peers()
         if row["megabytes"]
         and float(row["accuracy_difference"]) >= -little * tolerance
         and float(row["low"]) >= -tolerance
     ]
+    return sorted(good, key=lambda row: (float(row["megabytes"]), -float(row["accuracy_difference"])))
+
+
+def _peers() -> list[dict[str, str]]:
+    return [row for row in read("benchmarks/low_bits") if not row["variant"].startswith("sdcomp")]
+
+
+def smallest_peer(little: float, tolerance: float) -> str:
+    """A sentence about the smallest model of another tool that loses little, see `little_lost`."""
+    peers, good = _peers(), little_lost(little, tolerance)
     if not good:
         return f"None of {len(peers)} models that other tools make is within the same limits."
-    best = min(good, key=lambda row: (float(row["megabytes"]), -float(row["accuracy_difference"])))
+    best = good[0]
     change = f"{best['accuracy_difference']} [{best['low']}, {best['high']}]"
     return (
         f"The smallest of {len(peers)} models that other tools make, within the same limits: at least"

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from sdcomp.study import FP32, Variant, pruned, style
+from sdcomp.study.answers import LITTLE, TOLERANCES
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,9 @@ class Point:
 
 
 PUBLISHED = (
-    ("35 % zeros (L1)", pruned("unstructured", 0.35)),
-    ("50 % zeros (L1)", pruned("unstructured", 0.5)),
+    ("35 % zeros", pruned("unstructured", 0.35)),
+    ("50 % zeros", pruned("unstructured", 0.5)),
     ("5 % of channels\nset to zero", pruned("masked channels", 0.05)),
-    ("25 % of channels\nremoved (L2)", readme.REMOVED[0.25]),
 )
 OURS = {
     "int8": "int8",
@@ -43,16 +43,10 @@ OURS = {
     "60 % of parameters removed by second order, 3 bits in groups, packed": "60 %\nremoved,\n3 bits",
 }
 """Short names for rows of the README's first table."""
-LOWEST = -20.0
-"""Models of other tools that lose more are not drawn."""
 BELOW, ABOVE = ("center", "top"), ("center", "bottom")
 LEFT, RIGHT = ("right", "center"), ("left", "center")
-PLACES = {
-    "int8": RIGHT, "4 bits": RIGHT, "NNCF W4 g16": ABOVE, "torchao W8A8": ABOVE, "torchao W3 g16": RIGHT,
-    "optimum-quanto W4": ABOVE, "NNCF W8A8": ABOVE, "optimum-quanto W4A8": BELOW,
-    "5 % of channels\nset to zero": BELOW, "25 % of channels\nremoved (L2)": BELOW,
-}  # fmt: skip
-"""Where the name of a point stands; by default below for this package, and to the left for others."""
+PLACES = {"4 bits": RIGHT, "torchao W4 g16": BELOW, "50 % zeros": BELOW, "5 % of channels\nset to zero": LEFT}
+"""Where the name of a point stands, if not below for this package and above for others."""
 
 
 def ours(study: str, name: str, variant: Variant, size: str) -> Point:
@@ -63,14 +57,13 @@ def ours(study: str, name: str, variant: Variant, size: str) -> Point:
 
 
 def peers() -> list[Point]:
-    """The models that other tools make."""
-    found = []
-    for row in benchmark_tables.read("benchmarks/low_bits"):
-        if not row["variant"].startswith("sdcomp") and row["split"] == "test":
-            name = row["variant"].partition(",")[0].replace(" dynamic", "")
-            numbers = (float(row[key]) for key in ("megabytes", "accuracy_difference", "low", "high"))
-            found.append(Point(name, *numbers))
-    return [point for point in found if point.change >= LOWEST]
+    """The smallest model of each other tool that loses little."""
+    found = {}
+    for row in benchmark_tables.little_lost(LITTLE, TOLERANCES["prompt accuracy difference"]):
+        name = row["variant"].partition(",")[0].replace(" dynamic", "")
+        numbers = (float(row[key]) for key in ("megabytes", "accuracy_difference", "low", "high"))
+        found.setdefault(name.split()[0], Point(name, *numbers))
+    return list(found.values())
 
 
 def draw() -> Figure:
@@ -80,8 +73,8 @@ def draw() -> Figure:
     rows = dict(readme.HEADLINE)
     new = [ours("04_combined", name, rows[label], "UNet file") for label, name in OURS.items()]
     kinds = {
-        "published pruning, by magnitude": (published, "0.5", "s"),
-        "other tools (lower bounds of MB)": (peers(), "C1", "D"),
+        "published pruning, weights in fp16": (published, "0.5", "s"),
+        "smallest of another tool (lower bound of MB)": (peers(), "C1", "D"),
         "this package": (new, "C0", "o"),
     }
     figure, axis = plt.subplots(figsize=(9, 5))
@@ -94,13 +87,17 @@ def draw() -> Figure:
         axis.vlines(sizes, *bounds, color=color, alpha=0.35, linewidth=3)
         axis.plot(sizes, [point.change for point in points], marker, color=color, markersize=6, label=kind)
         for point in points:
-            across, up = PLACES.get(point.name, BELOW if kind == "this package" else LEFT)
+            across, up = PLACES.get(point.name, BELOW if kind == "this package" else ABOVE)
             y = {"top": point.low, "bottom": point.high, "center": point.change}[up]
             shift = {"right": -6, "left": 6, "center": 0}[across], {"top": -3, "bottom": 3, "center": 0}[up]
             look = {"ha": across, "va": up, "fontsize": 8, "color": color}
             axis.annotate(point.name, (point.megabytes, y), xytext=shift, textcoords="offset points", **look)
-    axis.set(xscale="log", ylim=(LOWEST, None), ylabel="prompt accuracy, difference to fp16 (points)")
-    title = "Tiny model; left is smaller, up is better; 256 images a point, 95 % intervals"
+    axis.set(xscale="log", ylabel="prompt accuracy,\ndifference to the UNet as it is (points)")
+    least = min(new, key=lambda point: point.megabytes)
+    change = f"{least.change:.1f} [{least.low:.1f}, {least.high:.1f}] points"
+    share = f"{least.megabytes / half:.0%} of the bytes, {change}"
+    name = least.name.replace("\n", " ")
+    title = f"{name}: {share} (tiny model, 256 images a point, 95 % intervals)"
     axis.set_title(title, loc="left", fontsize=10)
     ticks = [2, 3, 4, 6, 8, 12, half]
     axis.set_xticks(ticks, [f"{size:.3g}\n{size / half:.0%}" for size in ticks])
