@@ -240,7 +240,8 @@ def test_the_coverage_table_and_figure_name_the_worst_rows(monkeypatch):
     names = ("statistic", "interval", "n", "truth", "coverage_%")
     rows = [
         ("share", "Wilson", "64", "0.5", "94.0"), ("share", "Wilson", "16", "0.5", "92.3"),
-        ("share", "bootstrap", "16", "0.02", "27.6"), ("paired difference", "bootstrap", "16", "0", "55"),
+        ("share", "bootstrap", "16", "0.02", "27.6"),
+        ("paired difference of shares", "bootstrap", "16", "0", "55"),
         ("mean of scores", "bootstrap", "16", "0", "91"), ("KID", "bootstrap", "64", "0", "100"),
     ]  # fmt: skip
     table = [dict(zip(names, row, strict=True)) for row in rows]
