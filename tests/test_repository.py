@@ -221,6 +221,36 @@ def test_the_smallest_peer_is_within_the_limits(monkeypatch):
     assert tables.smallest_peer(0.4, 5.0).startswith("None of 2 models")
 
 
+def test_benchmark_tables_show_intervals_and_leave_out_empty_columns(monkeypatch):
+    tables = _load(ROOT / "tools" / "benchmark_tables.py")
+    rows = [
+        {"v": "1.234", "low": "1", "high": "2", "note": ""},
+        {"v": "", "low": "", "high": "", "note": ""},
+    ]
+    monkeypatch.setattr(tables, "read", lambda name: rows)
+    columns = {"value": ("v[low..high]", ".1f"), "range": ("low..high", ""), "note": ("note", "")}
+    shown = tables._benchmark("any", columns).splitlines()
+    assert shown == ["| value | range |", "|---|---|", "| 1.2 [1.0, 2.0] | 1 to 2 |", "|  |  |"]
+
+
+def test_the_coverage_table_and_figure_name_the_worst_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tables = _load(ROOT / "tools" / "benchmark_tables.py")
+    figure = _load(ROOT / "tools" / "coverage_figure.py")
+    names = ("statistic", "interval", "n", "truth", "coverage_%")
+    rows = [
+        ("share", "Wilson", "64", "0.5", "94.0"), ("share", "Wilson", "16", "0.5", "92.3"),
+        ("share", "bootstrap", "16", "0.02", "27.6"),
+        ("paired difference of shares", "bootstrap", "16", "0", "55"),
+        ("mean of scores", "bootstrap", "16", "0", "91"), ("KID", "bootstrap", "64", "0", "100"),
+    ]  # fmt: skip
+    table = [dict(zip(names, row, strict=True)) for row in rows]
+    monkeypatch.setattr(tables, "read", lambda name: table)
+    assert "| share | Wilson | 92.3 | truth 0.5, 16 images | 94.0 |" in tables.coverage_table()
+    said = figure.title(table)
+    assert "miss the truth in at most 9 % of cases" in said and "up to 72 %" in said
+
+
 def test_prompt_sets_are_what_their_script_makes():
     maker = _load(ROOT / "data" / "prompts" / "make_prompts.py")
     for name, drawn in maker.SETS.items():

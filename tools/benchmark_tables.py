@@ -15,53 +15,52 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def _benchmark(name: str, columns: dict[str, tuple[str, str]], of: str = "") -> str:
-    """A table of a benchmark's file; `columns` maps a heading to a column (or "low..high") and a format.
+    """A table of a benchmark's file; `columns` maps a heading to what `_cell` shows, and a format.
 
-    Only rows with a value in the column `of` are shown, if that is given.
+    Only rows with a value in the column `of` are shown, if that is given. A column without any value is not.
     """
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in read(f"benchmarks/{name}"):
-        if not of or row[of]:
-            cells = [_cell(row, column, form) for column, form in columns.values()]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [row for row in read(f"benchmarks/{name}") if not of or row[of]]
+    return _table([{head: _cell(row, *about) for head, about in columns.items()} for row in rows])
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in [heads, *([row[h] for h in heads] for row in rows)]]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def _cell(row: dict, column: str, form: str) -> str:
+    """A column, the range "low..high", or a value with its interval, "value[low..high]"."""
+    value, _, ends = column.rstrip("]").partition("[")
+    if ends:
+        interval = ", ".join(_number(row[name], form) for name in ends.split(".."))
+        return f"{_number(row[value], form)} [{interval}]" if row[value] else ""
     values = [row[name] for name in column.split("..")]
-    if not any(values):
-        return ""
-    return " to ".join(format(float(value), form) if value and form else value for value in values)
+    return " to ".join(_number(value, form) for value in values) if any(values) else ""
+
+
+def _number(value: str, form: str) -> str:
+    return format(float(value), form) if value and form else value
 
 
 def loading_table() -> str:
     """Time and memory of loading Stable Diffusion 1.5, here and in diffusers."""
     columns = {
-        "file": ("case", ""), "as": ("dtype", ""), "with": ("loader", ""), "loaded in (s)": ("load_s", ".2f"),
-        "range (s)": ("load_low..load_high", ".2f"), "and read through (s)": ("read_s", ".2f"),
+        "file": ("case", ""), "as": ("dtype", ""), "with": ("loader", ""),
+        "loaded in (s)": ("load_s[load_low..load_high]", ".2f"), "and read through (s)": ("read_s", ".2f"),
         "peak anonymous memory (GB)": ("peak_GB", ".2f"), "loads": ("n", ""),
     }  # fmt: skip
     return _benchmark("loading", columns, of="load_s")
 
 
-def steps_table() -> str:
-    """A guided step of Stable Diffusion 1.5's UNet here and in diffusers."""
-    columns = {
-        "type": ("dtype", ""), "with": ("loader", ""), "step (s)": ("step_s", ".2f"),
-        "range": ("step_low..step_high", ".2f"), "largest difference": ("max_difference", ".1e"),
-        "steps": ("n", ""),
-    }  # fmt: skip
-    return _benchmark("steps", columns)
-
-
-def quantization_table(model: str) -> str:
+def quantization_table() -> str:
     """Cost of simulated quantization."""
     columns = {
         "": ("kind", ""), "method": ("method", ""), "quantizes": ("quantizes", ""),
-        "seconds": ("seconds", ".2f"), "relative": ("ratio", ".2f"),
-        "range": ("ratio_low..ratio_high", ".2f"), "n": ("repeats", ""),
+        "seconds": ("seconds", ".2f"), "relative": ("ratio[ratio_low..ratio_high]", ".2f"),
+        "n": ("repeats", ""),
     }  # fmt: skip
-    return _benchmark(f"quantization_{model}", columns)
+    return _benchmark("quantization_sd15", columns)
 
 
 def pruning_table() -> str:
@@ -90,37 +89,30 @@ def removal_quality_table() -> str:
     columns = {
         "method": ("method", ""), "amount": ("amount", ""), "MACs left": ("macs", ".1%"),
         "parameters": ("parameters", ",.0f"), "recovery (steps)": ("recovery_steps", ""),
-        "prompt accuracy (%)": ("accuracy", ".1f"), "difference to the whole": ("difference", ".1f"),
-        "95 % interval": ("difference_low..difference_high", ".1f"), "n": ("n", ""),
+        "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to the whole": ("difference[difference_low..difference_high]", ".1f"), "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("removal_equal", columns)
 
 
-def int8_table(model: str) -> str:
+def int8_table() -> str:
     """One UNet step in integers, here and elsewhere."""
     columns = {
-        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
-        "interval": ("speedup_low..speedup_high", ".2f"), "peak memory (GiB)": ("peak_gib", ".2f"),
-        "n": ("n", ".0f"), "note": ("note", ""),
+        "variant": ("variant", ""), "step (s)": ("seconds", ".2f"),
+        "speed, fp32 = 1": ("speedup[speedup_low..speedup_high]", ".2f"),
+        "peak memory (GiB)": ("peak_gib", ".2f"), "n": ("n", ".0f"), "note": ("note", ""),
     }  # fmt: skip
-    return _benchmark(f"int8_{model}", columns)
-
-
-def int8_where_table() -> str:
-    """The time of a step in integers, by kind of operation."""
-    columns = {"kind of operation": ("kind", ""), "seconds": ("seconds", ".2f"), "share": ("share", ".0%")}
-    return _benchmark("int8_sd15_where", columns)
+    return _benchmark("int8_sd15", columns)
 
 
 def deploy_table(model: str) -> str:
-    """One UNet step in int8 on several engines, and what it takes to make the models."""
+    """One UNet step in int8 on several engines."""
+    form = ".3f" if model == "tiny" else ".2f"
     columns = {
-        "variant": ("variant", ""), "step (s)": ("seconds", ".3f"), "speed, fp32 = 1": ("speedup", ".2f"),
-        "interval": ("speedup_low..speedup_high", ".2f"), "time, NNCF = 1": ("of_nncf", ".2f"),
-        "its interval": ("of_nncf_low..of_nncf_high", ".2f"), "MACs left": ("arithmetic_left", ".1%"),
-        "peak memory (GiB)": ("peak_gib", ".2f"), "made in (s)": ("make_seconds", ".0f"),
-        "peak memory to make (GiB)": ("make_gib", ".2f"),
-        "file (GB)": ("file_gb", ".4f"), "n": ("n", ".0f"), "note": ("note", ""),
+        "variant": ("variant", ""), "step (s)": ("seconds", form),
+        "speed, fp32 = 1": ("speedup[speedup_low..speedup_high]", ".2f"),
+        "peak memory (GiB)": ("peak_gib", ".2f"), "file (GB)": ("file_gb", form), "n": ("n", ".0f"),
+        "note": ("note", ""),
     }  # fmt: skip
     return _benchmark(f"deploy_{model}", columns)
 
@@ -129,9 +121,9 @@ def deploy_images_table() -> str:
     """Images of exported UNets beside those of the simulation that they were made of."""
     columns = {
         "engine": ("engine", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
-        "difference to the simulation": ("accuracy_difference", ".1f"),
-        "95 % interval": ("low..high", ".1f"), "CLIP score, difference": ("clip_difference", ".2f"),
-        "PSNR to the simulation (dB)": ("psnr", ".1f"), "n": ("n", ""),
+        "difference to the simulation": ("accuracy_difference[low..high]", ".1f"),
+        "CLIP score, difference": ("clip_difference", ".2f"), "PSNR to the simulation (dB)": ("psnr", ".1f"),
+        "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("deploy_images", columns)
 
@@ -140,28 +132,33 @@ def removal_time_table() -> str:
     """Removal by the time that it saves."""
     columns = {
         "share of the seconds": ("amount", ".3f"), "prompts": ("split", ""),
-        "time of a call": ("time", ".3f"), "interval": ("time_low..time_high", ".3f"),
+        "time of a call": ("time[time_low..time_high]", ".2f"),
         "MACs left": ("macs", ".1%"), "parameters": ("parameters", ",.0f"),
-        "prompt accuracy (%)": ("accuracy", ".1f"), "difference to the whole": ("difference", ".1f"),
-        "95 % interval": ("low..high", ".1f"), "n": ("n", ""),
+        "prompt accuracy (%)": ("accuracy", ".1f"),
+        "difference to the whole": ("difference[low..high]", ".1f"), "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("removal_time", columns)
 
 
 def coverage_table() -> str:
-    """How often intervals contain the truth."""
-    columns = {
-        "statistic": ("statistic", ""), "interval": ("interval", ""), "images": ("n", ""),
-        "truth": ("truth", ""), "contains the truth (%)": ("coverage_%", ".1f"), "draws": ("draws", ""),
-    }  # fmt: skip
-    return _benchmark("coverage", columns)
+    """The lowest and the highest coverage of each kind of interval, and where the lowest is."""
+    kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in read("benchmarks/coverage"):
+        kinds.setdefault((row["statistic"], row["interval"]), []).append(row)
+    found = []
+    for (statistic, interval), rows in kinds.items():
+        low, high = (end(rows, key=lambda row: float(row["coverage_%"])) for end in (min, max))
+        worst = {"lowest coverage (%)": low["coverage_%"], "at": f"truth {low['truth']}, {low['n']} images"}
+        kind = {"statistic": statistic, "interval": interval}
+        found.append(kind | worst | {"highest coverage (%)": high["coverage_%"]})
+    return _table(found)
 
 
 def packed_table() -> str:
     """One UNet step on packed weights."""
     columns = {
-        "variant": ("variant", ""), "step (s)": ("seconds", ".2f"), "speed, fp32 = 1": ("speedup", ".2f"),
-        "interval": ("speedup_low..speedup_high", ".2f"), "file (GB)": ("file_gb", ".3f"),
+        "variant": ("variant", ""), "step (s)": ("seconds", ".2f"),
+        "speed, fp32 = 1": ("speedup[speedup_low..speedup_high]", ".2f"), "file (GB)": ("file_gb", ".3f"),
         "loaded in (s)": ("load_seconds", ".2f"),
         "memory beyond activations (GiB)": ("weights_gib", ".2f"), "n": ("n", ".0f"),
     }  # fmt: skip
@@ -204,7 +201,7 @@ def trials_table() -> str:
     """Other methods for low bits, on top of this package's recipe."""
     columns = {
         "method": ("method", ""), "argument": ("argument", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
-        "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
+        "difference to fp32": ("accuracy_difference[low..high]", ".1f"),
         "PSNR (dB)": ("psnr", ".1f"), "step error": ("step_error", ".3f"), "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("low_bit_trials", columns)
@@ -225,7 +222,7 @@ def low_bits_table() -> str:
     """Images at few bits, here and elsewhere."""
     columns = {
         "variant": ("variant", ""), "prompts": ("split", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
-        "difference to fp32": ("accuracy_difference", ".1f"), "95 % interval": ("low..high", ".1f"),
+        "difference to fp32": ("accuracy_difference[low..high]", ".1f"),
         "PSNR (dB)": ("psnr", ".1f"), "file (MB)": ("megabytes", ".2f"), "n": ("n", ""),
     }  # fmt: skip
     return _benchmark("low_bits", columns)
@@ -234,16 +231,12 @@ def low_bits_table() -> str:
 TABLES = {
     "coverage": coverage_table,
     "loading": loading_table,
-    "steps": steps_table,
-    "quantization, SD 1.5": lambda: quantization_table("sd15"),
-    "quantization, tiny": lambda: quantization_table("base"),
+    "quantization": quantization_table,
     "pruning": pruning_table,
     "removal": removal_table,
     "images after removal": removal_quality_table,
     "removal by time": removal_time_table,
-    "int8, SD 1.5": lambda: int8_table("sd15"),
-    "int8, where": int8_where_table,
-    "int8, tiny": lambda: int8_table("base"),
+    "int8, SD 1.5": int8_table,
     "packed weights": packed_table,
     "deploy, SD 1.5": lambda: deploy_table("sd15"),
     "deploy, SD 1.5, int8 scores": lambda: deploy_table("scores_sd15"),

@@ -210,6 +210,34 @@ def times_table() -> str:
     return _table(*rows)
 
 
+def int8_times_table() -> str:
+    """The time of the tiny model's UNet in int8, as each report and benchmark measured it."""
+    heads = ["measured in", "CPU", "rows of a call", "UNets that take turns"]
+    rows = [[*heads, "our kernels, fp32 = 1", "NNCF's on OpenVINO, fp32 = 1", "n"]]
+    for study, k in (("03_profiling", 5), ("04_combined", 10)):
+        found = find(study, _int8(k=k).label, "time relative to fp32")
+        link = f"[{study}](../{study}/{study}.ipynb)"
+        rows.append([link, "EPYC", "32", "2 in one process", _show(found, 2), "", f"{found['n']:.0f}"])
+    for name, cpu, turns in (
+        ("deploy_tiny", "EPYC", "13 processes"),
+        ("int8_base", "Xeon", "2 processes"),
+        ("int8_runs", "EPYC", "2 processes"),
+    ):
+        found = benchmark_tables.read(f"benchmarks/{name}")
+        ours = [row for row in found if row["variant"] == "sdcomp int8"]
+        theirs = [row for row in found if row["variant"] in ("nncf, openvino", "openvino int8")]
+        for row, other in zip(ours, theirs, strict=True):
+            link = f"[{name}.csv]({name}.csv)" + f", run {row.get('run')}" * ("run" in row)
+            rows.append([link, cpu, "16", turns, _time(row), _time(other), row["n"]])
+    return _table(*rows)
+
+
+def _time(row: dict[str, str]) -> str:
+    """A speed and its interval, as times."""
+    value, high, low = (1 / float(row[key]) for key in ("speedup", "speedup_low", "speedup_high"))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def claims_table() -> str:
     """The published claims, and whether they hold here."""
     record = json.loads((ROOT / "reports" / "05_claims" / "run.json").read_text(encoding="utf-8"))
@@ -269,6 +297,7 @@ TABLES = {
     "tiny model": tiny_model_table,
     "files": lambda: _table(*data_files.rows(ROOT / "data" / "tiny")),
     "prompt files": lambda: _table(*data_files.rows(ROOT / "data" / "prompts")),
+    "int8, times": int8_times_table,
     **benchmark_tables.TABLES,
 }
 PAGES = tuple(ROOT / folder / "README.md" for folder in ("", "data", "reports/benchmarks"))

@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=1, help="all of it so often, in new processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--keep", help="folder for the integer models' files, which a next run then uses")
     parser.add_argument("--out", help="CSV file for the table")
@@ -307,13 +308,15 @@ def main() -> None:
             print(table)
             table.to_csv(args.where)
             return
-        reference = Worker(fp32, *settings)
         rows = []
-        for name in args.variants:
-            make = None if name == REFERENCE else VARIANTS[name]
-            rows.append(measure(name, make, reference, args.repeats, *settings))
-            print(rows[-1], flush=True)
-        reference.stop()
+        for run in range(args.runs):
+            reference = Worker(fp32, *settings)
+            for name in args.variants:
+                make = None if name == REFERENCE else VARIANTS[name]
+                row = measure(name, make, reference, args.repeats, *settings)
+                rows.append({"run": run + 1, **row})
+                print(rows[-1], flush=True)
+            reference.stop()
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="%.3f"))
     if args.out:
