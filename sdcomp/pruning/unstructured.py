@@ -92,8 +92,11 @@ def layer_amounts(
     for name, layer in layers.items():
         moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
         errors = layer_errors(layer, moments, [share(each, gradients) for each in AMOUNTS[1:]])
-        saved = sorted({round(each * layer.weight.numel()) for each in AMOUNTS})
-        curves[name] = Curve(saved, [0.0, *(float(squares @ gradients) for squares in errors)])
+        # Of a small layer, several amounts are the same number of weights.
+        points = {0: 0.0}
+        for each, squares in zip(AMOUNTS[1:], errors, strict=True):
+            points.setdefault(round(each * layer.weight.numel()), float(squares @ gradients))
+        curves[name] = Curve(list(points), list(points.values()))
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     zeros = divide(curves, round(amount * sum(sizes.values())))
     return {name: zeros[name] / size for name, size in sizes.items()}
