@@ -67,7 +67,7 @@ def prune_unstructured(
         amounts = kept.amounts or kept.keep_amounts(layer_amounts(layers, amount, calibration))
         scope = "layer"
     for entries, k in _together(layers, amounts, scope, importance):
-        name = entries[0][0] if entries else ""
+        name = entries[0][0]
         if importance != "second_order" and k:
             _zero(entries, layers, k, importance, calibration)
         elif k and name not in done:
@@ -135,9 +135,9 @@ def _together(
             if tensor is not None:
                 found.setdefault(id(tensor), (name, tensor))
     entries = list(found.values())
-    groups = [entries] if scope == "global" else [[entry] for entry in entries]
+    groups = [entries] if scope == "global" and entries else [[entry] for entry in entries]
     sizes = [sum(t.numel() for _, t in group) for group in groups]
-    counts = [round(amounts[group[0][0]] * size) for group, size in zip(groups, sizes, strict=True) if group]
+    counts = [round(amounts[group[0][0]] * size) for group, size in zip(groups, sizes, strict=True)]
     require_rest(max(amounts.values(), default=0), list(zip(counts, sizes, strict=True)))
     return list(zip(groups, counts, strict=True))
 
