@@ -9,8 +9,10 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,26 +66,76 @@ def resolve_output(path: str | Path) -> Path:
     return ROOT / path if Path.cwd().is_relative_to(ROOT) else path
 
 
+@dataclass
+class _Held:
+    """Finished files that wait in temporary folders for their places."""
+
+    folders: ExitStack
+    files: dict[Path, Path] = field(default_factory=dict)
+
+
+_HELD: ContextVar[_Held | None] = ContextVar("_HELD", default=None)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; if the block succeeds, the new file replaces `path` in one step.
 
     The temporary path is in a folder of its own beside `path`. A killed or failed write leaves the old file
-    as it was, and several processes can write the same file at the same time. Raises UserError if the file
-    cannot be written, for example on a full disk.
+    as it was, and several processes can write the same file at the same time. Within `together` the file
+    takes its place later. Raises UserError if the file cannot be written, for example on a full disk.
     """
-    try:
+    held = _HELD.get()
+    with _explained(path), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path.parent)
         # A folder, because safetensors writes a temporary file beside the file that it is given.
         name = {"prefix": f"{path.name}.", "suffix": f".{os.getpid()}{_HERE}"}
-        with TemporaryDirectory(**name, dir=path.parent) as folder:
-            partial = Path(folder, path.name)
-            partial.touch()
-            mode = partial.stat().st_mode
-            yield partial
-            partial.chmod(mode)  # safetensors makes files that only their owner can read
+        folder = (held.folders if held else stack).enter_context(TemporaryDirectory(**name, dir=path.parent))
+        partial = Path(folder, path.name)
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        if held is None:
             os.replace(partial, path)
+        elif path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        else:
+            held.files[path] = partial
+
+
+@contextmanager
+def together(stale: Callable[[], Iterable[Path]], last: Collection[Path]) -> Iterator[None]:
+    """Hold the files that `replacing` writes in the block, and put them all in place at its end.
+
+    First the files that `stale` names are removed; those in `last` then come last. A block that fails or is
+    killed leaves the old files as they were; it needs space for the new ones beside them. A block inside
+    another one belongs to that. Raises UserError for a file that cannot be removed or written.
+    """
+    if _HELD.get() is not None:
+        yield
+        return
+    with ExitStack() as folders:
+        held = _Held(folders)
+        token = _HELD.set(held)
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
+        for path in stale():
+            with _explained(path):
+                path.unlink(missing_ok=True)
+        for path in sorted(held.files, key=lambda path: path in last):
+            with _explained(path):
+                os.replace(held.files[path], path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the errors of writing a file into a UserError that names it."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

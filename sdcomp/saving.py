@@ -33,12 +33,24 @@ from sdcomp.integer import (
 )
 from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channel_map import apply_channel_map, channel_map
+from sdcomp.model.files.replacement import replacing_model
+from sdcomp.model.files.tensors import read_json
 from sdcomp.quantization import QuantModel, load_quant_model, quantization_files, save_quant_model
 from sdcomp.quantization.layers import is_quantizable
 
 RECORD = "compression.json"
 _Integers = Int8Model | PackedModel
 """UNets that have files of their own, without plain weights beside them."""
+_WRITERS = (Int8Model, save_int8), (PackedModel, save_packed), (QuantModel, save_quant_model)
+_INTEGERS = int8_files.FILES.config, packed_files.FILES.config
+_FILES = {
+    "Int8Model": (int8_files.FILES.config, int8_files.FILES.tensors),
+    "PackedModel": (packed_files.FILES.config, packed_files.FILES.tensors),
+    **dict.fromkeys(
+        ("QuantModel", "TimeStepCalibratedQuantModel"), (quantization_files.CONFIG, quantization_files.SCALES)
+    ),
+}
+"""The files of each kind of UNet that `RECORD` may name."""
 
 
 def save(
@@ -66,29 +78,31 @@ def save(
         unet = to_packed(unet) if isinstance(unet, QuantModel) else unet
         format = "sdcomp"
     quantized = isinstance(unet, _Integers | QuantModel)
-    if (quantized or record is not None) and (format or "sdcomp") != "sdcomp":
+    if format is None:
+        format = "original" if path.suffix == ".safetensors" else "sdcomp"
+    if (quantized or record is not None) and format != "sdcomp":
         raise ModelError(f"the {format} format holds plain models without a record: save a folder of ours")
     if isinstance(unet, _Integers):
         sd = sd.replace(unet=None)
     elif quantized:
         sd = sd.replace(unet=_plain(unet))
-    path = model.save(sd, path, dtype, "sdcomp" if quantized else format)
-    if isinstance(unet, _Integers):
-        (path / "unet.safetensors").unlink(missing_ok=True)
-    if quantized or record is not None:
-        about = {
-            "unet": type(unet).__name__,
-            "weights": weights_digest(unet),
-            "quantization": _quantization(unet),
-            "sdcomp": importlib.metadata.version("sdcomp"),
-            "torch": torch.__version__,
-            "record": record or {},
-        }
-        write_text(path / RECORD, json.dumps(about, indent=2) + "\n")
-    # Last, so that a killed save is not taken for a whole one.
-    for kind, write in ((Int8Model, save_int8), (PackedModel, save_packed), (QuantModel, save_quant_model)):
-        if isinstance(unet, kind):
-            write(unet, path)
+    if not quantized and record is None:
+        return model.save(sd, path, dtype, format)
+    about = {
+        "unet": type(unet).__name__,
+        "weights": weights_digest(unet),
+        "quantization": _quantization(unet),
+        "sdcomp": importlib.metadata.version("sdcomp"),
+        "torch": torch.__version__,
+        "record": record or {},
+    }
+    text = json.dumps(about, indent=2) + "\n"
+    with replacing_model(path):
+        model.save(sd, path, dtype, "sdcomp")
+        write_text(path / RECORD, text)
+        for kind, write in _WRITERS:
+            if isinstance(unet, kind):
+                write(unet, path)
     return path
 
 
@@ -104,12 +118,14 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
     Raises what `sdcomp.model.load` raises, and UserError for an `execution` that the device does not have,
     or that is given for a model without int8 weights.
     """
-    folder = resolve_input(path)
-    quantized = int8_files.FILES.config, packed_files.FILES.config, quantization_files.CONFIG
-    if options.get("loras") and _has(folder, *quantized):
+    folder, unet = resolve_input(path), options.pop("unet", None)
+    _require_unet(folder)
+    if options.get("loras") and _has(folder, *_INTEGERS, quantization_files.CONFIG):
         raise ModelError(f"{path} is quantized: merge LoRA files into the model that it was made of")
+    if unet is not None and _has(folder, *_INTEGERS):
+        raise ModelError(f"{path} has its own UNet in integers: leave unet out, or use sdcomp.model.load")
     # Where one of the two is missing, loading says so.
-    if _has(folder, int8_files.FILES.config, int8_files.FILES.tensors):
+    if _has(folder, *_FILES["Int8Model"]):
         # The other parts first: they check the device.
         sd = model.load(path, unet=nn.Identity(), **options)
         sd = sd.replace(unet=load_int8(folder, device=sd.device, execution=execution))
@@ -117,14 +133,14 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
         return sd
     if execution != "auto":
         raise UserError(f"{path} holds no int8 model: leave execution={execution!r} out")
-    if _has(folder, packed_files.FILES.config, packed_files.FILES.tensors):
+    if _has(folder, *_FILES["PackedModel"]):
         sd = model.load(path, unet=nn.Identity(), **options)
         dtype = options.get("dtype", torch.float32)
         sd = sd.replace(unet=load_packed(folder, device=sd.device, dtype=dtype))
         _check(sd, folder / packed_files.FILES.config)
         return sd
-    sd = model.load(path, **options)
-    if _has(folder, quantization_files.CONFIG, quantization_files.SCALES):
+    sd = model.load(path, unet=unet, **options)
+    if _has(folder, *_FILES["QuantModel"]):
         sd = sd.replace(unet=load_quant_model(folder, sd.unet))
         _check(sd, folder / quantization_files.CONFIG)
     return sd
@@ -132,6 +148,19 @@ def load(path: str | Path, *, execution: str = "auto", **options: Any) -> Stable
 
 def _has(folder: Path, *names: str) -> bool:
     return any(os.path.lexists(folder / name) for name in names)
+
+
+def _require_unet(folder: Path) -> None:
+    """Raise ModelError where the record names a quantized UNet, of which there is no file."""
+    if not _has(folder, RECORD):
+        return
+    kind = read_json(folder / RECORD, lambda about: str(about.get("unet")), "is damaged")
+    files = _FILES.get(kind, ())
+    if files and not _has(folder, *files):
+        raise ModelError(
+            f"{folder} has no {files[0]}, but its UNet is a {kind}: the save or the copy was not finished; "
+            "save or copy it again"
+        )
 
 
 def _check(sd: StableDiffusion, file: Path) -> None:

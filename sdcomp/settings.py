@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -153,9 +153,10 @@ def is_whole(value: object) -> bool:
 
 def whole_number(name: str, value: object) -> int:
     """Return the argument `name` as an int. Raises TypeError if it is not a whole number, see `is_whole`."""
-    if not is_whole(value):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    return operator.index(value)
+    if is_whole(value):
+        with suppress(TypeError):  # a tensor of a fraction
+            return operator.index(value)
+    raise TypeError(f"{name} must be a whole number, not {value!r}")
 
 
 def shown(value: object) -> str:

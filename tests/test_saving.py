@@ -1,14 +1,19 @@
 """Compressed models as folders: what is saved is what is loaded, bit for bit, also in a new process."""
 
+import itertools
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import sdcomp
+from sdcomp import files
 from sdcomp.errors import UserError
 from sdcomp.integer import Int8Model, PackedModel, to_int8
 from sdcomp.pruning import prune_structured, prune_unstructured
@@ -93,6 +98,122 @@ def test_a_folder_used_again_is_of_the_last_model(loaded, tmp_path, how):
     assert type(sdcomp.load(tmp_path).unet) is type(loaded.unet)
     sdcomp.save(loaded, tmp_path)
     assert not (tmp_path / "compression.json").exists()
+
+
+WRITERS = {
+    "zeroed": sdcomp.save,
+    "removed": sdcomp.save,
+    "quantized": sdcomp.save,
+    "int8": sdcomp.save,
+    "packed": sdcomp.save,
+    "diffusers": lambda sd, folder: sdcomp.save(sd, folder, format="diffusers"),
+    "removed diffusers": lambda sd, folder: sdcomp.export(sd, folder, format="diffusers"),
+    "zeroed checkpoint": lambda sd, folder: sdcomp.export(sd, folder, format="checkpoint"),
+}
+PAIRS = list(itertools.product(WRITERS, repeat=2))
+KILLED = [
+    ("zeroed", "quantized"), ("int8", "zeroed"), ("quantized", "int8"), ("quantized", "diffusers"),
+    ("diffusers", "packed"), ("removed", "zeroed checkpoint"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(loaded, tmp_path_factory):
+    """Models of all kinds: how each is written, a folder that tests must not change, and what it loads as."""
+    found = {}
+    for kind, write in WRITERS.items():
+        sd, folder = compressed(loaded, kind), tmp_path_factory.mktemp("made") / "model"
+        write(sd, folder)
+        found[kind] = (lambda target, sd=sd, write=write: write(sd, target)), folder, identity(folder)
+    return found
+
+
+def identity(folder):
+    """The UNet and the decoder that a folder loads as; the words of a refusal."""
+    try:
+        if (folder / "unet" / "unet_channels.json").exists():
+            pytest.importorskip("diffusers")
+            pipe = sdcomp.export.load_diffusers(folder)
+            return "pipeline", sdcomp.model.weights_digest(pipe.unet), sdcomp.model.weights_digest(pipe.vae)
+        sd = sdcomp.load(folder)
+    except UserError as error:
+        return str(error)
+    return type(sd.unet).__name__, *map(sdcomp.model.weights_digest, (sd.unet, sd.decoder))
+
+
+@pytest.mark.parametrize(("old", "new"), PAIRS)
+def test_a_folder_of_any_format_used_again_loads_as_the_last_model(made, tmp_path, old, new):
+    folder = Path(shutil.copytree(made[old][1], tmp_path / "model", copy_function=os.link))
+    write, _, expected = made[new]
+    write(folder)
+    assert identity(folder) == expected and len(expected) == 3
+
+
+@pytest.mark.parametrize(("old", "new"), KILLED)
+def test_a_save_that_is_killed_anywhere_mixes_no_models(made, tmp_path, old, new, monkeypatch):
+    """Killed before each file that is written, before each that is removed, and before each renaming."""
+    left = 0
+
+    def killing(function):
+        def step(path, *args, **kwargs):
+            nonlocal left
+            left -= Path(path).exists()  # removing a file that is not there changes nothing
+            if left < 0:
+                raise KeyboardInterrupt
+            return function(path, *args, **kwargs)
+
+        return step
+
+    monkeypatch.setattr(files, "_remove_leftovers", killing(files._remove_leftovers))
+    monkeypatch.setattr(files.os, "replace", killing(os.replace))
+    monkeypatch.setattr(Path, "unlink", killing(Path.unlink))
+    write, _, after = made[new]
+    before, outcomes = made[old][2], []
+    for steps in itertools.count():
+        folder = Path(shutil.copytree(made[old][1], tmp_path / str(steps), copy_function=os.link))
+        left = steps
+        try:
+            write(folder)
+        except KeyboardInterrupt:
+            left = 10**6
+            outcomes.append(identity(folder))
+        else:
+            break
+    refused = [words for words in outcomes if words not in (before, after)]
+    assert refused and all(re.search(r"save (or copy it )?again$", str(words)) for words in refused)
+    assert outcomes.count(before) > 5  # nothing is lost while the new files are written
+    left = 10**6
+    write(Path(tmp_path / str(steps - 3)))
+    assert identity(tmp_path / str(steps - 3)) == identity(folder) == after
+
+
+@pytest.mark.parametrize("how", ["quantized", "int8", "packed"])
+def test_a_folder_without_the_quantized_unet_of_its_record_is_refused(loaded, tmp_path, how):
+    folder = sdcomp.save(compressed(loaded, how), tmp_path)
+    for name in ("quantization", "int8", "packed"):
+        for file in folder.glob(f"{name}.*"):
+            file.unlink()
+    shutil.copy(sdcomp.save(loaded, tmp_path / "plain") / "unet.safetensors", folder)
+    with pytest.raises(
+        sdcomp.ModelError, match=r"has no \w+\.json, but its UNet is .* save or copy it again$"
+    ):
+        sdcomp.load(folder)
+    (folder / "compression.json").write_text("[]")
+    with pytest.raises(sdcomp.ModelError, match=r"compression\.json is damaged"):
+        sdcomp.load(folder)
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused_first(loaded, tmp_path):
+    with pytest.raises(sdcomp.ModelError, match="the original format holds plain models without a record"):
+        sdcomp.save(loaded, tmp_path / "model.safetensors", record={"a": 1})
+    with pytest.raises(TypeError, match="JSON"):
+        sdcomp.save(loaded, tmp_path / "model", record={"a": object()})
+    assert not list(tmp_path.iterdir())
+    for how in ("packed", "int8"):
+        folder = sdcomp.save(compressed(loaded, how), tmp_path / how)
+        with pytest.raises(sdcomp.ModelError, match="has its own UNet in integers: leave unet out"):
+            sdcomp.load(folder, unet=loaded.unet)
+        assert type(sdcomp.load(folder, unet=None).unet) is type(compressed(loaded, how).unet)
 
 
 def test_the_record_of_a_packed_model(loaded, tmp_path):

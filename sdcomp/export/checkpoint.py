@@ -61,7 +61,10 @@ def rounded_unet(unet: nn.Module) -> UNet:
 
 
 def rounded_weight(layer: QuantLayer | NBitLayer) -> Tensor:
-    """The weight that a layer multiplies with, its low-rank branch included, in memory of its own."""
+    """The weight that a layer multiplies with, its low-rank branch included.
+
+    It has memory of its own where it is rounded; else it is the layer's.
+    """
     if isinstance(layer, NBitLayer):
         weight = layer.dense_weight(torch.float32).clone()
     elif layer.weight_quantizer is None or not layer.state.weights:

@@ -21,6 +21,7 @@ from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.files.diffusers_config import latent_size, unet_config, unet_settings
 from sdcomp.model.files.diffusers_folder import write_diffusers
 from sdcomp.model.files.names import unet_name
+from sdcomp.model.files.replacement import replacing_model
 from sdcomp.model.files.tensors import one_line, read_json, read_tensors
 
 if TYPE_CHECKING:
@@ -46,12 +47,11 @@ def save_diffusers(sd: StableDiffusion, folder: Path, dtype: torch.dtype | None 
         "text_encoder": sd.text_encoder,
     }
     states = {name: part.state_dict() for name, part in parts.items()}
-    # A map of an earlier model must not stay beside the new weights.
-    (folder / CHANNELS).unlink(missing_ok=True)
-    write_diffusers(config, states, sd.tokenizer, folder, dtype)
     kept = {unet_name(f"{name}.", config.unet)[:-1]: units for name, units in channel_map(unet).items()}
-    if kept:
-        write_text(folder / CHANNELS, json.dumps(kept) + "\n")
+    with replacing_model(folder):
+        write_diffusers(config, states, sd.tokenizer, folder, dtype)
+        if kept:
+            write_text(folder / CHANNELS, json.dumps(kept) + "\n")
     return folder
 
 

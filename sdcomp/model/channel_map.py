@@ -88,6 +88,8 @@ def apply_channel_map(module: nn.Module, channels: dict[str, list[int]]) -> nn.M
         units = groups[name].units
         if not (isinstance(kept, list) and all(type(i) is int and 0 <= i < units for i in kept)):
             raise ValueError(f"the units kept in {name!r} must be a list of numbers from 0 to {units - 1}")
+        if len(kept) < groups[name].fewest:
+            raise ValueError(f"{name!r} must keep a unit, since the block does more than to add to its input")
         if any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"the units kept in {name!r} must be in increasing order, each once")
         if any(name.startswith(f"{other}.") and not units_there for other, units_there in channels.items()):

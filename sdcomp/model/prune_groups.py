@@ -29,6 +29,8 @@ class PruneGroup:
     A block that adds its input to the group's output has a `shortcut`: the name of the submodule that the
     input passes, or "" if there is none.
 
+    `fewest`: how many units must stay; 0 where a `Bypass` can take the block's place.
+
     `merged`: how many of the module's own units, such as heads, are one unit here; see `merge`.
     """
 
@@ -40,6 +42,7 @@ class PruneGroup:
     repeats: int = 1
     counters: tuple[str, ...] = ()
     shortcut: str | None = None
+    fewest: int = 0
     merged: int = 1
 
     def merge(self, count: int) -> PruneGroup:
@@ -80,12 +83,21 @@ def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
     if kind == "ResnetBlock2D" and block.time_embedding_norm == "default" and block.time_emb_proj is not None:
         rows = ("conv1", "time_emb_proj", "norm2")
         units = block.norm2.num_groups
-        counters = ("norm2.num_groups",)
-        return PruneGroup(name, "residual", units, rows, "conv2", counters=counters, shortcut="conv_shortcut")
+        # A bypass scales and resamples nothing.
+        whole = block.output_scale_factor != 1 or block.upsample or block.downsample
+        return PruneGroup(
+            name, "residual", units, rows, "conv2", counters=("norm2.num_groups",), shortcut="conv_shortcut",
+            fewest=1 if whole else 0,
+        )  # fmt: skip
     if kind == "Attention" and block.added_kv_proj_dim is None and block.norm_q is block.norm_k is None:
         counters = ("heads", "inner_dim", "inner_kv_dim")
         rows = ("to_q", "to_k", "to_v")
-        return PruneGroup(name, "attention", block.heads, rows, "to_out.0", counters=counters)
+        shortcut = "" if block.residual_connection else None
+        fewest = 0 if block.rescale_output_factor == 1 else 1
+        return PruneGroup(
+            name, "attention", block.heads, rows, "to_out.0", counters=counters, shortcut=shortcut,
+            fewest=fewest,
+        )  # fmt: skip
     if kind == "FeedForward" and type(block.net[0]).__name__ == "GEGLU":
         units = block.net[2].in_features
         return PruneGroup(name, "feed-forward", units, ("net.0.proj",), "net.2", repeats=2)

@@ -19,7 +19,8 @@ def image_seeds(seed: int | Sequence[int], prompts: list[str]) -> list[int]:
     one seed for each prompt. Raises TypeError for seeds that are not whole numbers, ValueError for another
     number of seeds and for seeds out of range.
     """
-    if isinstance(seed, Iterable) and not isinstance(seed, str):
+    # A number of numpy or torch, an array without dimensions, is iterable by its class alone.
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", 1):
         seeds = [whole_number("seed", s) for s in seed]
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one for each")

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 
 def disk_sizes(weights: nn.Module | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Bytes of a safetensors file of some weights, converted to `dtype` if given.
+    """Bytes of a safetensors file of some weights, converted to `dtype` if given; tied ones are stored once.
 
     `dense` is the file itself; `dense_zstd` is that file compressed by Zstandard at its default level, 3;
     `sparse` is a file of the tensors that `sparse_state` gives.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    names = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else name: name for name, t in state.items()}
+    state = {name: state[name] for name in names.values()}
     state = {
         name: t.detach().to("cpu", dtype if dtype and t.is_floating_point() else t.dtype).contiguous()
         for name, t in state.items()

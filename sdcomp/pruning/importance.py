@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -159,15 +160,14 @@ def output_gradients(
 def _summing(found: dict[str, Tensor], name: str, anchor: Tensor) -> Callable[..., Tensor]:
     """A forward hook that adds the squares of the gradient of a layer's output to `found[name]`."""
 
-    def add(gradient: Tensor) -> None:
-        axis = 1 if gradient.dim() == 4 else gradient.dim() - 1
+    def add(gradient: Tensor, axis: int) -> None:
         squares = gradient.float().square().movedim(axis, 0).flatten(1).sum(1)
         found[name] = found[name] + squares if name in found else squares
 
-    def hook(_: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
+    def hook(layer: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
         # The anchor alone is differentiated: outputs then have gradients, and weights get none.
         output = output + anchor.to(output)
-        output.register_hook(add)
+        output.register_hook(partial(add, axis=-3 if isinstance(layer, nn.Conv2d) else -1))
         return output
 
     return hook

@@ -16,6 +16,7 @@ from sdcomp.pruning.importance import Calibration, gather
 from sdcomp.pruning.layers import check_amount, prunable_layers
 from sdcomp.pruning.least_squares import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.units import groups_below
+from sdcomp.settings import whole_number
 
 Kept = dict[str, list[int]]
 """The units that stay in each group, by the group's name."""
@@ -51,6 +52,8 @@ def remove_cheapest(
     groups = groups_below(module, parts)
     if multiple is None:
         multiple = 8 if next(module.parameters()).is_cuda else 1
+    if whole_number("multiple", multiple) < 1:
+        raise ValueError(f"multiple must be at least 1, not {multiple!r}")
     calibration = gather(module, calibration, parts, gradients=True, inplace=inplace)
     if costs is None:
         costs = _parameters(module, groups)
@@ -103,7 +106,8 @@ def _families(
         saved, error, kept = [0.0], [0.0], [{}]
         for units, worse in zip(levels[1:], errors[1:], strict=True):
             more = _saved(module, group, len(units), costs)
-            if len(units) % _step(module, group, multiple) == 0 and more > saved[-1]:
+            allowed = len(units) >= group.fewest and len(units) % _step(module, group, multiple) == 0
+            if allowed and more > saved[-1]:
                 saved.append(more)
                 error.append(worse)
                 kept.append({group.name: units})

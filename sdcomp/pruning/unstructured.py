@@ -67,7 +67,7 @@ def prune_unstructured(
         amounts = kept.amounts or kept.keep_amounts(layer_amounts(layers, amount, calibration))
         scope = "layer"
     for entries, k in _together(layers, amounts, scope, importance):
-        name = entries[0][0] if entries else ""
+        name = entries[0][0]
         if importance != "second_order" and k:
             _zero(entries, layers, k, importance, calibration)
         elif k and name not in done:
@@ -92,8 +92,11 @@ def layer_amounts(
     for name, layer in layers.items():
         moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
         errors = layer_errors(layer, moments, [share(each, gradients) for each in AMOUNTS[1:]])
-        saved = sorted({round(each * layer.weight.numel()) for each in AMOUNTS})
-        curves[name] = Curve(saved, [0.0, *(float(squares @ gradients) for squares in errors)])
+        # Of a small layer, several amounts are the same number of weights.
+        points = {0: 0.0}
+        for each, squares in zip(AMOUNTS[1:], errors, strict=True):
+            points.setdefault(round(each * layer.weight.numel()), float(squares @ gradients))
+        curves[name] = Curve(list(points), list(points.values()))
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     zeros = divide(curves, round(amount * sum(sizes.values())))
     return {name: zeros[name] / size for name, size in sizes.items()}
@@ -132,9 +135,9 @@ def _together(
             if tensor is not None:
                 found.setdefault(id(tensor), (name, tensor))
     entries = list(found.values())
-    groups = [entries] if scope == "global" else [[entry] for entry in entries]
+    groups = [entries] if scope == "global" and entries else [[entry] for entry in entries]
     sizes = [sum(t.numel() for _, t in group) for group in groups]
-    counts = [round(amounts[group[0][0]] * size) for group, size in zip(groups, sizes, strict=True) if group]
+    counts = [round(amounts[group[0][0]] * size) for group, size in zip(groups, sizes, strict=True)]
     require_rest(max(amounts.values(), default=0), list(zip(counts, sizes, strict=True)))
     return list(zip(groups, counts, strict=True))
 

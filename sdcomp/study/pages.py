@@ -126,4 +126,9 @@ def _write_page(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(write_pages(Path(sys.argv[1])))
+    try:
+        if len(sys.argv) != 2:
+            raise UserError("give the folder of the runs: python -m sdcomp.study.pages reports/runs")
+        print(write_pages(Path(sys.argv[1])))
+    except UserError as error:
+        sys.exit(str(error))

@@ -93,7 +93,7 @@ def main() -> None:
     simulated = [cached_images(sd.replace(unet=q), prompts.texts) for q in models]
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     for name in args.engines:
-        if name in {row["engine"] for row in rows}:
+        if (name, args.recipe) in {(row["engine"], row["recipe"]) for row in rows}:
             continue
         with tempfile.TemporaryDirectory() as folder:
             unet = ENGINES[name](sd, models[SCORES in name], folder)

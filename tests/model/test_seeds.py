@@ -1,8 +1,10 @@
 """Every image has noise of its own, from its own seed."""
 
+import numpy as np
+import pytest
 import torch
 
-from sdcomp.model.seeds import image_generators, row_noise
+from sdcomp.model.seeds import image_generators, image_seeds, row_noise
 
 RED = "a small red star on a navy background"
 BLUE = "a large striped blue circle above a small green square"
@@ -35,6 +37,17 @@ def test_equal_prompts_give_different_images_in_a_fixed_order(small):
 def test_another_seed_gives_another_image(small):
     first, second = (small.generate(RED, steps=2, seed=seed, batch_size=1) for seed in (0, 1))
     assert (first - second).abs().mean() > 0.01
+
+
+def test_a_seed_may_be_a_number_of_numpy_or_torch():
+    expected = image_seeds(3, [RED, BLUE])
+    for seed in (torch.tensor(3), np.array(3), np.int64(3)):
+        assert image_seeds(seed, [RED, BLUE]) == expected
+    for seed in (torch.tensor([3]), np.array([3])):
+        assert image_seeds(seed, [RED]) == [3]
+    for seed in (torch.tensor(3.5), np.array(3.5), "3"):
+        with pytest.raises(TypeError, match="seed must be a whole number"):
+            image_seeds(seed, [RED])
 
 
 def test_listed_seeds_seed_the_noise_of_their_rows(small):

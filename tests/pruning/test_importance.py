@@ -79,6 +79,23 @@ def test_output_gradients_are_the_squares_of_the_jacobian(small):
     assert all(p.grad is None for p in unet.parameters())
 
 
+def test_gradients_are_of_the_outputs_whatever_the_dimensions_of_the_input():
+    torch.manual_seed(0)
+    linear, last = nn.Linear(4, 3), nn.Linear(3, 2)
+    module = nn.Sequential(linear, nn.Tanh(), last)
+    x = torch.randn(2, 5, 6, 4)
+    found = calibrate(module, lambda: module(x)).gradients
+    signs = torch.randint(0, 2, (2, 5, 6, 2), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    g = signs / signs.numel() ** 0.5
+    torch.testing.assert_close(found["2"], g.square().sum((0, 1, 2)))
+    inner = (g @ last.weight) * (1 - linear(x).tanh().square())
+    torch.testing.assert_close(found["0"], inner.square().sum((0, 1, 2)).detach())
+    conv, images = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 5, 5)
+    alone = nn.Sequential(conv)
+    summed = calibrate(alone, lambda: alone(images)).gradients["0"]
+    torch.testing.assert_close(summed, torch.full((4,), 0.25))
+
+
 def test_moments_and_means_are_of_the_inputs_as_the_weight_matrix_meets_them():
     torch.manual_seed(0)
     layer, x = nn.Conv2d(3, 4, 3, padding=1, stride=2), torch.randn(2, 3, 6, 6) + 1

@@ -205,6 +205,14 @@ def test_any_module_can_be_pruned():
     assert count_zeros(pruned) == ZeroCount(total=145, nonzero=145 - 50 - 5 - 5 - 2 - 10)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_where_there_are_no_layers_nothing_changes(small, scope):
+    module = nn.Sequential(nn.LayerNorm(4))
+    assert torch.equal(prune_unstructured(module, 0.5, scope)[0].weight, torch.ones(4))
+    same = prune_unstructured(small.unet, 0.5, scope, parts=["out.1"])
+    assert all(torch.equal(t, same.state_dict()[name]) for name, t in small.unet.state_dict().items())
+
+
 @pytest.mark.parametrize("amount", [-0.1, 1, 1.0, 1.3, 30, True, False, "0.3", None, float("nan"), [0.3]])
 def test_an_amount_that_is_no_share_is_refused(amount):
     layer = nn.Linear(4, 4)

@@ -186,6 +186,42 @@ def test_a_model_without_blocks_is_saved_quantized_and_loaded(small, calibration
     assert QuantModel(smaller, act_quant_params=None)(*args).isfinite().all()
 
 
+def image_unet(diffusers, scale: float):
+    """A small UNet of diffusers without text; its attentions add their inputs themselves."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, mid_block_scale_factor=scale, downsample_type="resnet", upsample_type="resnet",
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_an_attention_that_adds_its_input_leaves_that_and_a_bias(diffusers):
+    unet = image_unet(diffusers, 1)
+    group = next(g for g in prune_groups(unet) if g.kind == "attention")
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    attention = unet.get_submodule(group.name)
+    attention.to_out[0].weight.zero_()  # the output is the input and the bias now
+    expected = attention(x)
+    keep_units(unet, group, [])
+    torch.testing.assert_close(unet.get_submodule(group.name)(x, temb=None), expected)
+
+
+@torch.no_grad()
+def test_unets_of_diffusers_without_text_run_with_few_blocks(diffusers):
+    unet = image_unet(diffusers, 2**0.5)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    smaller = remove_cheapest(unet, 0.6, lambda: unet(x, 10))
+    assert smaller(x, 10).sample.shape == x.shape and smaller(x, 10).sample.isfinite().all()
+    gone = [name for name, kept in channel_map(smaller).items() if not kept]
+    assert any("attentions" in name for name in gone)
+    # These scale their sums, and some resample their inputs.
+    assert not any("mid_block" in name or "sampler" in name for name in gone)
+    with pytest.raises(ValueError, match="'mid_block.resnets.0' must keep a unit"):
+        apply_channel_map(unet, {"mid_block.resnets.0": []})
+
+
 @torch.no_grad()
 def test_blocks_of_diffusers_go_the_same_way(small, diffusers):
     theirs = diffusers_unet(diffusers, small.config.unet)
@@ -216,6 +252,8 @@ def test_widths_are_kept_at_multiples(small, calibration):
     for name, module in smaller.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and name != "input_blocks.0.0":
             assert module.weight.shape[1] % 8 == 0, name
+    with pytest.raises(ValueError, match="multiple must be at least 1, not 0"):
+        remove_cheapest(small.unet, 0.5, calibration, multiple=0)
 
 
 def test_only_the_parts_lose_units(small, calibration):

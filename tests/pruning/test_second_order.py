@@ -21,6 +21,7 @@ from sdcomp.pruning import (
     prune_n_m,
     prune_unstructured,
 )
+from sdcomp.pruning import unstructured as unstructured
 from sdcomp.pruning.second_order import layer_errors, prune_layer, share
 
 
@@ -124,6 +125,22 @@ def test_a_global_amount_goes_where_the_output_does_not_feel_it():
     assert sum(zeros.values()) == round(0.6 * 1024) and zeros["weak"] > 480
     with pytest.raises(ValueError, match="can save"):
         prune_unstructured(chain, 0.99, "global", importance="second_order", calibration=lambda: chain(x))
+
+
+def test_a_small_layer_costs_what_its_own_number_of_zeros_costs(monkeypatch):
+    """Of 4 weights, 20 % and 30 % are 1, 40 to 60 % are 2, and so on."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(2, 2)), correlated(200, 2)
+    seen = calibrate(net, lambda: net(x))
+    curves = []
+    monkeypatch.setattr(
+        unstructured, "divide", lambda found, total: curves.append(found["0"]) or {"0": total}
+    )
+    unstructured.layer_amounts({"0": net[0]}, 0.5, seen)
+    rules = [share(count / 4, seen.gradients["0"]) for count in range(5)]
+    errors = [float(error @ seen.gradients["0"]) for error in layer_errors(net[0], seen.moments["0"], rules)]
+    assert curves[0].saved == [0, 1, 2, 3, 4]
+    assert list(curves[0].error) == pytest.approx(errors) and errors[1] < errors[2] < errors[4]
 
 
 def test_layers_take_amounts_of_their_own(small):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -111,6 +113,20 @@ def test_a_folder_without_runs_and_a_run_that_is_not_whole_are_named(runs):
     (runs / "02_pruning" / "run.json").unlink()
     with pytest.raises(UserError, match="02_pruning is incomplete .*run it again"):
         write_pages(runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give the folder of the runs: "),
+        (["/nonexistent"], "there is no <study>/<study>.ipynb below /non"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(arguments, sentence, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pages", *arguments])
+    with pytest.raises(SystemExit, match=f"^{sentence}") as caught:
+        runpy.run_path(str(ROOT / "sdcomp" / "study" / "pages.py"), run_name="__main__")
+    assert "\n" not in caught.value.code  # printed to stderr, and the exit status is 1
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)

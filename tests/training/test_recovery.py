@@ -216,6 +216,14 @@ def test_sparse_storage_holds_the_same_weights(amount, dtype):
     assert ("0.weight" in shapes) == (amount > 0) and shapes.get("1.bias") == [9]
 
 
+def test_tied_weights_are_stored_once():
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    alone = disk_sizes(nn.Sequential(first))
+    second.weight, second.bias = first.weight, first.bias
+    tied = disk_sizes(nn.Sequential(first, second))
+    assert {kind: abs(size - alone[kind]) < 9 for kind, size in tied.items()} == dict.fromkeys(alone, True)
+
+
 def test_sizes_are_those_of_real_files(small, tmp_path):
     unet = prune_unstructured(small.unet.to(memory_format=torch.contiguous_format), 0.7)
     sizes = disk_sizes(unet)

@@ -26,6 +26,7 @@ from sdcomp.model.files.diffusers_config import (
     vae_settings,
 )
 from sdcomp.model.files.names import modern_vae_name, unet_name, vae_name
+from sdcomp.model.files.replacement import replacing_model
 from sdcomp.model.files.single_file import text_state
 from sdcomp.model.files.tensors import (
     ModelError,
@@ -115,7 +116,7 @@ def write_diffusers(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> Path:
-    """Write a folder for `StableDiffusionPipeline.from_pretrained`, `model_index.json` last."""
+    """Write a folder for `StableDiffusionPipeline.from_pretrained`, see `replacing_model`."""
     unet = {unet_name(name, config.unet): t for name, t in states["unet"].items()}
     vae = {
         vae_name(name, config.vae): t for part in ("encoder", "decoder") for name, t in states[part].items()
@@ -123,8 +124,6 @@ def write_diffusers(
     # diffusers has linear layers where we have 1x1 convolutions.
     vae = {name: t.flatten(1) if ".attentions." in name and t.dim() == 4 else t for name, t in vae.items()}
     text = {f"text_model.{name}": t for name, t in states["text_encoder"].items()}
-    for part, state in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        write_tensors(state, folder / part / f"{_WEIGHTS[part]}.safetensors", dtype)
     side = config.image_size // config.vae.downsampling
     settings = {
         "unet/config": {"_class_name": "UNet2DConditionModel"} | unet_settings(config.unet, side),
@@ -150,9 +149,12 @@ def write_diffusers(
             "vae": ["diffusers", "AutoencoderKL"],
         },
     }
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    for name, values in settings.items():
-        write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
+    with replacing_model(folder):
+        for part, state in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+            write_tensors(state, folder / part / f"{_WEIGHTS[part]}.safetensors", dtype)
+        save_tokenizer(tokenizer, folder / "tokenizer")
+        for name, values in settings.items():
+            write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
     return folder
 
 

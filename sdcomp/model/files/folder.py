@@ -16,16 +16,11 @@ from transformers import CLIPTokenizer
 
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
+from sdcomp.model.files.replacement import replacing_model
 from sdcomp.model.files.tensors import Part, Source, read_json, read_tensors, write_tensors
 from sdcomp.model.tokenizer import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
-
-# The files of a quantized UNet (`sdcomp.saving`).
-_QUANTIZED = (
-    "compression.json",
-    *(f"{name}.{kind}" for name in ("int8", "packed", "quantization") for kind in ("json", "safetensors")),
-)
 
 
 def read_folder(folder: Path, needs_unet: bool = True) -> Source:
@@ -59,17 +54,13 @@ def write_folder(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> Path:
-    """Write the folder, `config.json` last. Raises UserError for a file that cannot be written."""
+    """Write the folder, see `replacing_model`. Raises UserError for a file that cannot be written."""
     others = {name: state for name, state in states.items() if name not in ("encoder", "decoder")}
-    for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
-        write_tensors(state, folder / f"{name}.safetensors", dtype)
-    save_tokenizer(tokenizer, folder)
-    # Remove the files of a quantized model that was saved here before.
-    for name in _QUANTIZED:
-        (folder / name).unlink(missing_ok=True)
-    if channels:
-        write_text(folder / "unet_channels.json", json.dumps(channels) + "\n")
-    else:
-        (folder / "unet_channels.json").unlink(missing_ok=True)
-    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing_model(folder):
+        for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
+            write_tensors(state, folder / f"{name}.safetensors", dtype)
+        save_tokenizer(tokenizer, folder)
+        if channels:
+            write_text(folder / "unet_channels.json", json.dumps(channels) + "\n")
+        write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     return folder

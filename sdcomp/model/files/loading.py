@@ -121,7 +121,10 @@ def _open(path: str | Path, config: ModelConfig, variant: str | None, needs_unet
         return read_diffusers(found, variant)
     if os.path.lexists(found / "config.json"):
         return read_folder(found, needs_unet)
-    raise ModelError(f"{found} is not a model folder: it has no config.json and no model_index.json")
+    raise ModelError(
+        f"{found} is not a model folder: it has no config.json and no model_index.json; where a save was"
+        " stopped, save again"
+    )
 
 
 def _build(
@@ -188,8 +191,9 @@ def save(
       checkpoints, without tokenizer, image encoder and reader;
     - "diffusers": a folder for `StableDiffusionPipeline.from_pretrained`, without image encoder and reader.
 
-    Each file is written to a temporary place and renamed, so a killed save leaves only whole files. Raises
-    UserError for a file that cannot be written, and ModelError for a model that the format cannot hold.
+    All files are written to temporary places and then renamed. So a killed save leaves the model that was
+    there before, or in its last moment a folder that `load` refuses. Raises UserError for a file that cannot
+    be written, and ModelError for a model that the format cannot hold.
     """
     path = Path(path)
     format = _format(path, format)

@@ -11,9 +11,10 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from sdcomp.files import resolve_input
 from sdcomp.model.files.names import unet_name
-from sdcomp.model.files.tensors import ModelError, finite, one_line, read_safetensors
+from sdcomp.model.files.tensors import ModelError, finite, one_line, read_json, read_safetensors
 from sdcomp.model.unet import UNet
+from sdcomp.settings import shown
 
 # Kohya's names end in .lora_down.weight, peft's in .lora_A.weight, those of old diffusers in
 # _lora.down.weight or .lora_linear_layer.down.weight.
@@ -39,12 +41,19 @@ _OTHERS = {
     "LoRA biases": r"lora_B.*\.bias",
 }
 _METADATA = "lora_adapter_metadata"
+_PEFT = "base_model.model."
+"""What peft puts before the names of its own files; `adapter_config.json` beside them has the settings."""
+_ODD = ("use_dora", "alpha_pattern", "fan_in_fan_out", "layer_replication", "megatron_config", "use_qalora")
+"""Settings of peft that change the formula."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of peft's `init_lora_weights` that leave the weights of the model as they are."""
 
 
 def merge_loras(loras: Mapping[str | Path, float], unet: UNet, text_encoder: nn.Module) -> None:
     """Add LoRA files to the weights of a UNet and a text encoder, in place, each times its scale.
 
-    `loras` maps `.safetensors` files to scales. Names are those of kohya's scripts, peft or diffusers.
+    `loras` maps `.safetensors` files, or folders that peft saved, to scales. Names are those of kohya's
+    scripts, peft or diffusers.
     Affected weights are replaced by new tensors of their type. Raises TypeError for loras that are no such
     mapping, ModelError for a file that is damaged, of another kind or of another model.
     """
@@ -55,6 +64,8 @@ def merge_loras(loras: Mapping[str | Path, float], unet: UNet, text_encoder: nn.
         if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
             raise TypeError(f"the scale of {path} must be a number, not {scale!r}")
         file = resolve_input(path)
+        if file.is_dir():
+            file = file / "adapter_model.safetensors"
         for name, lora in read_lora(file).items():
             if name not in layers:
                 raise ModelError(
@@ -67,7 +78,8 @@ def merge_loras(loras: Mapping[str | Path, float], unet: UNet, text_encoder: nn.
 def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
     """Read a LoRA file: for each layer, by its name in the file, the matrices `down`, `up` and maybe `mid`.
 
-    `alpha` is there too where the file gives it. Raises ModelError for damaged files and other kinds.
+    `alpha` is there too where the file, or the settings of peft beside it, give it. Raises ModelError for damaged
+    files and other kinds.
     """
     tensors = read_safetensors(file, ModelError)
     loras: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -78,10 +90,13 @@ def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
         kind = "alpha" if found["alpha"] else _MATRICES.get(found["matrix"], found["matrix"])
         if not tensor.is_floating_point() and kind != "alpha":
             raise ModelError(f"{file} holds {one_line(key)[:100]} in another type than floating point")
-        loras[found["layer"]][kind] = tensor
+        loras[found["layer"].removeprefix(_PEFT)][kind] = tensor
     if not loras:
         raise ModelError(f"{file} is empty: it holds no LoRA")
     alphas = _adapter_alphas(file)
+    scaling = None
+    if any(key.startswith(_PEFT) for key in tensors):
+        scaling = read_json(file.with_name("adapter_config.json"), _peft_scaling, "cannot be used")
     for name, lora in loras.items():
         for kind in ("down", "up"):
             if kind not in lora:
@@ -89,6 +104,8 @@ def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
         part = name.partition(".")[0]
         if "alpha" not in lora and part in alphas:
             lora["alpha"] = torch.tensor(alphas[part])
+        if scaling:
+            lora["alpha"] = torch.tensor(scaling(lora["down"].shape[:1].numel()))
     return dict(loras)
 
 
@@ -126,6 +143,23 @@ def _adapter_alphas(file: Path) -> dict[str, float]:
     return alphas
 
 
+def _peft_scaling(settings: dict[str, Any]) -> Callable[[int], float]:
+    """The alpha of a layer by its rank r, so that alpha / r is the factor that peft's settings say.
+
+    That is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023). Raises ValueError
+    for settings that change the formula.
+    """
+    odd = [name for name in _ODD if settings.get(name)]
+    if settings.get("init_lora_weights") not in _PLAIN_STARTS:
+        odd.append("init_lora_weights")
+    if settings.get("peft_type") != "LORA":
+        odd.append("peft_type")
+    if odd:
+        raise ValueError(f"{odd[0]} is {shown(settings.get(odd[0]))}; merge it with the tool that trained it")
+    alpha, root = float(settings["lora_alpha"]), settings.get("use_rslora")
+    return lambda rank: alpha * rank**0.5 if root else alpha
+
+
 def _layers(unet: UNet, text_encoder: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
     """All names that a file may use for a convolution or linear layer, with the layer."""
     for name, layer in unet.named_modules():
@@ -141,8 +175,8 @@ def _layers(unet: UNet, text_encoder: nn.Module) -> Iterator[tuple[str, nn.Conv2
         if isinstance(layer, nn.Linear):
             old = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)
             for known in (name, old):
-                yield f"text_encoder.{known}", layer
-                yield f"text_encoder.text_model.{known}", layer
+                for prefix in ("text_encoder.", "text_encoder.text_model.", "text_model.", ""):
+                    yield prefix + known, layer
             yield f"lora_te_text_model_{name.replace('.', '_')}", layer
 
 

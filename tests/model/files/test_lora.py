@@ -26,6 +26,7 @@ LAYERS = (
 CONVOLUTIONS = ("input_blocks.1.0.in_layers.2", "input_blocks.2.0.op", "output_blocks.3.0.skip_connection")
 TEXT = ("layers.0.self_attn.q_proj", "layers.1.mlp.fc1", "layers.1.self_attn.out_proj")
 PEFT = ("unet.", "text_encoder.text_model.encoder.")
+ADAPTER = "adapter_model.safetensors"
 KOHYA = ("lora_unet_", "lora_te_text_model_encoder_")
 
 
@@ -168,6 +169,81 @@ def test_alpha_may_be_in_the_settings_of_peft(small, folder, diffusers, tmp_path
     for name, tensor in unet_state(sd.unet).items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
     assert changed(small.unet.state_dict(), sd.unet.state_dict())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_folder_that_peft_saves_is_what_peft_merges(small, folder, diffusers, tmp_path, rslora):
+    peft_package = pytest.importorskip("peft")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    expected, files = {}, {}
+    for part, targets in (("unet", ["to_q", "conv1"]), ("text_encoder", ["q_proj", "fc1"])):
+        config = peft_package.LoraConfig(
+            r=3, lora_alpha=5, target_modules=targets, rank_pattern={targets[0]: 2}, use_rslora=rslora
+        )
+        model = peft_package.get_peft_model(getattr(pipe, part), config)
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(tensor, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        model.save_pretrained(tmp_path / part)
+        files[tmp_path / part] = 1.0
+        expected[part] = model.merge_and_unload().state_dict()
+    sd = sdcomp.load(folder, loras=files)
+    for name, tensor in unet_state(sd.unet).items():
+        torch.testing.assert_close(tensor, expected["unet"][name], rtol=1e-5, atol=1e-6, msg=name)
+    text = {name.removeprefix("text_model."): t for name, t in expected["text_encoder"].items()}
+    for name, tensor in sd.text_encoder.state_dict().items():
+        torch.testing.assert_close(tensor, text[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert len(changed(small.unet.state_dict(), sd.unet.state_dict())) > 2
+    assert len(changed(small.text_encoder.state_dict(), sd.text_encoder.state_dict())) == 4
+
+
+def peft_folder(small, folder, **settings):
+    """A file of peft's layout for one layer, and its settings."""
+    save_file(lora(small, peft, [ATTENTION], prefixes=("base_model.model.", "")), folder / ADAPTER)
+    peft_settings(folder, **settings)
+    return folder
+
+
+def peft_settings(folder, **settings):
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 7, "use_rslora": False, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(("rslora", "factor"), [(False, 7 / 2), (True, 7 / 2**0.5)])
+def test_settings_beside_a_file_of_peft_scale_it(small, folder, tmp_path, rslora, factor):
+    file = peft_folder(small, tmp_path, use_rslora=rslora) / ADAPTER
+    made, layer = matrices(small.unet.get_submodule(ATTENTION), 2, 0), small.unet.get_submodule(ATTENTION)
+    merged = sdcomp.load(folder, loras={file: 0.3}).unet.get_submodule(ATTENTION).weight
+    torch.testing.assert_close(merged, layer.weight + 0.3 * factor * made["up"] @ made["down"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "use_dora is True; merge it with the tool that trained it"),
+        ({"alpha_pattern": {"to_q": 3}}, "alpha_pattern is {'to_q': 3}; merge it"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; merge it"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; merge it"),
+        ({"lora_alpha": "much"}, "could not convert"),
+        ({"lora_alpha": None}, "must be a string or a real number"),
+    ],
+)
+def test_settings_of_peft_that_cannot_be_merged_are_refused(small, folder, tmp_path, settings, words):
+    file = peft_folder(small, tmp_path, **settings) / "adapter_config.json"
+    with pytest.raises(ModelError, match=f"^{file} cannot be used: .*{words}") as caught:
+        sdcomp.load(folder, loras={tmp_path: 1.0})
+    assert "\n" not in str(caught.value)
+    scalar = {f"base_model.model.{name}.weight": torch.tensor(1.0) for name in ("a.lora_A", "a.lora_B")}
+    save_file(scalar, tmp_path / ADAPTER)
+    peft_settings(tmp_path)
+    with pytest.raises(ModelError, match="is a LoRA of another model"):
+        sdcomp.load(folder, loras={tmp_path: 1.0})
+    file.unlink()
+    with pytest.raises(ModelError, match=f"^{file} is missing; copy the whole folder"):
+        sdcomp.load(folder, loras={tmp_path / ADAPTER: 1.0})
+    (tmp_path / ADAPTER).unlink()
+    with pytest.raises(ModelError, match=f"^{tmp_path / ADAPTER} is missing"):
+        sdcomp.load(folder, loras={tmp_path: 1.0})
 
 
 NAME = f"lora_unet_{ATTENTION.replace('.', '_')}"
