@@ -78,7 +78,8 @@ def merge_loras(loras: Mapping[str | Path, float], unet: UNet, text_encoder: nn.
 def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
     """Read a LoRA file: for each layer, by its name in the file, the matrices `down`, `up` and maybe `mid`.
 
-    `alpha` is there too where the file gives it. Raises ModelError for damaged files and other kinds.
+    `alpha` is there too where the file, or the settings of peft beside it, give it. Raises ModelError for
+    damaged files and other kinds.
     """
     tensors = read_safetensors(file, ModelError)
     loras: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -93,10 +94,9 @@ def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
     if not loras:
         raise ModelError(f"{file} is empty: it holds no LoRA")
     alphas = _adapter_alphas(file)
-    by_peft = any(key.startswith(_PEFT) for key in tensors)
-    scaling = (
-        read_json(file.with_name("adapter_config.json"), _peft_scaling, "cannot be used") if by_peft else None
-    )
+    scaling = None
+    if any(key.startswith(_PEFT) for key in tensors):
+        scaling = read_json(file.with_name("adapter_config.json"), _peft_scaling, "cannot be used")
     for name, lora in loras.items():
         for kind in ("down", "up"):
             if kind not in lora:
