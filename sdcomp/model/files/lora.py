@@ -78,8 +78,8 @@ def merge_loras(loras: Mapping[str | Path, float], unet: UNet, text_encoder: nn.
 def read_lora(file: Path) -> dict[str, dict[str, Tensor]]:
     """Read a LoRA file: for each layer, by its name in the file, the matrices `down`, `up` and maybe `mid`.
 
-    `alpha` is there too where the file, or the settings of peft beside it, give it. Raises ModelError for damaged
-    files and other kinds.
+    `alpha` is there too where the file, or the settings of peft beside it, give it. Raises ModelError for
+    damaged files and other kinds.
     """
     tensors = read_safetensors(file, ModelError)
     loras: dict[str, dict[str, Tensor]] = defaultdict(dict)
