@@ -27,7 +27,7 @@ def answer(differences: Sequence[Row], tolerance: float | None = None) -> str:
     if not differences:
         return "No variant gave images, so this run has no answer."
     first = differences[0]
-    tolerance = _tolerance(differences, tolerance)
+    tolerance = tolerance_of(differences, tolerance)
     reach = float(np.median([(row["ci_high"] - row["ci_low"]) / 2 for row in differences]))
     lines = [
         f"{first['n']:g} images a variant. The intervals of the {first['metric']} reach {reach:.1f}"
@@ -59,8 +59,8 @@ def smallest_file(
     `differences` are rows as for `answer`, `megabytes` the real files of some of the variants, and `half` is
     the file in fp16.
     """
-    if too_few := _too_few(differences, "file is the smallest"):
-        return too_few
+    if few := too_few(differences, "file is the smallest"):
+        return few
     found = cheapest(differences, megabytes, tolerance)
     if found is None or megabytes[found["variant"]] >= half:
         return f"No file below the {half:.1f} MB of fp16 is shown to have {_limits(differences, tolerance)}."
@@ -77,8 +77,8 @@ def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float | None = 
     `methods` has the rows of each.
     """
     rows = [row for found in methods.values() for row in found]
-    if too_few := _too_few(rows, "bits are enough"):
-        return too_few
+    if few := too_few(rows, "bits are enough"):
+        return few
     said = []
     for method, found in methods.items():
         bits = {row["variant"]: row["variant"].weight_bits for row in found}
@@ -96,8 +96,8 @@ def fastest(
     `seconds` are those of the UNet for an image, in fp32 and in all variants that really run; "little" is as
     for `smallest_file`.
     """
-    if too_few := _too_few(differences, "execution is the fastest"):
-        return too_few
+    if few := too_few(differences, "execution is the fastest"):
+        return few
     alone = [row for row in differences if row["variant"] == Variant(steps=row["variant"].steps)]
     limits = _limits(differences, tolerance)
     lines = []
@@ -114,18 +114,10 @@ def fastest(
     return "\n".join(lines)
 
 
-def _too_few(differences: Sequence[Row], what: str) -> str:
-    """Why nothing can be said, if so."""
-    if not differences:
-        return answer(differences)
-    n = differences[0]["n"]
-    return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
-
-
 def added_losses(differences: Sequence[Row]) -> str:
     """How many quantized UNets are worse than the same UNet before quantization; rows are as for `answer`."""
-    if too_few := _too_few(differences, "quantization costs a pruned UNet anything"):
-        return too_few
+    if few := too_few(differences, "quantization costs a pruned UNet anything"):
+        return few
     worse = [row for row in differences if row["ci_high"] < 0]
     score = differences[0]["metric"].removesuffix(" difference")
     return f"Quantization costs {score} in {len(worse)} of {len(differences)} pruned UNets"
@@ -141,7 +133,7 @@ def cheapest(
     differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float | None = None
 ) -> Row | None:
     """The row of the least cost among the variants that are shown to lose little, see `smallest_file`."""
-    tolerance = _tolerance(differences, tolerance)
+    tolerance = tolerance_of(differences, tolerance)
     little = [
         row
         for row in differences
@@ -150,17 +142,24 @@ def cheapest(
     return min(little, key=lambda row: costs[row["variant"]], default=None)
 
 
-def _tolerance(differences: Sequence[Row], tolerance: float | None) -> float:
+def too_few(differences: Sequence[Row], what: str) -> str:
+    """Why rows do not tell which `what`, such as "file is the smallest"; empty where they do."""
+    if not differences:
+        return answer(differences)
+    n = differences[0]["n"]
+    return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
+
+
+def tolerance_of(differences: Sequence[Row], tolerance: float | None = None) -> float:
+    """The tolerance, by default that of the rows' metric in `TOLERANCES`."""
     if tolerance is None:
         return TOLERANCES[differences[0]["metric"]] if differences else 0.0
     return tolerance
 
 
 def _limits(differences: Sequence[Row], tolerance: float | None) -> str:
-    score, tolerance = (
-        differences[0]["metric"].removesuffix(" difference"),
-        _tolerance(differences, tolerance),
-    )
+    score = differences[0]["metric"].removesuffix(" difference")
+    tolerance = tolerance_of(differences, tolerance)
     lost = f"at most {LITTLE * tolerance:g} points of {score} lost"
     return f"{lost} ({tolerance:g} at the worse end of its interval)"
 

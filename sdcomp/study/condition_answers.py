@@ -86,21 +86,35 @@ def changes_answer(changes: Sequence[Row], own: str) -> str:
         )
     found = "; ".join(f"{row['condition']}, {row['label']}: {shown(row)}" for row in other)
     return (
-        f"{len(other)} of {len(changes)} losses are others than under {own}, where chance alone would give"
-        f" {len(changes) / 20:.1f}: {found}."
+        f"{len(changes)} losses were compared with those under {own}. For {len(other)} the interval of the"
+        f" change leaves out 0; chance alone gives about {len(changes) / 20:.1f}. {found}."
     )
 
 
 def lost_first(rows: Sequence[Row]) -> list[Row]:
-    """The attributes that the gentlest variant that loses any is shown to lose, each by its own interval.
+    """The attributes that the gentlest variant with a clear loss loses. The worst stands first.
 
-    The worst stands first.
+    A loss is clear if it is shown here and in all harsher variants, each by its own interval: with many
+    attributes, one variant alone may show a loss by chance.
 
     `rows` are paired differences of the accuracy of attributes, variant by variant from gentle to harsh. Half
     of `ENOUGH` images are enough, because half of the scenes have one object, and no relation.
     """
-    lost = [row for row in rows if row["ci_high"] < 0 and row["n"] >= ENOUGH // 2]
-    return sorted((row for row in lost if row["label"] == lost[0]["label"]), key=lambda row: row["value"])
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    found = {(row["label"], row["about"]["attribute"]) for row in rows if _loses(row)}
+    for i, label in enumerate(labels):
+        lost = [
+            row
+            for row in rows
+            if row["label"] == label and all((b, row["about"]["attribute"]) in found for b in labels[i:])
+        ]
+        if lost:
+            return sorted(lost, key=lambda row: row["value"])
+    return []
+
+
+def _loses(row: Row) -> bool:
+    return row["ci_high"] < 0 and row["n"] >= ENOUGH // 2
 
 
 def first_failure(rows: Sequence[Row]) -> str:
@@ -110,9 +124,24 @@ def first_failure(rows: Sequence[Row]) -> str:
     lost = lost_first(rows)
     if not lost:
         gentle, harsh = rows[0]["label"], rows[-1]["label"]
-        return f"From {gentle} to {harsh}, no attribute is shown to be lost at this n."
+        return f"From {gentle} to {harsh}, no attribute is lost for certain at this n."
     said = ", ".join(f"{row['about']['attribute']} {shown(row)}" for row in lost)
-    return f"{lost[0]['label']} is the first that is shown to lose attributes ({_points(lost[0])}): {said}."
+    return f"{lost[0]['label']} is the first with clear losses ({_points(lost[0])}): {said}."
+
+
+def failure_title(rows: Sequence[Row]) -> str:
+    """`first_failure` in few words, for a title."""
+    n = max((row["n"] for row in rows), default=0)
+    if n < ENOUGH:
+        return f"{n:g} images are too few to tell"
+    lost, labels = lost_first(rows), list(dict.fromkeys(row["label"] for row in rows))
+    if not lost:
+        return "no clear loss"
+    *names, last = (row["about"]["attribute"] for row in lost)
+    said = f"{', '.join(names)} and {last}" if names else last
+    before = labels.index(lost[0]["label"]) - 1
+    gentler = f"; {labels[before]} shows no clear loss" if before >= 0 else ""
+    return f"{lost[0]['label']} loses {said}{gentler}"
 
 
 def shown(row: Row) -> str:

@@ -14,6 +14,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sdcomp.study.claims import FAILS, HOLDS, UNKNOWN, not_worse
+
 
 def style() -> None:
     """Set the look of all figures: few lines, a colour-blind safe palette."""
@@ -143,22 +145,35 @@ def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figu
     return figure
 
 
-def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], limits: tuple[float, float]) -> None:
-    """Draw results (rows of `Run.results`) by bits of weights, down, and of activations, across.
+KEPT = {HOLDS: "#9ecae1", UNKNOWN: "0.9", FAILS: "#fdae6b"}
+"""Colours of verdicts on a loss."""
 
-    The values stand in the cells. Colours end at the `limits`. Without rows, nothing is drawn.
+
+def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], tolerance: float = 5.0) -> None:
+    """Draw paired differences (rows of `Run.results`) by bits of weights, down, and of activations, across.
+
+    The values and their intervals stand in the cells. Colours are the verdicts on "loses at most
+    `tolerance`", with labels for a legend. Without rows, nothing is drawn.
     """
     if not rows:
         axis.set_axis_off()
         return
-    cells = [(row["variant"].weight_bits, row["variant"].act_bits, row["value"]) for row in rows]
-    table = pd.DataFrame(cells, columns=["weights", "activations", "value"])
-    table = table.pivot(index="weights", columns="activations", values="value")
-    table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
-    table = table.rename(columns={32: "full"})
-    low, high = limits
-    colours = {"cmap": "viridis", "vmin": low, "vmax": high, "cbar_kws": {"extend": "both"}}
-    sns.heatmap(table, ax=axis, annot=True, fmt=".1f", linewidths=1, **colours)
+    cells = [
+        {
+            "weights": row["variant"].weight_bits,
+            "activations": row["variant"].act_bits,
+            "verdict": list(KEPT).index(not_worse(row["ci_low"], row["ci_high"], tolerance)),
+            "text": f"{row['value']:.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]",
+        }
+        for row in rows
+    ]
+    table = pd.DataFrame(cells).pivot(index="weights", columns="activations", values=["verdict", "text"])
+    table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False).rename(columns={32: "full"})
+    colours = {"cmap": list(KEPT.values()), "vmin": 0, "vmax": len(KEPT) - 1, "cbar": False}
+    written = {"annot": table["text"], "fmt": "", "annot_kws": {"fontsize": 10, "color": "black"}}
+    sns.heatmap(table["verdict"].astype(float), ax=axis, linewidths=1, **colours, **written)
+    for verdict, colour in KEPT.items():
+        axis.plot([], [], "s", color=colour, markersize=10, label=verdict)
     axis.set(xlabel="bits of activations", ylabel="bits of weights")
     axis.tick_params(axis="y", rotation=0)
 

@@ -9,6 +9,7 @@ from sdcomp.study.condition_answers import (
     calibration_answer,
     changes_answer,
     draws_spread,
+    failure_title,
     first_failure,
     lost_first,
 )
@@ -53,8 +54,8 @@ def test_a_loss_holds_where_its_change_is_not_told_from_zero():
     assert said.startswith("No loss is shown to be another than under ddim. The intervals of 2 changes reach")
     assert said.endswith("up to 4.0 points to each side.")
     said = changes_answer([holds, other], "ddim")
-    assert said.startswith("1 of 2 losses are others than under ddim, where chance alone would give 0.1:")
-    assert said.endswith("6 steps, mse: -9.0 [-13.0, -5.0].")
+    assert said.startswith("2 losses were compared with those under ddim. For 1 the interval of the change")
+    assert said.endswith("chance alone gives about 0.1. 6 steps, mse: -9.0 [-13.0, -5.0].")
     assert "stays open" in changes_answer([row("mse", -90, 4, 16, condition="ddpm")], "ddim")
 
 
@@ -67,5 +68,21 @@ def test_the_first_failure_is_that_of_the_gentlest_variant_that_shows_one():
     assert [r["about"]["attribute"] for r in lost_first(rows)] == ["shape", "color"]
     said = first_failure(rows)
     assert said.startswith("W5A5 is the first") and "shape -6.0 [-8.0, -4.0], color" in said
-    assert first_failure(rows[:2]) == "From W6A6 to W6A6, no attribute is shown to be lost at this n."
+    assert failure_title(rows) == "W5A5 loses shape and color; W6A6 shows no clear loss"
+    assert failure_title(rows[2:]) == "W5A5 loses shape and color"
+    assert first_failure(rows[:2]) == "From W6A6 to W6A6, no attribute is lost for certain at this n."
+    assert failure_title(rows[:2]) == "no clear loss"
     assert first_failure([]) == "No reader judges these images, so no attribute can be told."
+    assert failure_title([lost("W4A4", "color", -40, 2, n=8)]) == "8 images are too few to tell"
+    assert failure_title([]) == "0 images are too few to tell"
+
+
+def test_a_loss_that_harsher_variants_do_not_show_is_not_clear():
+    rows = [
+        lost("W5A5", "size", -3, 2), lost("W5A5", "shape", -4, 6), lost("W5A5", "color", -3, 2),
+        lost("W4A4", "size", -2, 4), lost("W4A4", "shape", -14, 6), lost("W4A4", "color", -1, 2),
+    ]  # fmt: skip
+    assert [(r["label"], r["about"]["attribute"]) for r in lost_first(rows)] == [("W4A4", "shape")]
+    assert failure_title(rows) == "W4A4 loses shape; W5A5 shows no clear loss"
+    harshest = [lost("W3A3", name, -9, 10) for name in ("size", "shape", "color")]
+    assert lost_first([*rows, *harshest]) == []

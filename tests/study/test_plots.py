@@ -31,7 +31,7 @@ def test_a_method_that_failed_everywhere_draws_nothing():
     axis = Figure().add_subplot()
     error_band(axis, [], [], "failed")
     scatter(axis, [], [], "failed")
-    bits_map(axis, [], (0, 1))
+    bits_map(axis, [])
     assert not axis.lines or all(line.get_xdata().size == 0 for line in axis.lines)
 
 
@@ -71,15 +71,20 @@ def test_a_heat_map_keeps_the_order_and_shows_each_result_in_its_place():
     assert bar.get_ylabel() == "error" and axis.get_xlabel() == "amount"
 
 
-def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_writes_its_values():
+def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_says_what_each_shows():
     axis = Figure().add_subplot()
-    cells = {(3, 32): -2.0, (4, 32): -0.5, (3, 4): -31.26, (4, 4): -6.0}
-    made = [{"variant": quantized("low_bits", w, a), "value": v} for (w, a), v in cells.items()]
-    bits_map(axis, made, (-20, 0))
+    cells = {(3, 32): -2.0, (4, 32): -4.5, (3, 4): -31.26, (4, 4): -6.5}
+    variants = [{"variant": quantized("low_bits", w, a)} for w, a in cells]
+    made = [row | variant for row, variant in zip(rows(cells.values()), variants, strict=True)]
+    bits_map(axis, made, tolerance=5)
     assert [text.get_text() for text in axis.get_xticklabels()] == ["full", "4"]
     assert [text.get_text() for text in axis.get_yticklabels()] == ["4", "3"]
-    assert [text.get_text() for text in axis.texts] == ["-0.5", "-6.0", "-2.0", "-31.3"]
-    assert axis.collections[0].get_clim() == (-20, 0)
+    written = ["-4.5\n[-5.5, -2.5]", "-6.5\n[-7.5, -4.5]", "-2.0\n[-3.0, 0.0]", "-31.3\n[-32.3, -29.3]"]
+    assert [text.get_text() for text in axis.texts] == written
+    names = axis.get_legend_handles_labels()[1]
+    verdicts = [names[int(v)] for v in axis.collections[0].get_array().ravel()]
+    unknown = "cannot be told at this n"
+    assert verdicts == [unknown, unknown, "holds", "does not hold"]
 
 
 def test_differences_stand_from_top_to_bottom_with_their_intervals():

@@ -1,0 +1,71 @@
+"""Titles of figures that say what the rows of a run bear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sdcomp.study.answers import tolerance_of, too_few
+from sdcomp.study.claims import HOLDS, not_worse
+from sdcomp.study.results import Row
+
+
+def bits_kept(differences: Sequence[Row], tolerance: float | None = None) -> str:
+    """A title for one method: the fewest bits down to which it is shown to lose at most `tolerance`.
+
+    `differences` are rows as for `answer`, over a grid of bits of weights and of activations. All pairs with
+    as many bits or more must hold too. The fewest bits are the smallest product of the two.
+    """
+    if few := too_few(differences, "bits are enough"):
+        return few
+    tolerance = tolerance_of(differences, tolerance)
+    holds = {}
+    for row in differences:
+        verdict = not_worse(row["ci_low"], row["ci_high"], tolerance)
+        holds[row["variant"].weight_bits, row["variant"].act_bits] = verdict == HOLDS
+    kept = [(w, a) for w, a in holds if all(held for (v, b), held in holds.items() if v >= w and b >= a)]
+    method, score = differences[0]["variant"].recipe, differences[0]["metric"].removesuffix(" difference")
+    if not kept:
+        return f"{method}: no bits are shown to keep {score}"
+    w, a = min(kept, key=lambda pair: pair[0] * pair[1])
+    inputs = "activations in full" if a == 32 else f"{a} of activations"
+    return f"{method}: {score} holds down to {w} bits of weights and {inputs}"
+
+
+def about_equal(correlations: Mapping[str, float], margin: float = 0.05) -> str:
+    """A title about measures by their rank correlations; those within `margin` of the best are equal."""
+    ranked = sorted(correlations.items(), key=lambda item: -item[1])
+    near = [(name, value) for name, value in ranked if value >= ranked[0][1] - margin]
+    rest = ", ".join(f"{name} {value:.2f}" for name, value in ranked[len(near) :])
+    said = f"{near[0][0]} ranks the variants best ({near[0][1]:.2f})"
+    if len(near) > 1:
+        ends = f"{near[-1][1]:.2f} to {near[0][1]:.2f}"
+        said = f"{len(near)} of {len(ranked)} errors rank the variants about equally ({ends})"
+    return f"{said}; {rest}" if rest else said
+
+
+def late_errors(paths: Mapping[str, Sequence[Row]]) -> str:
+    """A title about where variants make their largest error; each has its rows from first step to last."""
+    late = [rows for rows in paths.values() if max(row["value"] for row in rows) == rows[-1]["value"]]
+    if not paths or len(late) < len(paths):
+        return f"{len(late)} of {len(paths)} variants make their largest error in the last step"
+    times = sorted(rows[-1]["value"] / rows[0]["value"] for rows in late)
+    return (
+        "Every variant makes its largest error in the last step:"
+        f" {times[0]:.2g} to {times[-1]:.2g} times that of the first"
+    )
+
+
+def missed_more(missed: Mapping[str, Sequence[Row]], baseline: Sequence[Row]) -> str:
+    """A title about attributes that variants miss more often than the baseline.
+
+    Two intervals that do not overlap show it. The rows of a variant and of the baseline have one order.
+    """
+    counts = {
+        name: sum(row["ci_low"] > own["ci_high"] for row, own in zip(rows, baseline, strict=True))
+        for name, rows in missed.items()
+    }
+    said = [f"{count} of {len(baseline)} attributes by {name}" for name, count in counts.items() if count]
+    if not said:
+        return "No variant is shown to miss an attribute more often than fp32"
+    others = ["none by the others"] if 0 in counts.values() else []
+    return f"Shown to be missed more often than by fp32: {', '.join(said + others)}"

@@ -1,0 +1,54 @@
+"""Titles of figures, from made-up rows."""
+
+from sdcomp.study import Variant, quantized
+from sdcomp.study.titles import about_equal, bits_kept, late_errors, missed_more
+
+
+def row(label: str, value: float, width: float, n: int) -> dict:
+    found = {"label": label, "value": value, "ci_low": value - width, "ci_high": value + width, "n": n}
+    return {**found, "metric": "prompt accuracy difference", "unit": "%"}
+
+
+def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
+    ends = {"variant": variant, "label": variant.label, "value": value, "ci_low": low, "ci_high": -low}
+    return {**ends, "metric": "prompt accuracy difference", "unit": "%", "n": n}
+
+
+def test_bits_are_kept_where_all_higher_ones_are_too():
+    lows = {(8, 32): -1, (4, 32): -2, (3, 32): -3, (8, 6): -2, (4, 6): -6, (3, 6): -1, (8, 4): -4}
+    rows = [change(quantized("low_bits", w, a), -1, low) for (w, a), low in lows.items()]
+    # W3A6 holds and W4A6 does not, so W3A6 is luck. 8 x 4 is the fewest of the others.
+    assert bits_kept(rows) == "low_bits: prompt accuracy holds down to 8 bits of weights and 4 of activations"
+    assert bits_kept(rows[:3]).endswith("holds down to 3 bits of weights and activations in full")
+    assert bits_kept(rows, tolerance=1) == "low_bits: no bits are shown to keep prompt accuracy"
+    few = [change(quantized("low_bits", 4, 4), 0, -20, n=16)]
+    assert bits_kept(few) == "16 images do not tell which bits are enough: it takes 64."
+
+
+def test_measures_near_the_best_are_about_equal():
+    found = {"gain": 0.84, "final": 0.65, "layers": 0.88, "step": 0.86}
+    assert about_equal(found) == "3 of 4 errors rank the variants about equally (0.84 to 0.88); final 0.65"
+    assert (
+        about_equal(found, 0.01) == "layers ranks the variants best (0.88); step 0.86, gain 0.84, final 0.65"
+    )
+    assert about_equal(found, 1.0) == "4 of 4 errors rank the variants about equally (0.65 to 0.88)"
+
+
+def test_errors_are_late_where_every_path_ends_with_its_largest():
+    paths = {name: [{"value": v} for v in some] for name, some in {"a": [1, 2, 5], "b": [2, 1, 48]}.items()}
+    assert late_errors(paths) == (
+        "Every variant makes its largest error in the last step: 5 to 24 times that of the first"
+    )
+    early = {**paths, "c": [{"value": 3}, {"value": 1}]}
+    assert late_errors(early) == "2 of 3 variants make their largest error in the last step"
+    assert late_errors({}) == "0 of 0 variants make their largest error in the last step"
+
+
+def test_attributes_are_missed_more_often_where_intervals_do_not_overlap():
+    own = [row("fp32", 0, 2, 256), row("fp32", 8, 4, 256)]
+    worse, same = [row("a", 9, 3, 256), row("a", 14, 3, 256)], [row("b", 3, 2, 256), row("b", 1, 1, 256)]
+    assert missed_more({"a": worse, "b": same}, own) == (
+        "Shown to be missed more often than by fp32: 1 of 2 attributes by a, none by the others"
+    )
+    assert missed_more({"a": worse}, own).endswith("1 of 2 attributes by a")
+    assert missed_more({"b": same}, own) == "No variant is shown to miss an attribute more often than fp32"
