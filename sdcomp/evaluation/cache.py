@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,9 +32,10 @@ def cached_images(
     """Return `sd.generate(prompts, **settings)`, read from `folder` if it was generated before.
 
     A file is used again only for the same weights, configuration, prompts, settings, device, number of
-    threads, rounding, PyTorch version and source code of everything that makes images. A damaged file is
-    made again. Raises UserError if the folder cannot be written to, before anything is generated, or if the
-    disk is full, after the generation.
+    threads, rounding, PyTorch version and source code of everything that makes images. What a part computes
+    is known by its tensors and its text, `repr(part)`; hooks are in neither. A damaged file is made again.
+    Raises UserError if the folder cannot be written to, before anything is generated, or if the disk is full,
+    after the generation.
     """
     path = folder / f"{_key(sd, prompts, settings)}.safetensors"
     return _cached(path, lambda: {"images": sd.generate(prompts, progress=progress, **settings)})["images"]
@@ -65,9 +67,10 @@ def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
 
 
 def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -> str:
+    parts = sd.unet, sd.encoder, sd.decoder, sd.text_encoder
     facts = {
-        "weights": weights_digest(sd.unet, sd.encoder, sd.decoder, sd.text_encoder),
-        "structure": repr(sd.unet),
+        "weights": weights_digest(*parts),
+        "structure": [repr(part) for part in parts],
         "config": sd.config.to_dict(),
         "vocabulary": sd.tokenizer.get_vocab(),
         "prompts": prompts,
@@ -95,8 +98,12 @@ def _source() -> str:
 
 
 def _exact(value: object) -> str:
-    """A value as text; for a tensor a hash, because its text leaves out most values."""
+    """A value as text, in full; for a tensor a hash. The own text of long arrays leaves out most values."""
     if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().numpy().tobytes()
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+    if hasattr(value, "tolist"):  # arrays of numpy
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_exact, value))}]"
     return repr(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import warnings
 from math import prod
 from pathlib import Path
@@ -117,12 +119,13 @@ class OpenVINOUNet(nn.Module):
     """A UNet that OpenVINO runs on the CPU, called as `unet(latents, timesteps, context)`.
 
     `weights`: the content of the `.bin` file, mapped and not read, so that digests and sizes are the file's.
-    For inference only.
+    `how`: by which engine it runs, and in which type. For inference only.
     """
 
-    def __init__(self, file: Path, compiled: openvino.CompiledModel) -> None:
+    def __init__(self, file: Path, compiled: openvino.CompiledModel, how: str) -> None:
         super().__init__()
-        self.file, self._compiled = file, compiled
+        self.file, self._compiled, self._how = file, compiled, how
+        self._graph = _graph_digest(file)
         binary = file.with_suffix(".bin")
         mapped = torch.from_file(str(binary), shared=False, size=binary.stat().st_size, dtype=torch.uint8)
         self.register_buffer("weights", mapped)
@@ -140,7 +143,13 @@ class OpenVINOUNet(nn.Module):
         return torch.from_numpy(self._compiled(arrays)[0]).to(latents)
 
     def extra_repr(self) -> str:
-        return f"OpenVINO, {self.file.name}"
+        """Engine, type and graph: with the weights, all that the results depend on."""
+        return f"{self._how}, {self.file.name}, graph {self._graph}"
+
+
+def _graph_digest(file: Path) -> str:
+    """A hash of the `.xml` file without names: each export counts its constants on from the last one's."""
+    return hashlib.sha256(re.sub(rb' names?="[^"]*"', b"", file.read_bytes())).hexdigest()[:12]
 
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -170,7 +179,8 @@ def load_openvino(path: str | Path, dtype: torch.dtype = torch.float32) -> OpenV
         # By default the engine rounds inputs to 8 bits where only the weights have 8 bits.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
+    how = f"OpenVINO {openvino.get_version()}, {dtype}, {torch.get_num_threads()} threads"
     try:
-        return OpenVINOUNet(file, openvino.Core().compile_model(str(file), "CPU", settings))
+        return OpenVINOUNet(file, openvino.Core().compile_model(str(file), "CPU", settings), how)
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot load {file}: {one_line(error)}; export it again") from None

@@ -38,12 +38,15 @@ def to_int8(
     without low-rank branches.
 
     Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
-    not quantized or have other grids, for quantized attention products, and (NotCalibratedError) for a model
-    that is not calibrated; ValueError for another dtype or execution.
+    not quantized, switched off or on other grids, for quantized attention products, and
+    (NotCalibratedError) for a model that is not calibrated; ValueError for another dtype or execution.
     """
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
+    if not (model.state.weights and model.state.activations):
+        side = "activations" if model.state.weights else "weights"
+        raise UserError(f"the {side} are switched off: call set_use_quant() before to_int8()")
     require_calibrated(model, "before to_int8()")
     refuse_quantized_products(model, "int8 execution")
     for layer in model.quantized_layers():

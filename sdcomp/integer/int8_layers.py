@@ -46,7 +46,7 @@ class Int8Layer(nn.Module):
         state: Int8State,
     ) -> None:
         super().__init__()
-        self.name, self.split, self.state = name, split, state
+        self.name, self.split, self.act_bits, self.state = name, split, act_bits, state
         for kind in TENSORS:
             self.register_buffer(kind, tensors.get(kind))
         self.shape = tuple(self.weight.shape)
@@ -131,7 +131,8 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         split = "" if self.split is None else f", split={self.split}"
-        return f"{self.shape}{split}, {'int8 kernels' if self._packed else 'dequantized'}"
+        how = "int8 kernels" if self._packed else "dequantized"
+        return f"{self.shape}{split}, {self.act_bits}-bit inputs, {how}"
 
 
 class Int8Linear(Int8Layer):

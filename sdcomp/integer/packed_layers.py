@@ -154,11 +154,8 @@ class NBitLayer(QuantizedLayer):
         return self._round_tokens(x)
 
     def extra_repr(self) -> str:
-        """Shape and quantizers."""
-        inputs = "" if self.act_quantizer is None else f", {self.act_quantizer.n_bits}-bit inputs"
-        split = "" if self.split is None else f", split={self.split}"
-        weights, zeros = self.weight_quantizer, "" if self.weight_mask is None else ", zeros left out"
-        return f"{self.shape}, {weights.n_bits}-bit weights per {weights.granularity}{zeros}{inputs}{split}"
+        """Shape, and how the layer is quantized."""
+        return f"{self.shape}{'' if self.weight_mask is None else ', zeros left out'}, {self.spec}"
 
 
 class NBitConv2d(NBitLayer, nn.Conv2d):

@@ -36,6 +36,10 @@ class CrossAttention(nn.Module):
         q, k, v = (split_heads(t, self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out(join_heads(self.product(q, k, v)))
 
+    def extra_repr(self) -> str:
+        """The number of heads, which the shapes of the weights do not tell."""
+        return f"heads={self.heads}"
+
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """`(B, N, heads * d)` -> `(B, heads, N, d)`."""

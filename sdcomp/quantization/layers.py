@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import ref
 
 import torch
@@ -198,6 +199,15 @@ class QuantLayer(QuantizedLayer):
             x = state.quantize(x, grids, self.split)
         quantized = state.weights and self.weight_quantizer is not None
         return x, self.fake_weight() if quantized else self.weight
+
+    def extra_repr(self) -> str:
+        """Geometry, and how the layer is quantized at present."""
+        on = replace(
+            self.spec,
+            weight_quantizer=self.weight_quantizer if self.state.weights else None,
+            act_quantizer=self.act_quantizer if self.state.activations else None,
+        )
+        return f"{super().extra_repr()}, {on}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         super()._apply(fn, recurse)

@@ -173,15 +173,16 @@ class QuantModel(QuantizedModel):
                 state.forget()
 
     def extra_repr(self) -> str:
-        """Bits and switches, so that the text of two models differs wherever their results do."""
+        """Bits and switches. With the layers' own texts, models with other results have another text."""
         sides = (
             ("weights", self.weight_quantizer, self.state.weights),
             ("activations", self.act_quantizer, self.state.activations),
         )
-        return ", ".join(
+        texts = [
             f"{side}: {f'{quantizer.n_bits} bits' if quantizer and on else 'full precision'}"
             for side, quantizer, on in sides
-        )
+        ]
+        return ", ".join(texts if self.state.only is None else [*texts, f"only {self.state.only}"])
 
     def arguments(self) -> dict[str, object]:
         """The constructor's arguments by name, without the module, ready for JSON."""

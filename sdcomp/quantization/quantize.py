@@ -72,8 +72,9 @@ def apply_recipe(
 
     `run` is any callable that calls the model. Quantization is switched off while it runs. It is called once,
     and again for each further `memory` bytes of second moments; those of a layer with n columns take 4 n^2
-    bytes. The result does not depend on `memory`. Layers without second moments (see
-    `can_observe`) keep weights rounded to nearest.
+    bytes. A calibration with `quantized_inputs` takes calls of its own, see `Calibrator.observe`. The result
+    does not depend on `memory`. Layers without second moments (see `can_observe`) keep weights rounded to
+    nearest.
 
     A killed call goes on from the file `checkpoint`, with the same result; `inputs` says what `run` computes,
     so that the checkpoint of another calibration is refused.
@@ -89,12 +90,16 @@ def apply_recipe(
     layers = [layer for layer in layers if layer.name not in done]
     groups = list(within_memory(layers, memory))
     to_calibrate = not done and any(layer.spec.calibrated for layer in model.quantized_layers())
+    calibrator = Calibrator(None, model, **recipe.calibrator)
+    if to_calibrate and (calibrator.quantized_inputs or not groups):
+        calibrator.observe(run)
+        to_calibrate = False
     with tqdm(total=len(layers), desc="round", disable=not progress) as bar:
-        for i, group in enumerate(groups or [[]] * to_calibrate):
+        for i, group in enumerate(groups):
             names = [f"module.{layer.name}" for layer in group]
             with MomentObserver(model, names, rows=_rows(recipe)) as seen:
                 if i == 0 and to_calibrate:
-                    Calibrator(None, model, **recipe.calibrator).observe(run)
+                    calibrator.observe(run)  # which leaves inputs and weights in full precision
                 else:
                     with _switched_off(model):
                         run()

@@ -3,12 +3,16 @@
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.evaluation import cache, cached_images, fix_precision, float_precision
+from sdcomp.integer import to_int8, to_packed
+from sdcomp.model.unet import UNet
+from sdcomp.quantization import QuantModel
 
 PROMPTS = ["a small red star"]
 QUICK = {"steps": 1, "batch_size": 1}
@@ -141,6 +145,75 @@ def test_every_change_that_matters_makes_new_images(small, tmp_path):
         images = cached_images(sd, prompts, folder=tmp_path, **PAIR, **settings)
         assert torch.equal(images, sd.generate(prompts, **PAIR, **settings))
         assert len(list(tmp_path.iterdir())) == count
+
+
+TOKENS = {"n_bits": 4, "granularity": "token"}
+
+
+def models(unet):
+    """Pairs of models with the same tensors and other results."""
+    first, second = (QuantModel(unet, act_quant_params={**TOKENS, "symmetric": s}) for s in (True, False))
+    yield first, second
+    yield to_packed(first), to_packed(second)
+    yield first, QuantModel(unet, act_quant_params={**TOKENS, "scale_method": "mse"})
+    eight = QuantModel(unet)
+    for layer in eight.quantized_layers():
+        layer.set_act_scales(torch.ones(1), torch.zeros(1))
+    eight.is_calibrated.fill_(True)
+    four = QuantModel(unet, act_quant_params={"n_bits": 4})
+    four.load_state_dict(eight.state_dict())
+    yield eight, four
+    yield to_int8(eight), to_int8(four)
+    heads = UNet(dataclasses.replace(unet.config, num_heads=1))
+    heads.load_state_dict(unet.state_dict())
+    yield unet, heads
+
+
+def test_models_with_the_same_tensors_and_other_results_have_other_keys(small):
+    call = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500, torch.ones(1, 3, 32)
+    for pair in models(small.unet):
+        states = [dict(unet.state_dict()) for unet in pair]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+        with torch.no_grad():
+            assert not torch.equal(*(unet(*call) for unet in pair))
+        assert len({cache._key(small.replace(unet=unet), PROMPTS, QUICK) for unet in pair}) == 2
+
+
+def test_a_model_with_one_quantized_layer_has_another_key(small):
+    model = QuantModel(small.unet, act_quant_params=None)
+    sd = small.replace(unet=model)
+    first = cache._key(sd, PROMPTS, QUICK)
+    with model.only("out.2"):
+        one = cache._key(sd, PROMPTS, QUICK)
+        with model.only("input_blocks.0.0"):
+            assert len({first, one, cache._key(sd, PROMPTS, QUICK)}) == 3
+    assert cache._key(sd, PROMPTS, QUICK) == first
+
+
+def test_a_quantized_decoder_has_another_key_with_its_switches_off(small):
+    decoder = QuantModel(small.decoder, act_quant_params=None)
+    sd = small.replace(decoder=decoder)
+    first = cache._key(sd, PROMPTS, QUICK)
+    decoder.set_use_quant(weights=False)
+    assert cache._key(sd, PROMPTS, QUICK) != first
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor, list, tuple])
+def test_one_of_many_seeds_is_in_the_key(small, make):
+    # The printed text of a long array leaves out most values.
+    seeds = list(range(1200))
+    changed = [*seeds[:500], 7, *seeds[501:]]
+    first, again, other = (
+        cache._key(small, PROMPTS, {"seed": make(some)}) for some in (seeds, seeds, changed)
+    )
+    assert first == again != other
+
+
+def test_a_tensor_of_any_type_is_in_the_key(small):
+    images = [torch.full((1, 3, 64, 64), value, dtype=torch.bfloat16) for value in (0.5, 0.25)]
+    keys = [cache._key(small, PROMPTS, {"image": image}) for image in (*images, images[0].float())]
+    assert len(set(keys)) == 3
 
 
 def test_an_unwritable_cache_is_an_error_of_one_sentence(small, tmp_path, monkeypatch):

@@ -215,3 +215,20 @@ def test_bfloat16_between_the_integers_changes_little(exported, calls):
         assert decibels(exported(*call), in_bfloat16(*call)) > 20
     with pytest.raises(ValueError, match="float32 or torch.bfloat16, not torch.float16"):
         load_openvino(exported.file, torch.float16)
+
+
+def test_the_text_tells_models_with_other_results_apart(tmp_path):
+    def saved(layer, name):
+        model = openvino.convert_model(layer.eval(), example_input=torch.ones(1, 4))
+        openvino.save_model(model, tmp_path / name, compress_to_fp16=False)
+        return tmp_path / name
+
+    # GELU and its approximation have no weights.
+    linear, file = nn.Linear(4, 4), tmp_path / "a.xml"
+    first = repr(load_openvino(saved(nn.Sequential(linear, nn.GELU()), "a.xml")))
+    text = file.read_bytes()
+    assert repr(load_openvino(file, torch.bfloat16)) != first
+    assert repr(load_openvino(saved(nn.Sequential(linear, nn.GELU("tanh")), "a.xml"))) != first
+    # Once more the same: constants have other names then.
+    assert repr(load_openvino(saved(nn.Sequential(linear, nn.GELU()), "a.xml"))) == first
+    assert file.read_bytes() != text

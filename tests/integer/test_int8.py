@@ -386,6 +386,19 @@ def test_what_cannot_be_converted(small):
         to_int8(q)(torch.empty(1, 4, 16, 16, device="meta"), 5, torch.empty(1, 24, 32, device="meta"))
 
 
+@pytest.mark.parametrize(
+    ("switches", "side"),
+    [((True, False), "activations"), ((False, True), "weights"), ((False, False), "weights")],
+)
+def test_a_model_with_a_side_switched_off_is_refused(small, switches, side):
+    # It would round what the simulation does not.
+    q = calibrate(QuantModel(small.unet, quantize_attention_products="scores"), small_call(small))
+    with pytest.raises(UserError, match=rf"the {side} are switched off: call set_use_quant\(\)"):
+        to_int8(q.set_use_quant(*switches))
+    with pytest.raises(UserError, match="attention's products"):
+        to_int8(q.set_use_quant())
+
+
 def test_a_layer_that_did_not_run_while_calibrating_is_named():
     q = QuantModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     q.is_calibrated.fill_(True)

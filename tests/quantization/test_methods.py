@@ -10,7 +10,15 @@ import sdcomp
 from sdcomp.errors import UserError
 from sdcomp.moments import second_moments
 from sdcomp.pruning import prune_unstructured
-from sdcomp.quantization import PRESETS, QuantModel, Recipe, apply_recipe, load_quant_model, quantize
+from sdcomp.quantization import (
+    PRESETS,
+    QuantModel,
+    Recipe,
+    apply_recipe,
+    build,
+    load_quant_model,
+    quantize,
+)
 from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
 
 PROMPTS = ["a red star on a navy background", "a blue circle"]
@@ -126,6 +134,23 @@ def test_a_recipe_is_the_same_whatever_memory_it_has(small):
     assert any(name.endswith("weight_integers") for name in states[0])
     again = quantize(small, RECIPE, PROMPTS, weight_bits=4, act_bits=4, steps=2, memory=2**30)
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in again.state_dict().items())
+
+
+def test_calibration_with_quantized_inputs_leaves_moments_and_memory_alone(randomize):
+    layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
+    module, x = randomize(nn.Sequential(*layers), 0), random(64, 16)
+    recipe = replace(RECIPE, model={}, calibrator={"quantized_inputs": True})
+    made = []
+    for memory in (2**30, 1):
+        model = build(recipe, module, 3, 3)
+        apply_recipe(model, recipe, lambda model=model: model(x), memory=memory)
+        made.append(model.state_dict())
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+    # The methods see the inputs of the full-precision model.
+    moments = second_moments(module, ["4"], lambda: module(x))["4"]
+    (*_, last) = build(recipe, module, 3, 3).quantized_layers()
+    recipe.methods[0](last, moments)
+    assert torch.equal(last.weight_integers, made[0]["module.4.weight_integers"])
 
 
 @pytest.mark.parametrize("method", [SecondOrderRounding(rows=256), LowRankBranch(2)])
