@@ -166,13 +166,14 @@ def load_quantization_state(model: QuantModel, file: Path) -> None:
     for name, layer in model.named_modules():
         if not (isinstance(layer, QuantLayer) and layer.weight_quantizer):
             continue
+        shape, device = layer.weight.shape, layer.weight.device
         if f"{name}.weight_integers" in saved:
-            integers = torch.zeros(layer.weight.shape, dtype=layer.weight_quantizer.integer_dtype)
+            integers = torch.zeros(shape, dtype=layer.weight_quantizer.integer_dtype, device=device)
             layer.register_buffer("weight_integers", integers)
         if f"{name}.branch_up" in saved:
             rank = max(saved[f"{name}.branch_up"].shape[-1:].numel(), 1)
-            layer.register_buffer("branch_down", torch.zeros(rank, *layer.weight.shape[1:]))
-            layer.register_buffer("branch_up", torch.zeros(len(layer.weight), rank))
+            layer.register_buffer("branch_down", torch.zeros(rank, *shape[1:], device=device))
+            layer.register_buffer("branch_up", torch.zeros(shape[0], rank, device=device))
     wanted = quantization_state(model)
     differing = sorted(
         name

@@ -1,5 +1,6 @@
 """Methods and recipes: what they do to layers, and what is left alone."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from sdcomp.quantization import (
     build,
     load_quant_model,
     quantize,
+    save_quant_model,
 )
 from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
 
@@ -215,6 +217,18 @@ def test_saved_and_loaded_it_gives_the_same_images(small, tmp_path):
     assert torch.equal(small.replace(unet=again).generate(PROMPTS, steps=2), expected)
     integers = loaded.unet.quantized_layers()[0].weight_integers
     assert integers is not None and integers.dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_buffers_are_loaded_to_the_device_of_the_weights(randomize, tmp_path):
+    module, x = randomize(nn.Sequential(nn.Linear(16, 8), nn.Conv2d(1, 4, 3)), 0), random(2, 1, 16, 16)
+    recipe = replace(RECIPE, weights={}, model={}, methods=(LowRankBranch(2),))
+    folder = save_quant_model(apply_recipe(q := build(recipe, module), recipe, lambda: q(x)), tmp_path)
+    loaded = load_quant_model(folder, copy.deepcopy(module).to("meta"))
+    for layer, whole in zip(loaded.quantized_layers(), q.quantized_layers(), strict=True):
+        buffers = dict(layer.named_buffers())
+        assert buffers.keys() == dict(whole.named_buffers()).keys() > {"weight_integers", "branch_up"}
+        assert all(buffer.is_meta for buffer in buffers.values())
 
 
 def test_every_preset_is_a_recipe():
