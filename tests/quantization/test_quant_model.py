@@ -492,6 +492,13 @@ def test_hooks_are_called_as_they_were_registered():
     assert seen[3:] == ["before", "always"]
 
 
+@pytest.mark.parametrize("asked", [1, 0, None, "yes"])
+def test_split_shortcuts_is_a_switch(small, asked):
+    # A saved model with another value could not be loaded.
+    with pytest.raises(TypeError, match=f"split_shortcuts must be True or False, not {asked!r}"):
+        QuantModel(small.unet, split_shortcuts=asked)
+
+
 def test_a_module_without_skips_cannot_be_split():
     with pytest.raises(ValueError, match="Linear does not tell where its skip concatenations are"):
         QuantModel(nn.Linear(2, 2), split_shortcuts=True)
