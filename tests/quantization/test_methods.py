@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -184,6 +185,32 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no checkpoint of a quantization"):
         quantize(small, recipe, PROMPTS, checkpoint=file, **settings)
+
+
+def test_settings_of_numpy_are_kept_in_a_checkpoint(randomize, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdcomp.checkpoints._EVERY", -1)
+    module, x = randomize(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), 0), random(9, 16)
+    calibrator = {"act_update_policy": "momentum", "momentum": np.float32(0.5)}
+    recipe, file = replace(RECIPE, model={}, calibrator=calibrator), str(tmp_path / "quantize.ckpt")
+    runs = []
+
+    def run(model: QuantModel) -> None:
+        if runs:
+            raise KeyboardInterrupt
+        runs.append(model(x))
+
+    made = []
+    for kill in (True, False):
+        model = build(recipe, module, 4, 8)
+        if kill:
+            with pytest.raises(KeyboardInterrupt):
+                apply_recipe(model, recipe, lambda model=model: run(model), memory=1, checkpoint=file)
+        apply_recipe(
+            model := build(recipe, module, 4, 8), recipe, lambda model=model: model(x), checkpoint=file
+        )
+        made.append(model)
+    assert made[0].calibration == made[1].calibration and made[0].calibration["momentum"] == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in made), strict=True))
 
 
 def test_a_recipe_runs_any_callable_once(small):
