@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing
+from sdcomp.files import replacing, source_digest
+from sdcomp.settings import plain
 
 _EVERY = 30.0
 """Seconds between two checkpoints, at least."""
@@ -23,13 +24,13 @@ class LayerCheckpoint:
     """Keeps tensors in a file, with the names of the layers that are done, and anything else as JSON.
 
     `work` names what is kept, for messages. `inputs` is all that the result depends on, as text: a checkpoint
-    of other inputs is refused. Without a `path` nothing is kept.
+    of other inputs, or of other source code, is refused. Without a `path` nothing is kept.
     """
 
-    def __init__(self, path: Path | None, work: str, inputs: str) -> None:
-        self.path = path
+    def __init__(self, path: str | Path | None, work: str, inputs: str) -> None:
+        self.path = None if path is None else Path(path).expanduser()
         self._work = work
-        self._inputs = hashlib.sha256(inputs.encode()).hexdigest()
+        self._inputs = hashlib.sha256(f"{source_digest()} {inputs}".encode()).hexdigest()
         self._saved = time.monotonic()
 
     def read(self) -> tuple[set[str], dict[str, object]]:
@@ -48,7 +49,10 @@ class LayerCheckpoint:
                 f"{self.path} is no checkpoint of a {self._work}: delete it or name another"
             ) from None
         if about.get("inputs") != self._inputs:
-            raise UserError(f"{self.path} is of another {self._work}: delete it, or name another checkpoint")
+            raise UserError(
+                f"{self.path} is of another {self._work}: delete it, or name another checkpoint; one that"
+                " another version of sdcomp wrote cannot be used either"
+            )
         return done, more
 
     def write(
@@ -61,8 +65,18 @@ class LayerCheckpoint:
         """Write the state, unless it was written a short while ago; `now` writes it in any case."""
         if self.path is None or not (now or time.monotonic() - self._saved > _EVERY):
             return
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors().items()}
-        about = {"inputs": self._inputs, "done": json.dumps(sorted(done)), "more": json.dumps(dict(more))}
+        held, storages = {}, set()
+        for name, tensor in tensors().items():
+            tensor = tensor.detach().cpu().contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            # Tied weights share their memory, which safetensors refuses.
+            held[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
+        about = {
+            "inputs": self._inputs,
+            "done": json.dumps(sorted(done)),
+            "more": json.dumps(dict(more), default=plain),
+        }
         with replacing(self.path) as partial:
             save_file(held, partial, about)
         self._saved = time.monotonic()

@@ -39,8 +39,8 @@ def inverse_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32.
 
     `moments` is H, `(columns, columns)`. With J the reversal of rows, J H J = L L^T (Cholesky) gives H = R
-    R^T for the upper triangular R = J L J, so U = R^-1. Inputs that are always zero get a diagonal of 1:
-    their weights do not matter.
+    R^T for the upper triangular R = J L J, so U = R^-1. A diagonal that damping leaves at zero becomes 1: it
+    belongs to an input that is always zero, whose weights do not matter.
 
     Raises UserError where H is not positive definite even with damping.
     """

@@ -159,6 +159,11 @@ def whole_number(name: str, value: object) -> int:
     raise TypeError(f"{name} must be a whole number, not {value!r}")
 
 
+def plain(value: object) -> object:
+    """Turn what JSON does not know into what it does: numbers and arrays of numpy and torch, other series."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
 def shown(value: object) -> str:
     """A value as text for a sentence: short, on one line."""
     return _SHORT.repr(value)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdcomp.evaluation.float_precision import precision_facts
-from sdcomp.files import ROOT, replacing
+from sdcomp.files import ROOT, replacing, source_digest
 from sdcomp.model import StableDiffusion, Trace, weights_digest
 
 FOLDER = ROOT / "reports" / "runs" / "images"
@@ -77,24 +76,9 @@ def _key(sd: StableDiffusion, prompts: list[str], settings: dict[str, object]) -
         "settings": {name: _exact(value) for name, value in settings.items()},
         "type": [str(sd.device), str(sd.dtype)],
         "machine": precision_facts(sd.device),
-        "source": _source(),
+        "source": source_digest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@cache
-def _source() -> str:
-    """A hash of the code that may influence an image: all rooms but `evaluation` and `study`.
-
-    Computed once: this process has not imported later changes of the files.
-    """
-    package = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        name = file.relative_to(package).as_posix()
-        if not name.startswith(("evaluation/", "study/")):
-            digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _exact(value: object) -> str:

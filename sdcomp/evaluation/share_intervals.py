@@ -64,3 +64,15 @@ def _variance(gained: np.ndarray, lost: np.ndarray, difference: np.ndarray) -> n
     b = (2 - gained + lost) * difference - gained - lost
     rate = (np.sqrt(b**2 + 8 * lost * difference * (1 - difference)) - b) / 4
     return 2 * rate + difference * (1 - difference)
+
+
+def few_images(n: int) -> tuple[float, float]:
+    """What `n` images can show of a share, in points: half of the narrowest interval, and the smallest loss.
+
+    The narrowest score interval is that of images which all keep their answer. A loss is shown where the
+    interval is below 0; the smallest is one where no image became right. NaN: no loss can be shown.
+    """
+    lost = np.arange(n + 1) / n
+    low, high = tango(0 * lost, lost, n)
+    shown = lost[high < 0]
+    return 50 * (high[0] - low[0]), 100 * (shown[0] if len(shown) else np.nan)

@@ -31,7 +31,7 @@ def prune_n_m(
     calibration: Calibration | Callable[[], object] | None = None,
     parts: Sequence[str] | None = None,
     inplace: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     inputs: str = "",
 ) -> nn.Module:
     """Keep the `n` most important weights of every `m` consecutive inputs; the others become zero.

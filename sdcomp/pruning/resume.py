@@ -20,7 +20,7 @@ class PruningCheckpoint(LayerCheckpoint):
     `module` is what is pruned, as it is before; `inputs` is all else that the result depends on, as text.
     """
 
-    def __init__(self, path: Path | None, module: nn.Module, inputs: str) -> None:
+    def __init__(self, path: str | Path | None, module: nn.Module, inputs: str) -> None:
         super().__init__(path, "pruning", "" if path is None else f"{weights_digest(module)} {inputs}")
         self._done: set[str] = set()
         self.amounts: dict[str, float] = {}

@@ -28,7 +28,7 @@ def prune_unstructured(
     calibration: Calibration | Callable[[], object] | None = None,
     parts: Sequence[str] | None = None,
     inplace: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     inputs: str = "",
 ) -> nn.Module:
     """Set the share `amount` (0 to below 1) of the least important weights to zero.

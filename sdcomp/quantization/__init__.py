@@ -4,6 +4,7 @@ from sdcomp.quantization.calibration import Calibrator
 from sdcomp.quantization.describe import describe
 from sdcomp.quantization.layer_sets import FILTERS, published_filters
 from sdcomp.quantization.layers import QuantConv2d, QuantLayer, QuantLinear
+from sdcomp.quantization.mixed_bits import choose_bits, weight_overrides
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
 from sdcomp.quantization.not_calibrated import NotCalibratedError
 from sdcomp.quantization.observer import CalibrationError
@@ -29,10 +30,12 @@ __all__ = [
     "UniformSymmetricQuantizer",
     "apply_recipe",
     "build",
+    "choose_bits",
     "describe",
     "fake_quantize",
     "load_quant_model",
     "published_filters",
     "quantize",
     "save_quant_model",
+    "weight_overrides",
 ]

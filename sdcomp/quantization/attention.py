@@ -8,6 +8,7 @@ from sdcomp.errors import UserError
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.shared_state import QuantState
+from sdcomp.settings import OneOf
 
 
 class QuantAttentionScores(AttentionProduct):
@@ -66,6 +67,8 @@ def _rounds_nothing(state: QuantState) -> bool:
 
 PRODUCTS = {True: QuantAttentionProduct, "scores": QuantAttentionScores}
 """What `quantize_attention_products` of a `QuantModel` may be, besides False."""
+ASKED = OneOf(False, *PRODUCTS)
+"""All that it may be."""
 
 
 def quantized_products(
@@ -73,12 +76,14 @@ def quantized_products(
 ) -> dict[str, AttentionProduct]:
     """Make the quantized twins of a module's attention products, with the bits of its activations.
 
-    Raises ValueError where activations are not quantized, for a module without such products, and for
-    `asked` that is not in `PRODUCTS`.
+    There are none if False is `asked`. Raises ValueError where activations are not quantized, for a module
+    without such products, and for `asked` that the rule `ASKED` does not allow.
     """
-    names = [name for name, part in module.named_modules() if isinstance(part, AttentionProduct)]
-    if asked not in PRODUCTS:
+    if not ASKED(asked):
         raise ValueError(f'quantize_attention_products must be False, True or "scores", not {asked!r}')
+    if asked is False:
+        return {}
+    names = [name for name, part in module.named_modules() if isinstance(part, AttentionProduct)]
     if quantizer is None:
         raise ValueError("quantize_attention_products needs act_quant_params, which say how many bits")
     if not names:

@@ -17,6 +17,15 @@ from sdcomp.quantization.layer_specs import LayerSpec
 from sdcomp.quantization.scales import STORED, Grid
 from sdcomp.quantization.shared_state import QuantState
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""A module's hooks of the forward pass, and how they want to be called."""
+
 
 class QuantLayer(QuantizedLayer):
     """What `QuantConv2d` and `QuantLinear` have in common.
@@ -50,7 +59,7 @@ class QuantLayer(QuantizedLayer):
         made.weight, made.bias = (
             p if p is None else shared(p, p.requires_grad) for p in (layer.weight, layer.bias)
         )
-        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for kind in _HOOKS:
             setattr(made, kind, getattr(layer, kind).copy())
         made._fake_weight = None
         for kind in ("weight_integers", "branch_down", "branch_up"):

@@ -55,7 +55,7 @@ class QuantModel(QuantizedModel):
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
     `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`
     without such products, without `act_quant_params` or of another value, for a module that is quantized
-    already, and for weights that are not finite.
+    already, and for weights that are not finite; TypeError for `split_shortcuts` that is not True or False.
     """
 
     train_timesteps = 1000
@@ -77,6 +77,8 @@ class QuantModel(QuantizedModel):
             raise UserError(
                 f"this {type(module).__name__} is quantized already: quantize the model that it was made of"
             )
+        if not isinstance(split_shortcuts, bool):
+            raise TypeError(f"split_shortcuts must be True or False, not {split_shortcuts!r}")
         self.weight_quantizer = quantizer_of(weight_quant_params, weights=True)
         self.act_quantizer = quantizer_of(act_quant_params, weights=False)
         if self.weight_quantizer is None and self.act_quantizer is None:
@@ -97,9 +99,8 @@ class QuantModel(QuantizedModel):
             twins = {
                 name: quantize_layer(layers[name], name, self.state, spec) for name, spec in specs.items()
             }
-            if quantize_attention_products:
-                asked = quantize_attention_products
-                twins |= quantized_products(module, asked, self.act_quantizer, self.state)
+            asked = quantize_attention_products
+            twins |= quantized_products(module, asked, self.act_quantizer, self.state)
             self.module = rebuild(module, twins)
             # Weights alone need no calibration.
             self.register_buffer(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.files import replacing, resolve_input
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
-from sdcomp.quantization.attention import PRODUCTS
+from sdcomp.quantization.attention import ASKED
 from sdcomp.quantization.layer_sets import SIDES
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel, TimeStepCalibratedQuantModel
@@ -32,6 +32,7 @@ from sdcomp.settings import (
     Text,
     Whole,
     check_settings,
+    plain,
     within,
 )
 
@@ -65,7 +66,7 @@ _PLAIN: dict[str, Rule] = {
     "quant_filters": ListOf(Text(), 0, 1000),
     "overrides": TableOf(TableOf(_TABLE_OR_NONE)),
     "split_shortcuts": FLAG,
-    "quantize_attention_products": OneOf(False, *PRODUCTS),
+    "quantize_attention_products": ASKED,
 }
 _ARGUMENTS = {
     "QuantModel": _PLAIN,
@@ -127,7 +128,7 @@ def save_quant_model(model: QuantModel, folder: str | Path) -> Path:
         "intervals": model.intervals,
         "calibration": model.calibration,
     }
-    text = json.dumps(config, indent=2, default=lambda v: v.item() if hasattr(v, "item") else list(v))
+    text = json.dumps(config, indent=2, default=plain)
     with replacing(folder / SCALES) as partial:
         save_file({k: v.detach().cpu().contiguous() for k, v in quantization_state(model).items()}, partial)
     with replacing(folder / CONFIG) as partial:
@@ -166,13 +167,14 @@ def load_quantization_state(model: QuantModel, file: Path) -> None:
     for name, layer in model.named_modules():
         if not (isinstance(layer, QuantLayer) and layer.weight_quantizer):
             continue
+        shape, device = layer.weight.shape, layer.weight.device
         if f"{name}.weight_integers" in saved:
-            integers = torch.zeros(layer.weight.shape, dtype=layer.weight_quantizer.integer_dtype)
+            integers = torch.zeros(shape, dtype=layer.weight_quantizer.integer_dtype, device=device)
             layer.register_buffer("weight_integers", integers)
         if f"{name}.branch_up" in saved:
             rank = max(saved[f"{name}.branch_up"].shape[-1:].numel(), 1)
-            layer.register_buffer("branch_down", torch.zeros(rank, *layer.weight.shape[1:]))
-            layer.register_buffer("branch_up", torch.zeros(len(layer.weight), rank))
+            layer.register_buffer("branch_down", torch.zeros(rank, *shape[1:], device=device))
+            layer.register_buffer("branch_up", torch.zeros(shape[0], rank, device=device))
     wanted = quantization_state(model)
     differing = sorted(
         name

@@ -31,7 +31,7 @@ def quantize(
     batch_size: int | None = None,
     guidance_scale: float | None = None,
     memory: float = MEMORY,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
     **overrides: object,
 ) -> QuantModel:
@@ -64,7 +64,7 @@ def apply_recipe(
     run: Callable[[], object],
     *,
     memory: float = MEMORY,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     inputs: str = "",
     progress: bool = False,
 ) -> QuantModel:

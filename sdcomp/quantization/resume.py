@@ -12,7 +12,7 @@ from sdcomp.quantization.quantization_files import load_quantization_state, quan
 class RoundingCheckpoint(LayerCheckpoint):
     """Keeps a model's grids and rounded weights in a file."""
 
-    def __init__(self, path: Path | None, inputs: str) -> None:
+    def __init__(self, path: str | Path | None, inputs: str) -> None:
         super().__init__(path, "quantization", inputs)
 
     def resume(self, model: QuantModel) -> set[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from sdcomp.evaluation.share_intervals import tango
 from sdcomp.study.results import Row, select
 from sdcomp.study.variants import FP32, Variant
 
@@ -247,28 +246,6 @@ def side_by_side(finding: Finding, rows: Sequence[Row]) -> dict[str, tuple[Row, 
 def disagree(finding: Finding, rows: Sequence[Row]) -> bool:
     """Whether one metric shows an effect and another does not, or shows the opposite."""
     return len({sign for _, sign in side_by_side(finding, rows).values()}) > 1
-
-
-def stays_below(curve: Sequence[tuple[float, float]], limit: float) -> str:
-    """From which amount on the scores of a curve (amount, score) are below `limit`: "from 25 % on"."""
-    above = [amount for amount, score in curve if not score < limit]
-    below = [amount for amount, _ in curve if not above or amount > max(above)]
-    return f"from {min(below):g} % on" if below else "nowhere"
-
-
-# Few images
-
-
-def few_images(n: int) -> tuple[float, float]:
-    """What `n` images can show of a share, in points: half of the narrowest interval, and the smallest loss.
-
-    The narrowest score interval is that of images which all keep their answer. A loss is shown where the
-    interval is below 0; the smallest is one where no image became right. NaN: no loss can be shown.
-    """
-    lost = np.arange(n + 1) / n
-    low, high = tango(0 * lost, lost, n)
-    shown = lost[high < 0]
-    return 50 * (high[0] - low[0]), 100 * (shown[0] if len(shown) else np.nan)
 
 
 # Claims

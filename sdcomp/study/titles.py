@@ -69,3 +69,10 @@ def missed_more(missed: Mapping[str, Sequence[Row]], baseline: Sequence[Row]) ->
         return "No variant is shown to miss an attribute more often than fp32"
     others = ["none by the others"] if 0 in counts.values() else []
     return f"Shown to be missed more often than by fp32: {', '.join(said + others)}"
+
+
+def stays_below(curve: Sequence[tuple[float, float]], limit: float) -> str:
+    """From which amount on the scores of a curve (amount, score) are below `limit`: "from 25 % on"."""
+    above = [amount for amount, score in curve if not score < limit]
+    below = [amount for amount, _ in curve if not above or amount > max(above)]
+    return f"from {min(below):g} % on" if below else "nowhere"

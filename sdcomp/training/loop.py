@@ -43,7 +43,7 @@ def fit(
     weight_decay: float = 0.01,
     ema_decay: float = 0.999,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 120.0,
     inputs: dict[str, str] | None = None,
     progress: bool = True,
@@ -69,6 +69,7 @@ def fit(
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     stateful = {"module": module, "average": average, "optimizer": optimizer}
     start, losses, seconds = 0, [], 0.0
+    checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
     if checkpoint is not None and checkpoint.exists():
         start, losses, seconds = _resume(checkpoint, recipe, stateful)
 

@@ -41,7 +41,7 @@ def recover(
     micro_batch: int | None = None,
     recompute: bool | None = None,
     autocast: bool | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 120.0,
     progress: bool = True,
     **sampling: Any,

@@ -24,7 +24,7 @@ from sdcomp.training.losses import clip_loss, diffusion_loss, reader_loss, vae_l
 
 def train_vae(
     config: ModelConfig, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
-    checkpoint: Path | None = None, progress: bool = True,
+    checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train the autoencoder; the trained module is a ModuleDict of "encoder" and "decoder"."""
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def train_vae(
 
 def train_clip(
     config: ModelConfig, tokenizer: CLIPTokenizer, data: SceneSet, steps: int, *, seed: int = 0,
-    device: str = "cpu", checkpoint: Path | None = None, progress: bool = True,
+    device: str = "cpu", checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train CLIP: the text encoder for the UNet's conditions, and the image encoder for CLIP scores."""
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def encode_scenes(encoder: VAEEncoder, data: SceneSet, progress: bool = True) ->
 def train_unet(
     config: ModelConfig, clip: CLIPModel, tokenizer: CLIPTokenizer, data: SceneSet,
     latents: Latents, steps: int, *, start: UNet | None = None, seed: int = 0, device: str = "cpu",
-    checkpoint: Path | None = None, progress: bool = True,
+    checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train the UNet to predict noise in the scaled latents, given the captions.
 
@@ -138,7 +138,7 @@ def vae_round_trips(vae: nn.ModuleDict, images: Tensor) -> Tensor:
 
 def train_reader(
     vae: nn.ModuleDict, data: SceneSet, steps: int, *, seed: int = 0, device: str = "cpu",
-    checkpoint: Path | None = None, progress: bool = True,
+    checkpoint: str | Path | None = None, progress: bool = True,
 ) -> Trained:  # fmt: skip
     """Train the reader on rendered scenes, and on the first 30 % also after the autoencoder."""
     torch.manual_seed(seed)

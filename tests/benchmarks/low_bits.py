@@ -26,9 +26,16 @@ from torch import nn
 
 import sdcomp
 from sdcomp.evaluation import Clip, clip_scores, layer_errors, load_prompts, paired_difference, psnr, thinned
-from sdcomp.quantization import PRESETS, Calibrator, QuantModel, build, quantize
+from sdcomp.quantization import (
+    PRESETS,
+    Calibrator,
+    QuantModel,
+    build,
+    choose_bits,
+    quantize,
+    weight_overrides,
+)
 from sdcomp.quantization.methods import LowRankBranch
-from sdcomp.quantization.mixed_bits import choose_bits, weight_overrides
 from sdcomp.scenes import prompt_accuracy
 
 COLUMNS = (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from sdcomp import files
 from sdcomp.errors import NonFiniteError, UserError
 from sdcomp.evaluation import cache, cached_images, fix_precision, float_precision
 from sdcomp.integer import to_int8, to_packed
@@ -60,8 +61,8 @@ def source(tmp_path, monkeypatch):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"# {name}")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "evaluation" / "cache.py"))
-    return cache._source.__wrapped__
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    return files.source_digest.__wrapped__
 
 
 def test_code_that_makes_images_is_in_the_key_in_any_folder(source, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdcomp.evaluation import paired_difference, share_estimate
-from sdcomp.evaluation.share_intervals import effective_number, student, tango, wilson
+from sdcomp.evaluation.share_intervals import effective_number, few_images, student, tango, wilson
 
 COVERAGE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "coverage.py"))
 
@@ -110,3 +110,12 @@ def test_the_bootstrap_of_means_contains_the_truth_in_95_percent():
         # The skewness of few exponential scores costs 2 or 3 points. The standard error is 0.9.
         skewed = "exponential" in row["statistic"] and row["n"] < 256
         assert row["coverage_%"] == pytest.approx(92.5 if skewed else 95, abs=2.7), row
+
+
+def test_what_few_images_can_show():
+    for n in (4, 10, 256):
+        half, smallest = few_images(n)
+        assert half == pytest.approx(100 * 1.96**2 / (n + 1.96**2), abs=0.1)
+        # Four worse images are the fewest that a score test sees (McNemar: 4 / sqrt(4) > 1.96).
+        assert smallest == pytest.approx(400 / n)
+    assert math.isnan(few_images(3)[1])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import sdcomp.pruning.patterns
 import sdcomp.pruning.unstructured
@@ -76,6 +77,45 @@ def test_a_pruning_in_place_resumes_too(small, seen, tmp_path, pruned_layers):
         PRUNINGS["layer"](killed, **how)
     assert PRUNINGS["layer"](fresh, **how) is fresh
     assert all(killed.get_submodule(n).weight.equal(fresh.get_submodule(n).weight) for n in first(fresh, 4))
+
+
+@pytest.mark.parametrize("kind", ["layer", "2:4"])
+def test_tied_weights_are_kept_too(tmp_path, randomize, kind, request):
+    tied = randomize(nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))), 0)
+    for i in (2, 3):
+        tied[i].weight = tied[0].weight
+    seen = calibrate(tied, lambda: tied(torch.eye(16)))
+    how = {"calibration": seen, "checkpoint": tmp_path / "pruning.ckpt"}
+    whole = PRUNINGS[kind](tied, calibration=seen)
+    begun = request.getfixturevalue("pruned_layers")
+    if kind == "layer":  # a weight that layers share is pruned once
+        begun.append(None)
+    with pytest.raises(KeyboardInterrupt):
+        PRUNINGS[kind](tied, **how)
+    resumed = PRUNINGS[kind](tied, **how)
+    assert all(torch.equal(t, whole.state_dict()[name]) for name, t in resumed.state_dict().items())
+    assert resumed[0].weight is resumed[3].weight
+
+
+def test_a_checkpoint_may_be_named_by_a_text(small, seen, tmp_path, monkeypatch, pruned_layers):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    how = {"calibration": seen, "checkpoint": "~/pruning.ckpt"}
+    with pytest.raises(KeyboardInterrupt):
+        PRUNINGS["layer"](small.unet, **how)
+    assert (tmp_path / "pruning.ckpt").is_file()
+    PRUNINGS["layer"](small.unet, **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_other_source_code_is_refused(small, seen, tmp_path, monkeypatch, pruned_layers):
+    how = {"calibration": seen, "checkpoint": tmp_path / "pruning.ckpt"}
+    with pytest.raises(KeyboardInterrupt):
+        PRUNINGS["layer"](small.unet, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdcomp.checkpoints.source_digest", lambda: "changed")
+        with pytest.raises(UserError, match="is of another pruning: delete it"):
+            PRUNINGS["layer"](small.unet, **how)
+    PRUNINGS["layer"](small.unet, **how)
 
 
 def test_other_files_and_other_importances_are_refused(small, seen, tmp_path):

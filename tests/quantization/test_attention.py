@@ -111,6 +111,10 @@ def test_what_cannot_compute_them_says_so(small, asked):
 def test_wrong_requests_are_refused(small):
     with pytest.raises(ValueError, match="must be False, True or \"scores\", not 'score'"):
         QuantModel(small.unet, quantize_attention_products="score")
+    # Saved models with these could not be loaded.
+    for asked in (1, 0, None, ["scores"]):
+        with pytest.raises(ValueError, match='must be False, True or "scores", not'):
+            QuantModel(small.unet, quantize_attention_products=asked)
     with pytest.raises(ValueError, match="needs act_quant_params"):
         QuantModel(small.unet, act_quant_params=None, quantize_attention_products=True)
     with pytest.raises(ValueError, match="Linear has no AttentionProduct"):

@@ -1,7 +1,9 @@
 """Methods and recipes: what they do to layers, and what is left alone."""
 
+import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from sdcomp.quantization import (
     build,
     load_quant_model,
     quantize,
+    save_quant_model,
 )
 from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
 
@@ -184,6 +187,32 @@ def test_a_killed_quantization_goes_on_to_the_same_bits(small, tmp_path, monkeyp
         quantize(small, recipe, PROMPTS, checkpoint=file, **settings)
 
 
+def test_settings_of_numpy_are_kept_in_a_checkpoint(randomize, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdcomp.checkpoints._EVERY", -1)
+    module, x = randomize(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), 0), random(9, 16)
+    calibrator = {"act_update_policy": "momentum", "momentum": np.float32(0.5)}
+    recipe, file = replace(RECIPE, model={}, calibrator=calibrator), str(tmp_path / "quantize.ckpt")
+    runs = []
+
+    def run(model: QuantModel) -> None:
+        if runs:
+            raise KeyboardInterrupt
+        runs.append(model(x))
+
+    made = []
+    for kill in (True, False):
+        model = build(recipe, module, 4, 8)
+        if kill:
+            with pytest.raises(KeyboardInterrupt):
+                apply_recipe(model, recipe, lambda model=model: run(model), memory=1, checkpoint=file)
+        apply_recipe(
+            model := build(recipe, module, 4, 8), recipe, lambda model=model: model(x), checkpoint=file
+        )
+        made.append(model)
+    assert made[0].calibration == made[1].calibration and made[0].calibration["momentum"] == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in made), strict=True))
+
+
 def test_a_recipe_runs_any_callable_once(small):
     q = QuantModel(small.unet, weight_quant_params={"n_bits": 4}, act_quant_params=None)
     calls = []
@@ -215,6 +244,18 @@ def test_saved_and_loaded_it_gives_the_same_images(small, tmp_path):
     assert torch.equal(small.replace(unet=again).generate(PROMPTS, steps=2), expected)
     integers = loaded.unet.quantized_layers()[0].weight_integers
     assert integers is not None and integers.dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_buffers_are_loaded_to_the_device_of_the_weights(randomize, tmp_path):
+    module, x = randomize(nn.Sequential(nn.Linear(16, 8), nn.Conv2d(1, 4, 3)), 0), random(2, 1, 16, 16)
+    recipe = replace(RECIPE, weights={}, model={}, methods=(LowRankBranch(2),))
+    folder = save_quant_model(apply_recipe(q := build(recipe, module), recipe, lambda: q(x)), tmp_path)
+    loaded = load_quant_model(folder, copy.deepcopy(module).to("meta"))
+    for layer, whole in zip(loaded.quantized_layers(), q.quantized_layers(), strict=True):
+        buffers = dict(layer.named_buffers())
+        assert buffers.keys() == dict(whole.named_buffers()).keys() > {"weight_integers", "branch_up"}
+        assert all(buffer.is_meta for buffer in buffers.values())
 
 
 def test_every_preset_is_a_recipe():

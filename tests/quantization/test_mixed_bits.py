@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sdcomp.quantization.mixed_bits import choose_bits, weight_overrides
+from sdcomp.quantization import QuantModel, choose_bits, weight_overrides
 
 
 def test_bits_are_near_those_of_an_exhaustive_search():
@@ -39,3 +39,9 @@ def test_a_budget_for_all_bits_takes_the_most():
 
 def test_overrides_name_the_layers():
     assert weight_overrides({"out.2": 3}) == {"out.2": {"weight_quant_params": {"n_bits": 3}}}
+
+
+def test_the_layers_of_a_model_get_the_chosen_bits(small):
+    q = QuantModel(small.unet, overrides=weight_overrides({"out.2": 3, "time_embed.0": 2}))
+    bits = {layer.name: layer.weight_quantizer.n_bits for layer in q.quantized_layers()}
+    assert (bits.pop("out.2"), bits.pop("time_embed.0")) == (3, 2) and set(bits.values()) == {8}

@@ -16,6 +16,7 @@ from sdcomp.quantization import (
     TimeStepCalibratedQuantModel,
     fake_quantize,
     load_quant_model,
+    quantize,
     save_quant_model,
 )
 
@@ -116,6 +117,15 @@ def test_a_model_saved_on_a_cpu_runs_there_and_the_other_way_round(tiny, q, tmp_
     assert back.unet.execution == to_int8(on_cpu).execution
     x, t, context = call(tiny)
     assert torch.equal(back.unet(x.cpu(), t, context.cpu()), to_int8(on_cpu)(x.cpu(), t, context.cpu()))
+
+
+@pytest.mark.parametrize("preset", ["low_bits", "low_rank"])
+def test_rounded_weights_and_branches_are_loaded_there(tiny, tmp_path, preset):
+    unet = quantize(tiny, preset, PROMPTS, weight_bits=4, steps=2, batch_size=2)
+    sd = sdcomp.load(sdcomp.save(tiny.replace(unet=unet), tmp_path), device=DEVICE)
+    for loaded in (sd.unet, load_quant_model(tmp_path, tiny.unet)):
+        assert devices(loaded.module) == {DEVICE}
+        assert torch.equal(loaded(*call(tiny)), unet(*call(tiny)))
 
 
 @pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))

@@ -478,6 +478,27 @@ def test_splits_are_where_the_skips_join(small, tiny, diffusers):
         assert theirs == {their_name(name, unet): n for name, n in splits.items()}
 
 
+def test_hooks_are_called_as_they_were_registered():
+    seen = []
+    layer = nn.Linear(2, 2)
+    layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append("before"), with_kwargs=True)
+    layer.register_forward_hook(lambda m, args, kwargs, out: seen.append("after"), with_kwargs=True)
+    layer.register_forward_hook(lambda m, args, out: seen.append("always"), always_call=True)
+    q = QuantModel(nn.Sequential(layer), act_quant_params=None)
+    q(torch.ones(1, 2))
+    assert seen == ["before", "after", "always"]
+    with pytest.raises(RuntimeError):
+        q(torch.ones(1, 3))
+    assert seen[3:] == ["before", "always"]
+
+
+@pytest.mark.parametrize("asked", [1, 0, None, "yes"])
+def test_split_shortcuts_is_a_switch(small, asked):
+    # A saved model with another value could not be loaded.
+    with pytest.raises(TypeError, match=f"split_shortcuts must be True or False, not {asked!r}"):
+        QuantModel(small.unet, split_shortcuts=asked)
+
+
 def test_a_module_without_skips_cannot_be_split():
     with pytest.raises(ValueError, match="Linear does not tell where its skip concatenations are"):
         QuantModel(nn.Linear(2, 2), split_shortcuts=True)

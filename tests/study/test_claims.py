@@ -245,23 +245,6 @@ def test_a_verdict_is_told_with_where_it_was_decided():
     assert claims.told(statement, finding, rows + other) == "mse regains: holds (at 6, metrics disagree)"
 
 
-def test_from_where_on_a_curve_stays_below_a_limit():
-    curve = [(60, 50), (0, 100), (30, 94), (50, 60), (40, 96)]
-    assert claims.stays_below(curve, 95) == "from 50 % on"
-    assert claims.stays_below(curve, 55) == "from 60 % on"
-    assert claims.stays_below(curve, 50) == "nowhere"
-    assert claims.stays_below([], 95) == "nowhere"
-
-
-def test_what_few_images_can_show():
-    for n in (4, 10, 256):
-        half, smallest = claims.few_images(n)
-        assert half == pytest.approx(100 * 1.96**2 / (n + 1.96**2), abs=0.1)
-        # Four worse images are the fewest that a score test sees (McNemar: 4 / sqrt(4) > 1.96).
-        assert smallest == pytest.approx(400 / n)
-    assert math.isnan(claims.few_images(3)[1])
-
-
 def test_a_trend_is_the_weighted_line_through_all_amounts():
     amounts, ratios = np.array([0.1, 0.25, 0.45]), np.array([1.0, 0.98, 0.97])
     halves = np.array([0.01, 0.005, 0.02])

@@ -1,7 +1,7 @@
 """Titles of figures, from made-up rows."""
 
 from sdcomp.study import Variant, quantized
-from sdcomp.study.titles import about_equal, bits_kept, late_errors, missed_more
+from sdcomp.study.titles import about_equal, bits_kept, late_errors, missed_more, stays_below
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
@@ -52,3 +52,11 @@ def test_attributes_are_missed_more_often_where_intervals_do_not_overlap():
     )
     assert missed_more({"a": worse}, own).endswith("1 of 2 attributes by a")
     assert missed_more({"b": same}, own) == "No variant is shown to miss an attribute more often than fp32"
+
+
+def test_from_where_on_a_curve_stays_below_a_limit():
+    curve = [(60, 50), (0, 100), (30, 94), (50, 60), (40, 96)]
+    assert stays_below(curve, 95) == "from 50 % on"
+    assert stays_below(curve, 55) == "from 60 % on"
+    assert stays_below(curve, 50) == "nowhere"
+    assert stays_below([], 95) == "nowhere"
