@@ -120,13 +120,14 @@ def added_losses(differences: Sequence[Row]) -> str:
         return few
     worse = [row for row in differences if row["ci_high"] < 0]
     score = differences[0]["metric"].removesuffix(" difference")
-    return f"Quantization costs {score} in {len(worse)} of {len(differences)} pruned UNets"
+    return f"Quantization is shown to cost {score} in {len(worse)} of {len(differences)} pruned UNets"
 
 
 def repeated(differences: Sequence[Row]) -> str:
     """A sentence about chosen variants on prompts that did not choose them; rows are as for `answer`."""
     n, name = differences[0]["n"], differences[0]["about"]["prompts"]
-    return f"On {n:g} prompts of '{name}', which chose nothing: {'; '.join(map(_shown, differences))}."
+    shown = "; ".join(map(_shown, differences))
+    return f"On {n:g} other prompts ('{name}'), on which nothing was chosen: {shown}."
 
 
 def cheapest(

@@ -160,7 +160,7 @@ def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
 
 def test_added_losses_counts_what_is_worse_for_certain():
     rows = [change(W4, -3.0, -5.0) | {"ci_high": high} for high in (-0.1, 0.0, 1.0)]
-    assert added_losses(rows) == "Quantization costs prompt accuracy in 1 of 3 pruned UNets"
+    assert added_losses(rows) == "Quantization is shown to cost prompt accuracy in 1 of 3 pruned UNets"
     few = added_losses([change(W4, 0.0, -1.0, n=63)])
     assert few == "63 images do not tell which quantization costs a pruned UNet anything: it takes 64."
     assert added_losses([]) == "No variant gave images, so this run has no answer."
@@ -169,6 +169,6 @@ def test_added_losses_counts_what_is_worse_for_certain():
 def test_what_was_chosen_is_judged_again():
     rows = [change(v, -1.0, -3.0) | {"about": {"prompts": "final"}} for v in (W4, W3)]
     assert repeated(rows) == (
-        "On 256 prompts of 'final', which chose nothing: weights_gptq W4 packed: -1.0 [-3.0, 3.0];"
-        " weights_gptq W3 packed: -1.0 [-3.0, 3.0]."
+        "On 256 other prompts ('final'), on which nothing was chosen:"
+        " weights_gptq W4 packed: -1.0 [-3.0, 3.0]; weights_gptq W3 packed: -1.0 [-3.0, 3.0]."
     )
