@@ -12,13 +12,20 @@ from notebook_parameters import NOTEBOOKS, namespace
 from sdcomp.quantization import QuantModel
 from sdcomp.study import Builder, Run, Variant
 
-QUICK = {"n_images": 2, "steps": 4, "device": "cpu", "n_calibration": 1}
+QUICK = {"n_images": 2, "steps": 4, "device": "cpu"}
 SETTINGS = {
-    "01_quantization": {"calibration_steps": 10, "noise_images": 1, "methods": ["weights_only"]},
-    "04_combined": {"calibration_steps": 10, "noise_images": 1, "timing_repeats": 1, "variants": []},
-    "06_low_bits": {"ladder": ["low_bits"], "act_bits": [32, 8], "norms": []},
-    "07_conditions": {"bits": [8], "draws": 1, "policies": [], "calibration_samplers": [], "conditions": []},
-}
+    "01_quantization": {
+        "calibration_steps": 10, "noise_images": 1, "methods": ["weights_only"], "n_calibration": 1,
+    },
+    "04_combined": {
+        "calibration_steps": 10, "noise_images": 1, "timing_repeats": 1, "variants": [], "n_calibration": 1,
+    },
+    "06_low_bits": {"ladder": ["low_bits"], "act_bits": [32, 8], "norms": [], "n_calibration": 1},
+    "07_conditions": {
+        "bits": [8], "draws": 1, "policies": [], "calibration_samplers": [], "conditions": [],
+        "calibration_sizes": [1],
+    },
+}  # fmt: skip
 pytestmark = pytest.mark.slow
 
 

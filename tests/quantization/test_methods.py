@@ -205,10 +205,8 @@ def test_settings_of_numpy_are_kept_in_a_checkpoint(randomize, tmp_path, monkeyp
         if kill:
             with pytest.raises(KeyboardInterrupt):
                 apply_recipe(model, recipe, lambda model=model: run(model), memory=1, checkpoint=file)
-        apply_recipe(
-            model := build(recipe, module, 4, 8), recipe, lambda model=model: model(x), checkpoint=file
-        )
-        made.append(model)
+        model = build(recipe, module, 4, 8)
+        made.append(apply_recipe(model, recipe, lambda model=model: model(x), checkpoint=file))
     assert made[0].calibration == made[1].calibration and made[0].calibration["momentum"] == 0.5
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in made), strict=True))
 
@@ -250,7 +248,7 @@ def test_saved_and_loaded_it_gives_the_same_images(small, tmp_path):
 def test_buffers_are_loaded_to_the_device_of_the_weights(randomize, tmp_path):
     module, x = randomize(nn.Sequential(nn.Linear(16, 8), nn.Conv2d(1, 4, 3)), 0), random(2, 1, 16, 16)
     recipe = replace(RECIPE, weights={}, model={}, methods=(LowRankBranch(2),))
-    folder = save_quant_model(apply_recipe(q := build(recipe, module), recipe, lambda: q(x)), tmp_path)
+    folder = save_quant_model(apply_recipe(q := build(recipe, module, 4), recipe, lambda: q(x)), tmp_path)
     loaded = load_quant_model(folder, copy.deepcopy(module).to("meta"))
     for layer, whole in zip(loaded.quantized_layers(), q.quantized_layers(), strict=True):
         buffers = dict(layer.named_buffers())
