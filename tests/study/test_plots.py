@@ -83,7 +83,7 @@ def test_a_map_of_bits_has_the_most_bits_at_the_top_left_and_says_what_each_show
     assert [text.get_text() for text in axis.texts] == written
     names = axis.get_legend_handles_labels()[1]
     verdicts = [names[int(v)] for v in axis.collections[0].get_array().ravel()]
-    unknown = "cannot be told at this n"
+    unknown = "cannot be told"
     assert verdicts == [unknown, unknown, "holds", "does not hold"]
 
 
