@@ -149,7 +149,7 @@ KEPT = {HOLDS: "#9ecae1", UNKNOWN: "0.9", FAILS: "#fdae6b"}
 """Colours of verdicts on a loss."""
 
 
-def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], tolerance: float = 5.0) -> None:
+def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], tolerance: float) -> None:
     """Draw paired differences (rows of `Run.results`) by bits of weights, down, and of activations, across.
 
     The values and their intervals stand in the cells. Colours are the verdicts on "loses at most
