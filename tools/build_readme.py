@@ -180,15 +180,24 @@ def results_table() -> str:
         add("the same, `mse`", "01_quantization", quantized("mse", bits, bits))
         timestep = quantized("timestep_mse", bits, bits, 10)
         add("the same, `mse` in 10 timestep intervals", "01_quantization", timestep)
+    for bits in (8, 4):
+        add(
+            f"weights 4 bits, activations {bits} bits, `low_bits`",
+            "06_low_bits",
+            quantized("low_bits", 4, bits),
+        )
     for amount in (0.3, 0.5):
         add(f"{amount:.0%} of weights zeroed", "02_pruning", pruned("unstructured", amount))
-    for amount in (0.05, 0.1):
-        add(f"{amount:.0%} of channels zeroed", "02_pruning", pruned("masked channels", amount))
+    for amount, scope in ((0.5, "layer"), (0.8, "global")):
+        words = f"{amount:.0%} of weights zeroed by second order"
+        words += ", of each layer alike" if scope == "layer" else ""
+        add(words, "02_pruning", pruned("unstructured", amount, scope=scope, importance="second_order"))
+    add("5% of channels zeroed", "02_pruning", pruned("masked channels", 0.05))
     add("25% of channels and heads removed", "02_pruning", REMOVED[0.25])
-    add("25% of channels and heads removed, recovered", "02_pruning", RECOVERED)
+    add("the same, recovered", "02_pruning", RECOVERED)
+    add("60% of parameters removed by second order", "02_pruning", SMALLER)
     add("20% of weights zeroed and 8 bits, `mse` in 10 timestep intervals", "04_combined", PUBLISHED)
-    add("10% of channels and heads removed, int8", "04_combined", _int8(REMOVED[0.1]))
-    add("25% removed, recovered, int8", "04_combined", _int8(RECOVERED))
+    add("25% of channels and heads removed, recovered, int8", "04_combined", _int8(RECOVERED))
     return _table(*rows)
 
 
