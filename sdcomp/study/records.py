@@ -9,11 +9,9 @@ from torch import Tensor
 from sdcomp.evaluation import (
     PathErrors,
     Prompts,
-    applicable,
     bootstrap,
     estimate,
     paired_difference,
-    share_estimate,
 )
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
@@ -31,25 +29,6 @@ def record_path(run: Run, variant: Variant, errors: PathErrors, groups: Sequence
         unit = "%" if metric == "gain" else ""
         run.record(variant, metric, bootstrap(values, groups=groups), unit=unit, baseline=FP32)
         run.images.keep(variant, metric, values, groups, prompts="probes")
-
-
-def record_attributes(
-    run: Run, variant: Variant, sd: StableDiffusion, images: Tensor, prompts: Prompts
-) -> None:
-    """Record in how many images each attribute of the scene is missed, where a reader can tell.
-
-    The unit is percent of the images whose scene has the attribute; an object counts by its share.
-    """
-    if sd.reader is None or prompts.scenes is None:
-        return
-    found = prompt_accuracy(sd.reader, images, prompts.scenes[: len(images)])
-    for attribute, right in found.by_attribute.items():
-        scenes = prompts.groups[: len(images)]
-        values, groups = applicable(right, scenes)
-        if len(values):
-            missed = share_estimate(1 - values, groups)
-            run.record(variant, "missed", missed, unit="%", attribute=attribute)
-            run.images.keep(variant, "missed", 1 - right, scenes, attribute=attribute)
 
 
 def record_attribute_accuracy(

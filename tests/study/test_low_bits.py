@@ -8,14 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sdcomp
-from sdcomp import scenes
-from sdcomp.evaluation import PathErrors, load_prompts
+from sdcomp.evaluation import PathErrors
 from sdcomp.quantization import PRESETS
 from sdcomp.quantization.methods import LowRankBranch, SecondOrderRounding
-from sdcomp.study import FP32, quantized
+from sdcomp.study import quantized
 from sdcomp.study.low_bits import LADDER, range_recipe, range_variants
-from sdcomp.study.records import record_attributes, record_path
+from sdcomp.study.records import record_path
 
 
 class Rows:
@@ -67,21 +65,6 @@ def test_each_norm_comes_with_each_kind_of_range():
     assert {v.recipe for v in variants} == recipes.keys()
     assert len(range_variants([2.4], 1, 4, 4)[0]) == 3
     assert len(range_variants([0], 1, 4, 4)[0]) == 2
-
-
-def test_attributes_are_missed_where_the_image_shows_another_scene():
-    sd = sdcomp.load("data/tiny")
-    prompts = load_prompts(sd, "test", 12)
-    run, images = Rows(), scenes.render(prompts.scenes, 0)
-    record_attributes(run, FP32, sd, images, prompts)
-    assert {key[1] for key in run.rows} >= {"color", "shape", "background"}
-    assert all(found.value < 15 for found in run.rows.values())
-    other = Rows()
-    record_attributes(other, FP32, sd, images.flip(0), prompts)
-    assert other.rows["missed", "color"].value > 40
-    without = Rows()
-    record_attributes(without, FP32, sd.replace(reader=None), images, prompts)
-    assert without.rows == {}
 
 
 def test_a_path_is_recorded_as_means_over_images():

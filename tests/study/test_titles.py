@@ -1,7 +1,7 @@
 """Titles of figures, from made-up rows."""
 
 from sdcomp.study import Variant, quantized
-from sdcomp.study.titles import about_equal, bits_kept, late_errors, missed_more, stays_below
+from sdcomp.study.titles import about_equal, attributes_lost, bits_kept, late_errors, stays_below
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
@@ -44,14 +44,13 @@ def test_errors_are_late_where_every_path_ends_with_its_largest():
     assert late_errors({}) == "0 of 0 variants make their largest error in the last step"
 
 
-def test_attributes_are_missed_more_often_where_intervals_do_not_overlap():
-    own = [row("fp32", 0, 2, 256), row("fp32", 8, 4, 256)]
-    worse, same = [row("a", 9, 3, 256), row("a", 14, 3, 256)], [row("b", 3, 2, 256), row("b", 1, 1, 256)]
-    assert missed_more({"a": worse, "b": same}, own) == (
-        "Shown to be missed more often than by fp32: 1 of 2 attributes by a, none by the others"
+def test_attributes_are_lost_where_the_interval_of_the_difference_is_below_0():
+    lost, kept = [row("a", -9, 3, 256), row("a", -3, 2, 256), row("a", -2, 3, 256)], [row("b", 3, 2, 256)]
+    assert attributes_lost({"a": lost, "b": kept}) == (
+        "Attributes that are shown to be lost: 2 of 3 by a, none by the others"
     )
-    assert missed_more({"a": worse}, own).endswith("1 of 2 attributes by a")
-    assert missed_more({"b": same}, own) == "No variant is shown to miss an attribute more often than fp32"
+    assert attributes_lost({"a": lost}).endswith("2 of 3 by a")
+    assert attributes_lost({"b": kept}) == "No variant is shown to lose an attribute"
 
 
 def test_from_where_on_a_curve_stays_below_a_limit():
