@@ -114,20 +114,40 @@ def fastest(
     return "\n".join(lines)
 
 
-def added_losses(differences: Sequence[Row]) -> str:
-    """How many quantized UNets are worse than the same UNet before quantization; rows are as for `answer`."""
+def added_losses(differences: Sequence[Row], interactions: Sequence[Row] = ()) -> str:
+    """In how many cases a quantized UNet is worse than the same pruned UNet before quantization.
+
+    `differences` are rows as for `answer`. `interactions` are their differences to what the same quantization
+    costs the whole UNet.
+    """
     if few := too_few(differences, "quantization costs a pruned UNet anything"):
         return few
     worse = [row for row in differences if row["ci_high"] < 0]
     score = differences[0]["metric"].removesuffix(" difference")
-    return f"Quantization is shown to cost {score} in {len(worse)} of {len(differences)} pruned UNets"
+    said = f"Quantizing a pruned UNet is shown to cost {score} in {len(worse)} of {len(differences)} cases"
+    if not interactions:
+        return said
+    more, less = (
+        sum(row["ci_high"] < 0 for row in interactions),
+        sum(row["ci_low"] > 0 for row in interactions),
+    )
+    return f"{said}; more than it costs the whole UNet in {more}, less in {less}"
 
 
-def repeated(differences: Sequence[Row]) -> str:
+def repeated(differences: Sequence[Row], tolerance: float | None = None) -> str:
     """A sentence about chosen variants on prompts that did not choose them; rows are as for `answer`."""
     n, name = differences[0]["n"], differences[0]["about"]["prompts"]
-    shown = "; ".join(map(_shown, differences))
+    tolerance = tolerance_of(differences, tolerance)
+    shown = "; ".join(
+        f"{_shown(row)}, {'within' if _little(row, tolerance) else 'outside'} these limits"
+        for row in differences
+    )
     return f"On {n:g} other prompts ('{name}'), on which nothing was chosen: {shown}."
+
+
+def _little(row: Row, tolerance: float) -> bool:
+    """Whether a difference is at most `LITTLE` of the tolerance, and its worse end at most all of it."""
+    return row["value"] >= -LITTLE * tolerance and row["ci_low"] >= -tolerance
 
 
 def cheapest(
@@ -135,11 +155,7 @@ def cheapest(
 ) -> Row | None:
     """The row of the least cost among the variants that are shown to lose little, see `smallest_file`."""
     tolerance = tolerance_of(differences, tolerance)
-    little = [
-        row
-        for row in differences
-        if row["variant"] in costs and row["value"] >= -LITTLE * tolerance and row["ci_low"] >= -tolerance
-    ]
+    little = [row for row in differences if row["variant"] in costs and _little(row, tolerance)]
     return min(little, key=lambda row: costs[row["variant"]], default=None)
 
 

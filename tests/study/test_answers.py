@@ -160,15 +160,25 @@ def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
 
 def test_added_losses_counts_what_is_worse_for_certain():
     rows = [change(W4, -3.0, -5.0) | {"ci_high": high} for high in (-0.1, 0.0, 1.0)]
-    assert added_losses(rows) == "Quantization is shown to cost prompt accuracy in 1 of 3 pruned UNets"
+    said = "Quantizing a pruned UNet is shown to cost prompt accuracy in 1 of 3 cases"
+    assert added_losses(rows) == said
+    ends = [(-2.0, -0.1), (-1.0, 0.0), (-1.0, 1.0), (0.1, 2.0), (0.2, 1.0)]
+    more = [change(W4, 0.0, low) | {"ci_high": high} for low, high in ends]
+    assert added_losses(rows, more) == f"{said}; more than it costs the whole UNet in 1, less in 2"
     few = added_losses([change(W4, 0.0, -1.0, n=63)])
     assert few == "63 images do not tell which quantization costs a pruned UNet anything: it takes 64."
     assert added_losses([]) == "No variant gave images, so this run has no answer."
 
 
 def test_what_was_chosen_is_judged_again():
-    rows = [change(v, -1.0, -3.0) | {"about": {"prompts": "final"}} for v in (W4, W3)]
+    lows = {W4: -3.0, W3: -5.1}
+    rows = [change(v, -1.0, low) | {"about": {"prompts": "final"}} for v, low in lows.items()]
     assert repeated(rows) == (
         "On 256 other prompts ('final'), on which nothing was chosen:"
-        " weights_gptq W4 packed: -1.0 [-3.0, 3.0]; weights_gptq W3 packed: -1.0 [-3.0, 3.0]."
+        " weights_gptq W4 packed: -1.0 [-3.0, 3.0], within these limits;"
+        " weights_gptq W3 packed: -1.0 [-5.1, 5.1], outside these limits."
+    )
+    assert repeated(rows, tolerance=6).count("within these limits") == 2
+    assert repeated([change(W4, -2.1, -3.0) | {"about": {"prompts": "final"}}]).endswith(
+        "outside these limits."
     )
