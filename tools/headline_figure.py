@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from sdcomp.study import FP32, Variant, pruned, style
 from sdcomp.study.answers import LITTLE, TOLERANCES
 
+METRIC = "prompt accuracy difference"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -29,6 +31,11 @@ class Point:
     low: float
     high: float
 
+    @property
+    def words(self) -> str:
+        """The difference with its interval."""
+        return f"{self.change:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
 
 PUBLISHED = (
     ("35 % zeros", pruned("unstructured", 0.35)),
@@ -36,13 +43,12 @@ PUBLISHED = (
     ("5 % of channels\nset to zero", pruned("masked channels", 0.05)),
 )
 OURS = {
-    "int8": "int8",
-    "4-bit weights, packed": "4 bits",
-    "50 % of weights zeroed by second order, 4 bits, packed": "50 % zeros,\n4 bits",
-    "60 % of parameters removed by second order, 4 bits, packed": "60 %\nremoved,\n4 bits",
-    "60 % of parameters removed by second order, 3 bits in groups, packed": "60 %\nremoved,\n3 bits",
+    "int8": readme.INT8,
+    "4 bits": readme.packed(4),
+    "50 % zeros,\n4 bits": readme.packed(4, readme.ZEROS),
+    "60 %\nremoved,\n4 bits": readme.packed(4, readme.SMALLER),
+    "60 %\nremoved,\n3 bits": readme.packed(3, readme.SMALLER),
 }
-"""Short names for rows of the README's first table."""
 BELOW, ABOVE = ("center", "top"), ("center", "bottom")
 LEFT, RIGHT = ("right", "center"), ("left", "center")
 PLACES = {"4 bits": RIGHT, "torchao W4 g16": BELOW, "50 % zeros": BELOW, "5 % of channels\nset to zero": LEFT}
@@ -51,7 +57,7 @@ PLACES = {"4 bits": RIGHT, "torchao W4 g16": BELOW, "50 % zeros": BELOW, "5 % of
 
 def ours(study: str, name: str, variant: Variant, size: str) -> Point:
     """A variant of a report; `size` is the metric of its file."""
-    change = readme.find(study, variant.label, "prompt accuracy difference")
+    change = readme.find(study, variant.label, METRIC)
     megabytes = readme.find(study, variant.label, size)["value"]
     return Point(name, megabytes, change["value"], change["ci_low"], change["ci_high"])
 
@@ -59,7 +65,7 @@ def ours(study: str, name: str, variant: Variant, size: str) -> Point:
 def peers() -> list[Point]:
     """The smallest model of each other tool that loses little."""
     found = {}
-    for row in benchmark_tables.little_lost(LITTLE, TOLERANCES["prompt accuracy difference"]):
+    for row in benchmark_tables.little_lost(LITTLE, TOLERANCES[METRIC]):
         name = row["variant"].partition(",")[0].replace(" dynamic", "")
         numbers = (float(row[key]) for key in ("megabytes", "accuracy_difference", "low", "high"))
         found.setdefault(name.split()[0], Point(name, *numbers))
@@ -70,8 +76,7 @@ def draw() -> Figure:
     """Draw all files: grey published pruning, orange other tools, blue this package."""
     half = readme.find("02_pruning", FP32.label, "file, dense")["value"]
     published = [ours("02_pruning", name, variant, "smallest file") for name, variant in PUBLISHED]
-    rows = dict(readme.HEADLINE)
-    new = [ours("04_combined", name, rows[label], "UNet file") for label, name in OURS.items()]
+    new = [ours("04_combined", name, variant, "UNet file") for name, variant in OURS.items()]
     kinds = {
         "published pruning, weights in fp16": (published, "0.5", "s"),
         "smallest of another tool (lower bound of MB)": (peers(), "C1", "D"),
@@ -94,13 +99,16 @@ def draw() -> Figure:
             axis.annotate(point.name, (point.megabytes, y), xytext=shift, textcoords="offset points", **look)
     axis.set(xscale="log", ylabel="prompt accuracy,\ndifference to the UNet as it is (points)")
     least = min(new, key=lambda point: point.megabytes)
-    change = f"{least.change:.1f} [{least.low:.1f}, {least.high:.1f}] points"
-    share = f"{least.megabytes / half:.0%} of the bytes, {change}"
-    name = least.name.replace("\n", " ")
-    title = f"{name}: {share} (tiny model, 256 images a point, 95 % intervals)"
+    name, share = least.name.replace("\n", " "), f"{100 * least.megabytes / half:.0f} %"
+    again = readme.find("04_combined", OURS[least.name].label, METRIC, prompts="final")
+    again = Point(name, least.megabytes, *(again[key] for key in ("value", "ci_low", "ci_high")))
+    title = (
+        f"{name}: {share} of the bytes, {least.words} points; on 256 other prompts {again.words}\n"
+        "(tiny model, 256 images a point, 95 % intervals)"
+    )
     axis.set_title(title, loc="left", fontsize=10)
     ticks = [2, 3, 4, 6, 8, 12, half]
-    axis.set_xticks(ticks, [f"{size:.3g}\n{size / half:.0%}" for size in ticks])
+    axis.set_xticks(ticks, [f"{size:.3g}\n{100 * size / half:.0f} %" for size in ticks])
     axis.set_xticks([], minor=True)
     axis.set_xlabel("MB of the UNet's file, and their share of fp16")
     axis.legend(frameon=False, fontsize=9, loc="lower left")

@@ -67,7 +67,7 @@ def smallest_file(
     size = megabytes[found["variant"]]
     return (
         f"The smallest of {len(megabytes)} files with {_limits(differences, tolerance)}: {size:.2f} MB,"
-        f" {size / half:.0%} of fp16 ({_shown(found)})."
+        f" {100 * size / half:.0f} % of fp16 ({_shown(found)})."
     )
 
 

@@ -46,7 +46,7 @@ def plot_bytes(axis: Axes, points: pd.DataFrame, half: float, tolerance: float) 
     _name(axis, ends)
     low, high = axis.get_xlim()
     sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 20, 30) if low <= size <= min(high, 0.8 * half)] + [half]
-    axis.set_xticks(sizes, [f"{size:.3g}\n{size / half:.0%}" for size in sizes])
+    axis.set_xticks(sizes, [f"{size:.3g}\n{100 * size / half:.0f} %" for size in sizes])
     axis.set_xticks([], minor=True)
     axis.set_xlabel("MB of the UNet's file, and their share of fp16")
 

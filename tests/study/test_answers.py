@@ -89,9 +89,9 @@ def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
 @pytest.mark.parametrize(
     ("w3", "sparse", "said"),
     [
-        ((-2.0, -5.0), (-2.1, -4.0), "3.90 MB, 21% of fp16 (weights_gptq W3 packed: -2.0 [-5.0, 5.0]"),
-        ((-2.0, -5.1), (-3.0, -4.0), "4.90 MB, 26% of fp16 (weights_gptq W4 packed: -0.4 [-2.0, 2.0]"),
-        ((-9.0, -9.9), (1.0, -4.9), "3.00 MB, 16% of fp16 (unstructured 50 %, weights_gptq W3 packed: 1.0"),
+        ((-2.0, -5.0), (-2.1, -4.0), "3.90 MB, 21 % of fp16 (weights_gptq W3 packed: -2.0 [-5.0, 5.0]"),
+        ((-2.0, -5.1), (-3.0, -4.0), "4.90 MB, 26 % of fp16 (weights_gptq W4 packed: -0.4 [-2.0, 2.0]"),
+        ((-9.0, -9.9), (1.0, -4.9), "3.00 MB, 16 % of fp16 (unstructured 50 %, weights_gptq W3 packed: 1.0"),
     ],
 )
 def test_the_smallest_file_has_a_small_loss_by_its_mean_and_by_its_interval(w3, sparse, said):
