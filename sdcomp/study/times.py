@@ -56,17 +56,19 @@ class PairedTimes:
 
     def components(
         self, unet: nn.Module, prompts: list[str], **settings: Any
-    ) -> dict[str, tuple[Estimate, float]]:
-        """Times of the `PARTS` of `generate(prompts, **settings)` with `unet`.
+    ) -> tuple[dict[str, tuple[Estimate, Estimate]], Estimate]:
+        """Times of `generate(prompts, **settings)` with `unet`, in turn with the model's own UNet.
 
-        For each part: its seconds, and their ratio to the seconds of the whole generation with the model's
-        own UNet, measured in turn.
+        Of each of the `PARTS`: its seconds, and its share of the same generation's seconds. Then the ratio of
+        the whole generation's seconds to those with the model's own UNet in the same round.
         """
         models = {"baseline": self.sd, "variant": self.sd.replace(unet=unet)}
         times = component_times(models, prompts, self.repeats, **settings)
         own, base = (times[times.variant == name] for name in ("variant", "baseline"))
-        whole = base["total"].median()
-        return {part: (median(own[part].to_numpy()), float(own[part].median() / whole)) for part in PARTS}
+        seconds = {part: own[part].to_numpy() for part in PARTS}
+        whole = seconds["total"]
+        parts = {part: (median(values), median(values, whole)) for part, values in seconds.items()}
+        return parts, median(whole, base["total"].to_numpy())
 
 
 def at_steps(call: Estimate, steps: int, of: int) -> Estimate:

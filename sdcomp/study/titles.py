@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from sdcomp.study.answers import tolerance_of, too_few
 from sdcomp.study.claims import HOLDS, not_worse
 from sdcomp.study.results import Row
+from sdcomp.study.variants import Variant
+
+
+def plain(variant: Variant, amount: bool = True) -> str:
+    """The name of a variant in figures with one recipe, such as "removed 60 % by second order, int8".
+
+    Without `amount` it is the same for all amounts. The space before "%" does not break.
+    """
+    pruning = variant.unquantized.describe(amount) if variant.pruning else ""
+    pruning = pruning.replace(" global by second_order", " by second order")
+    pruning = pruning.replace(" by second_order", " by second order in each layer").replace(" %", "\u00a0%")
+    bits = f"W{variant.weight_bits}A{variant.act_bits} " if variant.execution == "simulated" else ""
+    execution = f"{bits}{variant.execution}" if variant.recipe else ""
+    return ", ".join(part for part in (pruning, execution) if part) or "fp32"
+
+
+def saves_less(times: Sequence[Row], arithmetic: Mapping[Variant, float]) -> str:
+    """A title about removals whose time relative to fp32 is shown to be above the share of arithmetic left.
+
+    Then the time of the last amount of every way to prune, where it runs in fp32. Lines break between these.
+    """
+    less = [row["ci_low"] > left for row in times if (left := arithmetic.get(row["variant"])) is not None]
+    last = {plain(row["variant"], amount=False): row for row in times if row["variant"].pruning}
+    said = [
+        f"{plain(row['variant'])} {row['value']:.2f}" for row in last.values() if not row["variant"].recipe
+    ]
+    lines = textwrap.wrap("Calls take: " + ", ".join(words.replace(" ", "\u00a0") for words in said), 100)
+    if less:
+        removals = f"{sum(less)} of {len(less)} removals"
+        lines.insert(0, f"{removals} are shown to save less time than arithmetic (dashed)")
+    return "\n".join(lines)
 
 
 def bits_kept(differences: Sequence[Row], tolerance: float | None = None) -> str:

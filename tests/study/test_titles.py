@@ -1,7 +1,17 @@
 """Titles of figures, from made-up rows."""
 
-from sdcomp.study import Variant, quantized
-from sdcomp.study.titles import about_equal, attributes_lost, bits_kept, late_errors, stays_below
+import pytest
+
+from sdcomp.study import FP32, Variant, quantized, requested
+from sdcomp.study.titles import (
+    about_equal,
+    attributes_lost,
+    bits_kept,
+    late_errors,
+    plain,
+    saves_less,
+    stays_below,
+)
 
 
 def row(label: str, value: float, width: float, n: int) -> dict:
@@ -12,6 +22,47 @@ def row(label: str, value: float, width: float, n: int) -> dict:
 def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
     ends = {"variant": variant, "label": variant.label, "value": value, "ci_low": low, "ci_high": -low}
     return {**ends, "metric": "prompt accuracy difference", "unit": "%", "n": n}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "line"),
+    [
+        ("removed 0.25", "removed 25 %, int8", "removed, int8"),
+        (
+            "removed 0.6 global second_order",
+            "removed 60 % by second order, int8",
+            "removed by second order, int8",
+        ),
+        (
+            "removed 0.6 second_order",
+            "removed 60 % by second order in each layer, int8",
+            "removed by second order in each layer, int8",
+        ),
+        ("unstructured 0.4 global", "unstructured 40 % global, int8", "unstructured global, int8"),
+    ],
+)
+def test_names_in_figures_are_plain_and_differ_where_variants_do(text, name, line):
+    variant = quantized("timestep_mse", 8, 8, 5, of=requested(text), execution="int8")
+    assert plain(variant) == name.replace(" %", "\u00a0%") and plain(variant, amount=False) == line
+    assert plain(variant.unquantized) == plain(variant).removesuffix(", int8")
+
+
+def test_what_is_not_pruned_is_named_by_how_it_runs():
+    simulated = quantized("timestep_mse", 8, 8, 5)
+    assert [plain(v) for v in (FP32, simulated)] == ["fp32", "W8A8 simulated"]
+
+
+def test_a_removal_saves_less_time_than_arithmetic_where_its_interval_is_above():
+    removed = [requested(text) for text in ("removed 0.1", "removed 0.25")]
+    int8 = quantized("timestep_mse", 8, 8, 5, execution="int8", of=removed[0])
+    variants = [FP32, *removed, int8]
+    rows = [
+        {"variant": v, "value": low + 0.01, "ci_low": low}
+        for v, low in zip(variants, (1, 0.95, 0.79, 0.7), strict=True)
+    ]
+    first, second = saves_less(rows, dict.fromkeys(removed, 0.8)).split("\n")
+    assert first == "1 of 2 removals are shown to save less time than arithmetic (dashed)"
+    assert second == saves_less(rows, {}) == "Calls take: removed\u00a025\u00a0%\u00a00.80"
 
 
 def test_bits_are_kept_where_all_higher_ones_are_too():
