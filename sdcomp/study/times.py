@@ -56,19 +56,20 @@ class PairedTimes:
 
     def components(
         self, unet: nn.Module, prompts: list[str], **settings: Any
-    ) -> tuple[dict[str, tuple[Estimate, Estimate]], Estimate]:
+    ) -> tuple[dict[str, Estimate], dict[str, Estimate], Estimate]:
         """Times of `generate(prompts, **settings)` with `unet`, in turn with the model's own UNet.
 
-        Of each of the `PARTS`: its seconds, and its share of the same generation's seconds. Then the ratio of
-        the whole generation's seconds to those with the model's own UNet in the same round.
+        First the seconds of each of the `PARTS`. Then the share of each in the same generation's total. Last
+        the ratio of the total to that with the model's own UNet in the same round.
         """
         models = {"baseline": self.sd, "variant": self.sd.replace(unet=unet)}
-        times = component_times(models, prompts, self.repeats, **settings)
-        own, base = (times[times.variant == name] for name in ("variant", "baseline"))
+        table = component_times(models, prompts, self.repeats, **settings)
+        own, base = (table[table.variant == name] for name in ("variant", "baseline"))
         seconds = {part: own[part].to_numpy() for part in PARTS}
         whole = seconds["total"]
-        parts = {part: (median(values), median(values, whole)) for part, values in seconds.items()}
-        return parts, median(whole, base["total"].to_numpy())
+        times = {part: median(values) for part, values in seconds.items()}
+        shares = {part: median(values, whole) for part, values in seconds.items() if part != "total"}
+        return times, shares, median(whole, base["total"].to_numpy())
 
 
 def at_steps(call: Estimate, steps: int, of: int) -> Estimate:

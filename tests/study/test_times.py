@@ -56,11 +56,12 @@ def test_a_step_is_timed_with_guidance_and_all_of_the_context(clock, small):
 
 
 def test_a_generation_has_the_shares_of_its_parts_and_a_ratio_to_the_models_own(clock, small):
-    found, ratio = clock.components(Slower(small.unet, 0.2), ["a star"] * 2, steps=2, guidance_scale=1.0)
-    assert tuple(found) == PARTS
-    seconds, shares = ({part: pair[i].value for part, pair in found.items()} for i in (0, 1))
-    assert seconds["UNet"] > 0.4 and seconds["UNet"] < seconds["total"]
-    assert shares["UNet"] == pytest.approx(seconds["UNet"] / seconds["total"]) and shares["total"] == 1
+    slower = Slower(small.unet, 0.2)
+    seconds, shares, ratio = clock.components(slower, ["a star"] * 2, steps=2, guidance_scale=1.0)
+    assert tuple(seconds) == (*shares, "total") == PARTS
+    whole = seconds["total"].value
+    assert 0.4 < seconds["UNet"].value < whole
+    assert shares["UNet"].value == pytest.approx(seconds["UNet"].value / whole)
     # Two steps of 0.2 s over two of 0.1 s, less what the rest takes.
     assert 1.7 < ratio.low <= ratio.value <= ratio.high < 2 and ratio.n == 3
 
@@ -70,9 +71,9 @@ def test_the_ratio_of_generations_is_taken_within_a_round(clock, small, monkeypa
     totals = pd.DataFrame({"variant": ["baseline", "variant"] * 3, "total": [1.0, 0.8, 4.0, 3.2, 1.0, 0.8]})
     times = totals.assign(**dict.fromkeys(PARTS[:-1], totals["total"] / 2))
     monkeypatch.setattr("sdcomp.study.times.component_times", lambda *_, **__: times)
-    found, ratio = clock.components(small.unet, ["a star"])
+    _, shares, ratio = clock.components(small.unet, ["a star"])
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((0.8, 0.8, 0.8))
-    assert found["UNet"][1].low == found["UNet"][1].high == 0.5
+    assert shares["UNet"].low == shares["UNet"].high == 0.5
 
 
 def test_inputs_follow_the_models_type_and_the_seed(small):
