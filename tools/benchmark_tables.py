@@ -33,14 +33,15 @@ def _cell(row: dict, column: str, form: str) -> str:
     """A column, the range "low..high", or a value with its interval, "value[low..high]"."""
     value, _, ends = column.rstrip("]").partition("[")
     if ends:
-        interval = ", ".join(_number(row[name], form) for name in ends.split(".."))
-        return f"{_number(row[value], form)} [{interval}]" if row[value] else ""
+        interval = ", ".join(number(row[name], form) for name in ends.split(".."))
+        return f"{number(row[value], form)} [{interval}]" if row[value] else ""
     values = [row[name] for name in column.split("..")]
-    return " to ".join(_number(value, form) for value in values) if any(values) else ""
+    return " to ".join(number(value, form) for value in values) if any(values) else ""
 
 
-def _number(value: str, form: str) -> str:
-    return format(float(value), form) if value and form else value
+def number(value: str, form: str) -> str:
+    """A number in this format, with a space before %; text as it is."""
+    return format(float(value), form).replace("%", " %") if value and form else value
 
 
 def loading_table() -> str:

@@ -78,7 +78,7 @@ def number(kind: str, about: str) -> str:
         row = find(where, *names, **{name: _parsed(value) for name, value in pairs.items()})
         return _format(row, form, kind == "interval")
     row = _only([row for row in benchmark_tables.read(where) if pairs.items() <= row.items()], about)
-    return format(float(row[names[0]]), form)
+    return benchmark_tables.number(row[names[0]], form)
 
 
 def _parsed(value: str) -> Any:

@@ -1,8 +1,9 @@
-"""Bytes of a compressed UNet, as a file has them or as a packed file would have them."""
+"""Parameters and bytes of a compressed UNet; bytes as a file has them or as a packed file would have them."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +14,18 @@ from sdcomp.integer import Int8Model, PackedModel, packed_files, save_packed, to
 from sdcomp.pruning import disk_sizes
 from sdcomp.quantization import QuantLayer, QuantModel
 from sdcomp.quantization.scales import STORED
+from sdcomp.study.results import Row
+from sdcomp.study.variants import FP32, Variant
+
+
+def share_gone(parameters: Sequence[Row], zeros: Sequence[Row]) -> dict[Variant, float]:
+    """Percent of fp32's parameters that pruning removed or set to zero, by variant.
+
+    The rows have the parameters of each variant, and the percentage of them that is zero.
+    """
+    zero = {row["variant"]: row["value"] / 100 for row in zeros}
+    left = {row["variant"]: row["value"] * (1 - zero[row["variant"]]) for row in parameters}
+    return {variant: 100 * (1 - kept / left[FP32]) for variant, kept in left.items()}
 
 
 def packed_bytes(unet: nn.Module) -> int:

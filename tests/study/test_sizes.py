@@ -8,13 +8,25 @@ import sdcomp
 from sdcomp.integer import save_int8, to_int8, to_packed
 from sdcomp.pruning import disk_sizes, prune_structured, prune_unstructured
 from sdcomp.quantization import Calibrator, QuantModel
-from sdcomp.study.sizes import packed_bytes, packed_file_bytes, stored_bytes
+from sdcomp.study import FP32, pruned
+from sdcomp.study.sizes import packed_bytes, packed_file_bytes, share_gone, stored_bytes
 
 
 def layer(*weights):
     module = nn.Linear(len(weights), 1, bias=False)
     module.weight.data[:] = torch.tensor(weights)
     return module
+
+
+def test_what_is_gone_was_removed_or_set_to_zero():
+    masked, removed = pruned("masked channels", 0.1), pruned("removed", 0.1)
+
+    def rows(*values):
+        return [{"variant": v, "value": x} for v, x in zip((FP32, masked, removed), values, strict=True)]
+
+    # 8 of 10 million are not zero at first; then 6 of 10, and 4 of 5.
+    gone = share_gone(rows(10, 10, 5), rows(20, 40, 20))
+    assert gone == pytest.approx({FP32: 0, masked: 25, removed: 50})
 
 
 def test_packed_bytes_by_hand():
