@@ -19,7 +19,10 @@ def _benchmark(name: str, columns: dict[str, tuple[str, str]], of: str = "") -> 
 
     Only rows with a value in the column `of` are shown, if that is given. A column without any value is not.
     """
-    rows = [row for row in read(f"benchmarks/{name}") if not of or row[of]]
+    return _shown([row for row in read(f"benchmarks/{name}") if not of or row[of]], columns)
+
+
+def _shown(rows: list[dict[str, str]], columns: dict[str, tuple[str, str]]) -> str:
     return _table([{head: _cell(row, *about) for head, about in columns.items()} for row in rows])
 
 
@@ -209,14 +212,16 @@ def trials_table() -> str:
 
 
 def interval_ranges_table() -> str:
-    """Ranges of timestep intervals at 4 bits beside plain ones."""
+    """Ranges of timestep intervals at 4 bits beside plain ones, which have no difference to themselves."""
     columns = {
         "variant": ("variant", ""), "prompt accuracy (%)": ("accuracy", ".1f"),
         "difference to `mse`": ("difference", ".1f"), "95 % interval": ("low..high", ".1f"),
         "PSNR (dB)": ("psnr", ".1f"), "step error": ("step_error", ".3f"), "gain (%)": ("gain", ".1f"),
         "final latent error": ("final_error", ".3f"), "n": ("n", ""),
     }  # fmt: skip
-    return _benchmark("interval_ranges", columns)
+    itself = dict.fromkeys(("difference", "low", "high"), "")
+    rows = read("benchmarks/interval_ranges")
+    return _shown([row | itself if row["variant"] == "mse" else row for row in rows], columns)
 
 
 def low_bits_table() -> str:

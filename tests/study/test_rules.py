@@ -192,5 +192,5 @@ def test_a_backend_that_is_not_installed_is_refused_in_one_sentence(monkeypatch,
     monkeypatch.setattr(common, "find_spec", lambda name: object())
     assert read_parameters(namespace(study, **injected), study)["backends"] == injected["backends"]
     monkeypatch.setattr(common, "find_spec", lambda name: None)
-    with pytest.raises(ParameterError, match=r"not installed: pip install 'sdcomp\[deploy\]', or remove it"):
+    with pytest.raises(ParameterError, match=r"not installed: pip install -e '\.\[deploy\]', or remove it"):
         read_parameters(namespace(study, **injected), study)

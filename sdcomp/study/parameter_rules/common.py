@@ -217,5 +217,5 @@ def check_k(p: Mapping[str, Any], *intervals: int, name: str = "k") -> str | Non
 def check_openvino(p: Mapping[str, Any]) -> str | None:
     """Refuse the backend of an engine that is not installed."""
     if "openvino" in p["backends"] and find_spec("openvino") is None:
-        return "backends has openvino, which is not installed: pip install 'sdcomp[deploy]', or remove it"
+        return "backends has openvino, which is not installed: pip install -e '.[deploy]', or remove it"
     return None
