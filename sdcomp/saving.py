@@ -68,8 +68,8 @@ def save(
     UNets only. `dtype` is the type of the plain weights. `record` says more about the model, ready for JSON:
     its origin, the evaluation that it passed.
 
-    Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold, and
-    for "packed" what `sdcomp.to_packed` raises.
+    Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold,
+    TypeError for a `dtype` that `load` does not take, and for "packed" what `sdcomp.to_packed` raises.
     """
     path, unet = Path(path).expanduser(), sd.unet
     if format == "packed":

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,9 @@ WRITERS = {
     "quantized": sdcomp.save,
     "int8": sdcomp.save,
     "packed": sdcomp.save,
-    "diffusers": lambda sd, folder: sdcomp.save(sd, folder, format="diffusers"),
-    "removed diffusers": lambda sd, folder: sdcomp.export(sd, folder, format="diffusers"),
-    "zeroed checkpoint": lambda sd, folder: sdcomp.export(sd, folder, format="checkpoint"),
+    "diffusers": partial(sdcomp.save, format="diffusers"),
+    "removed diffusers": partial(sdcomp.export, format="diffusers"),
+    "zeroed checkpoint": partial(sdcomp.export, format="checkpoint"),
 }
 PAIRS = list(itertools.product(WRITERS, repeat=2))
 KILLED = [
@@ -124,7 +125,7 @@ def made(loaded, tmp_path_factory):
     for kind, write in WRITERS.items():
         sd, folder = compressed(loaded, kind), tmp_path_factory.mktemp("made") / "model"
         write(sd, folder)
-        found[kind] = (lambda target, sd=sd, write=write: write(sd, target)), folder, identity(folder)
+        found[kind] = partial(write, sd), folder, identity(folder)
     return found
 
 
@@ -147,6 +148,17 @@ def test_a_folder_of_any_format_used_again_loads_as_the_last_model(made, tmp_pat
     write, _, expected = made[new]
     write(folder)
     assert identity(folder) == expected and len(expected) == 3
+
+
+@pytest.mark.parametrize("how", ["zeroed", "quantized", "packed", "diffusers", "removed diffusers"])
+def test_a_type_that_cannot_be_loaded_leaves_the_old_model(made, tmp_path, how):
+    write, folder, same = made[how]
+    copy = shutil.copytree(folder, tmp_path / "old")
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "float16"):
+        for target in (copy, tmp_path / "new"):
+            with pytest.raises(TypeError, match=f"dtype must be a floating-point type.* not '?{dtype}"):
+                write(target, dtype=dtype)
+    assert identity(copy) == same and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("old", "new"), KILLED)

@@ -33,7 +33,8 @@ def export(sd: StableDiffusion, path: str | Path, format: str, dtype: torch.dtyp
     - "onnx": the same for ONNX Runtime and other engines, `path` ends in `.onnx`.
 
     `dtype` converts plain weights. Raises ValueError for another format, ModelError for a UNet that the
-    format cannot hold, UserError for a file that cannot be written.
+    format cannot hold, UserError for a file that cannot be written, TypeError for a `dtype` that `load` does
+    not take.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")

@@ -22,7 +22,16 @@ from sdcomp.model.files.folder import read_folder, write_folder
 from sdcomp.model.files.hub import local_model
 from sdcomp.model.files.lora import merge_loras
 from sdcomp.model.files.single_file import read_original, text_state, write_original
-from sdcomp.model.files.tensors import MOST_TEXT, ModelError, Part, Source, check, fill, one_line
+from sdcomp.model.files.tensors import (
+    MOST_TEXT,
+    ModelError,
+    Part,
+    Source,
+    check,
+    check_float_type,
+    fill,
+    one_line,
+)
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.tokenizer import load_tokenizer
 from sdcomp.model.unet import UNet
@@ -58,8 +67,7 @@ def load(
     UserError for a `device` that this machine does not have, and TypeError for another kind of `dtype`.
     """
     device = check_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point type such as torch.float16, not {dtype!r}")
+    check_float_type(dtype)
     if loras and unet is not None:
         raise ModelError("LoRA files change the weights of a model's own UNet: leave loras or unet out")
     source = _open(path, config, variant, needs_unet=unet is None)
@@ -193,7 +201,8 @@ def save(
 
     All files are written to temporary places and then renamed. So a killed save leaves the model that was
     there before, or in its last moment a folder that `load` refuses. Raises UserError for a file that cannot
-    be written, and ModelError for a model that the format cannot hold.
+    be written, ModelError for a model that the format cannot hold, and TypeError for a `dtype` that `load`
+    does not take.
     """
     path = Path(path)
     format = _format(path, format)

@@ -221,11 +221,20 @@ def fill(module: nn.Module, part: Part, *, device: torch.device | str, dtype: to
             owner.position_ids = torch.arange(n, device=device).expand((1, -1))
 
 
+def check_float_type(dtype: object) -> None:
+    """Raise TypeError for a `dtype` that `fill` does not take; None stands for each tensor's own."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(
+            f"dtype must be a floating-point type of 16, 32 or 64 bits such as torch.float16, not {dtype!r}"
+        )
+
+
 def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file; floating-point tensors are converted to `dtype` if it is given.
 
-    Raises UserError if the file cannot be written.
+    Raises UserError if the file cannot be written, and TypeError for a `dtype` that cannot be loaded.
     """
+    check_float_type(dtype)
 
     def convert(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -116,7 +116,7 @@ def test_weights_have_the_stored_or_the_given_type(plain, tmp_path, stored):
     assert load(file, dtype=None, **options).unet.out[2].weight.dtype == stored
     rounded = {name: t.to(stored).float() for name, t in states(plain).items()}
     assert_same(states(load(file, **options)), rounded)
-    for dtype in ("float16", torch.int8, 16):
+    for dtype in ("float16", torch.int8, torch.float8_e4m3fn, 16):
         with pytest.raises(TypeError, match="dtype must be a floating-point type"):
             load(file, dtype=dtype, **options)
 
