@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sdcomp.model.generate_arguments import as_texts
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.quantization.intervals import optimal_starts
 from sdcomp.quantization.model import TIMESTEPS, QuantModel, TimeStepCalibratedQuantModel
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 SAMPLER = "ddpm"
 """The sampler of a calibration by default."""
+
+
+def calibration_prompts(prompts: str | Iterable[str]) -> list[str]:
+    """Return one prompt or several as a list. Raises TypeError for what is no text, ValueError for none."""
+    prompts = as_texts("prompts", prompts)
+    if not prompts:
+        raise ValueError("calibration needs at least one prompt")
+    return prompts
 
 
 class Calibrator:
@@ -85,11 +94,10 @@ class Calibrator:
         Rounded weights, which only `quantized_inputs` needs, are freed at the end.
 
         Raises CalibrationError, a ValueError, for an interval that no step fell into; the model then keeps
-        the scales that it had. Warns of layers that did not run, and names them.
+        the scales that it had. Raises what `calibration_prompts` raises. Warns of layers that did not run,
+        and names them.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("calibration needs at least one prompt")
+        prompts = calibration_prompts(prompts)
         if self.sd is None:
             raise ValueError("calibrate needs a StableDiffusion; observe calibrates by running any callable")
         settings = {

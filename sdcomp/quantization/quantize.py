@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sdcomp.model import weights_digest
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLER, STEPS
 from sdcomp.moments import MEMORY, MomentObserver, can_observe, within_memory
-from sdcomp.quantization.calibration import Calibrator
+from sdcomp.quantization.calibration import Calibrator, calibration_prompts
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.recipes import Recipe, build, recipe_of
 from sdcomp.quantization.resume import RoundingCheckpoint
@@ -21,7 +21,7 @@ from sdcomp.quantization.resume import RoundingCheckpoint
 def quantize(
     sd: StableDiffusion,
     recipe: str | Recipe,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     *,
     weight_bits: int = 8,
     act_bits: int = 8,
@@ -40,8 +40,9 @@ def quantize(
     The model generates images of the calibration `prompts` (see `StableDiffusion.generate` for the
     arguments and their defaults), and the layers' inputs are observed on the way. `overrides` are arguments
     of the model class, see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments
-    give the same model. Raises what `build`, `generate` and `apply_recipe` raise.
+    give the same model. Raises what `calibration_prompts`, `build`, `generate` and `apply_recipe` raise.
     """
+    prompts = calibration_prompts(prompts)
     model = build(recipe, sd.unet, weight_bits, act_bits, **overrides)
     quantized = sd.replace(unet=model)
     generation = {
@@ -52,7 +53,7 @@ def quantize(
     def run() -> None:
         quantized.generate(prompts, progress=progress, **generation)
 
-    inputs = f"{list(prompts)} {generation}"
+    inputs = f"{prompts} {generation}"
     apply_recipe(model, recipe, run, memory=memory, checkpoint=checkpoint, inputs=inputs, progress=progress)
     model.calibration |= {"prompts": len(prompts), **generation}
     return model

@@ -139,6 +139,19 @@ def test_a_recipe_is_the_same_whatever_memory_it_has(small):
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in again.state_dict().items())
 
 
+def test_prompts_are_one_text_or_any_series_of_texts(small):
+    arguments = {"recipe": "max", "steps": 1}
+    listed = quantize(small, prompts=PROMPTS, **arguments)
+    drawn = quantize(small, prompts=(prompt for prompt in PROMPTS), **arguments)
+    assert drawn.calibration == listed.calibration and drawn.calibration["prompts"] == 2
+    assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in listed.state_dict().items())
+    assert quantize(small, prompts=PROMPTS[0], **arguments).calibration["prompts"] == 1
+    with pytest.raises(ValueError, match="^calibration needs at least one prompt$"):
+        quantize(small, prompts=[], **arguments)
+    with pytest.raises(TypeError, match="^prompts must be text or a list of texts$"):
+        quantize(small, prompts=None, **arguments)
+
+
 def test_calibration_with_quantized_inputs_leaves_moments_and_memory_alone(randomize):
     layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)]
     module, x = randomize(nn.Sequential(*layers), 0), random(64, 16)
