@@ -35,6 +35,7 @@ from sdcomp.model import ModelError, StableDiffusion, UNet, weights_digest
 from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.files.replacement import replacing_model
 from sdcomp.model.files.tensors import read_json
+from sdcomp.model.kinds import require_model
 from sdcomp.quantization import QuantModel, load_quant_model, quantization_files, save_quant_model
 from sdcomp.quantization.layers import is_quantizable
 
@@ -69,8 +70,10 @@ def save(
     its origin, the evaluation that it passed.
 
     Raises UserError for a path that cannot be written, ModelError for a UNet that the format cannot hold,
-    TypeError for a `dtype` that `load` does not take, and for "packed" what `sdcomp.to_packed` raises.
+    TypeError for a `dtype` that `load` does not take and for a UNet alone, and for "packed" what
+    `sdcomp.to_packed` raises.
     """
+    require_model(sd)
     path, unet = Path(path).expanduser(), sd.unet
     if format == "packed":
         if not isinstance(unet, QuantModel | PackedModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from sdcomp.model.config import SD15, ModelConfig
 from sdcomp.model.files.diffusers_config import unet_config, unet_settings
 from sdcomp.model.files.names import unet_name
 from sdcomp.model.files.tensors import ModelError, Part, check, one_line
+from sdcomp.model.kinds import require_module
 from sdcomp.model.unet import UNet
 
 
@@ -73,16 +74,21 @@ def as_diffusers_unet(unet: nn.Module, config: ModelConfig = SD15) -> DiffusersU
 
     `unet` is any module that is called as `unet(latents, timesteps, context)`, so it may be quantized, pruned
     or loaded from an export. The weights are shared. `config` tells the pipeline the number of channels and
-    the image size.
+    the image size. Raises TypeError for what cannot be called, such as a whole model.
     """
+    if not callable(unet):
+        require_module(unet)
     return DiffusersUNet(unet, config)
 
 
 def from_diffusers_unet(model: nn.Module) -> UNet:
     """Make our UNet from a `UNet2DConditionModel`; the weights are shared, not copied.
 
-    Raises ModelError if the model does not have SD 1.x's architecture.
+    Raises ModelError if the model does not have SD 1.x's architecture, and TypeError for what is no model of
+    diffusers.
     """
+    if not isinstance(getattr(model, "config", None), Mapping):
+        raise TypeError(f"from_diffusers_unet takes a UNet2DConditionModel, not {type(model).__name__}")
     try:
         config = unet_config(dict(model.config))
     except (KeyError, ValueError) as error:

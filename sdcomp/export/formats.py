@@ -12,6 +12,7 @@ from sdcomp.export.onnx import save_onnx
 from sdcomp.export.openvino import save_openvino
 from sdcomp.export.smaller import save_diffusers
 from sdcomp.model import StableDiffusion
+from sdcomp.model.kinds import require_model
 
 FORMATS: dict[str, Callable[..., Path]] = {
     "checkpoint": save_checkpoint,
@@ -34,8 +35,9 @@ def export(sd: StableDiffusion, path: str | Path, format: str, dtype: torch.dtyp
 
     `dtype` converts plain weights. Raises ValueError for another format, ModelError for a UNet that the
     format cannot hold, UserError for a file that cannot be written, TypeError for a `dtype` that `load` does
-    not take.
+    not take and for a UNet alone.
     """
+    require_model(sd)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     return FORMATS[format](sd, Path(path).expanduser(), dtype)

@@ -11,6 +11,7 @@ from sdcomp.integer.int8_layers import TENSORS
 from sdcomp.integer.int8_model import Int8Model, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
+from sdcomp.model.kinds import require_kind
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
@@ -38,9 +39,10 @@ def to_int8(
     without low-rank branches.
 
     Raises UserError for kernels that this machine does not have, for a model whose weights or activations are
-    not quantized, switched off or on other grids, for quantized attention products, and
-    (NotCalibratedError) for a model that is not calibrated; ValueError for another dtype or execution.
+    not quantized, switched off or on other grids, for quantized attention products, and (NotCalibratedError)
+    for a model that is not calibrated; ValueError for another dtype or execution; TypeError for other models.
     """
+    require_kind(model, (QuantModel, PackedModel), "to_int8 takes a QuantModel or a PackedModel")
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
@@ -57,10 +59,7 @@ def to_int8(
         dtype = model.dtype if isinstance(model, PackedModel) else first.weight.dtype
     execution = choose_execution(first.weight_scale.device, dtype, execution)
     integers = {
-        name: {
-            "weight": layer.integer_weight(),
-            **{kind: _float(getattr(layer, kind)) for kind in _FLOATS},
-        }
+        name: {"weight": layer.integer_weight(), **{kind: _float(getattr(layer, kind)) for kind in _FLOATS}}
         for name, layer in layers.items()
     }
     settings = {

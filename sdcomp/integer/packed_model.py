@@ -13,6 +13,7 @@ from sdcomp.errors import UserError
 from sdcomp.integer.execution import check_dtype
 from sdcomp.integer.int8_model import assemble, call_in, float_tensors
 from sdcomp.integer.packed_layers import NBitLayer, Workspace, nbit_layer, pack_weight
+from sdcomp.model.kinds import require_kind
 from sdcomp.model.rebuild import normal_tensors
 from sdcomp.quantization.attention import refuse_quantized_products
 from sdcomp.quantization.layer_specs import LayerSpec
@@ -127,8 +128,10 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     If the model's activations are switched off, it rounds none.
 
     Raises UserError for a model or a layer whose weights are not quantized, and for quantized attention
-    products; NotCalibratedError where inputs have no scales yet; ValueError for another dtype.
+    products; NotCalibratedError where inputs have no scales yet; ValueError for another dtype; TypeError
+    for another kind of model.
     """
+    require_kind(model, QuantModel, "to_packed takes a QuantModel")
     if model.weight_quantizer is None:
         raise UserError("the weights are not quantized, so there is nothing to pack")
     if not model.state.weights:

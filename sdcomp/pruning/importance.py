@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.kinds import require_kind
 from sdcomp.moments import MEMORY, ROWS, MomentsOnDemand, input_columns, weight_matrix
 from sdcomp.pruning.layers import prunable_layers
 
@@ -78,8 +79,9 @@ def calibrate(
     `run` is any callable, for example a generation; with `gradients` it runs twice. If the moments take more
     than `memory` bytes, it runs again while pruning goes on, once for each part that fits
     (`sdcomp.moments.MomentsOnDemand`); the result is the same. For `rows` see `MomentObserver`. Raises
-    UserError for a layer that did not run and for inputs that are not finite.
+    UserError for a layer that did not run and for inputs that are not finite, TypeError for another `run`.
     """
+    require_kind(run, Callable, "give a callable that runs the module")
     names = list(prunable_layers(module, parts))
     moments = MomentsOnDemand(module, names, run, memory=memory, rows=rows, seed=seed)
     with _means(module, names) as means:
@@ -177,13 +179,18 @@ def check_importance(importance: str, calibration: object, checkpoint: object = 
     """Raise ValueError for an unknown importance, and for data or a checkpoint that do not go with it."""
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, not {importance!r}")
-    if importance != "magnitude" and calibration is None:
-        raise ValueError(
-            f"importance {importance!r} needs data: give calibration=, a Calibration or a callable that runs "
-            "the module"
-        )
+    if importance != "magnitude":
+        require_data(calibration, f"importance {importance!r}")
     if importance != "second_order" and checkpoint is not None:
         raise ValueError(f"a checkpoint is kept for importance 'second_order' only, not for {importance!r}")
+
+
+def require_data(calibration: object, purpose: str) -> None:
+    """Raise ValueError for data that `gather` cannot use; `purpose` is what needs it."""
+    if not isinstance(calibration, Calibration) and not callable(calibration):
+        raise ValueError(
+            f"{purpose} needs data: give calibration=, a Calibration or a callable that runs the module"
+        )
 
 
 def gather(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.kinds import require_module
 from sdcomp.model.layers import is_quantized
 
 BLOCKS = (
@@ -40,8 +41,10 @@ def prunable_layers(
     """The convolutions and linear layers below `parts` by name, each once, in the order of the parts.
 
     By default the parts are the UNet's blocks, or all of a module that has none. Raises ValueError for an
-    unknown part, and UserError for a quantized module and for weights that are not finite.
+    unknown part, UserError for a quantized module and for weights that are not finite, and TypeError for what
+    is no module, such as a whole model.
     """
+    require_module(module)
     if is_quantized(module):
         raise UserError("this module is quantized already: prune the plain one first, then quantize that")
     if parts is None:

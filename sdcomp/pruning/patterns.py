@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from sdcomp.budgets import Curve, allocate
 from sdcomp.errors import UserError
 from sdcomp.moments import weight_matrix
-from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
+from sdcomp.pruning.importance import (
+    Calibration,
+    check_importance,
+    gather,
+    require_data,
+    weight_scores,
+)
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.pruning.resume import PruningCheckpoint
 from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer
@@ -86,6 +92,7 @@ def n_m_budgets(
     Returns a mapping for `prune_n_m`. Raises what `prune_n_m` does, and ValueError for a share that the
     choices cannot reach.
     """
+    require_data(calibration, "the choice of n")
     counts = sorted({m, *choices}, reverse=True)
     for count in counts:
         _check_count(count, m)

@@ -12,7 +12,7 @@ from torch import nn
 from sdcomp.budgets import Curve, allocate, lower_hull
 from sdcomp.model.channel_map import keep_units
 from sdcomp.model.prune_groups import PruneGroup
-from sdcomp.pruning.importance import Calibration, gather
+from sdcomp.pruning.importance import Calibration, gather, require_data
 from sdcomp.pruning.layers import check_amount, prunable_layers
 from sdcomp.pruning.least_squares import STEPS, Levels, correct_inputs, removal_levels
 from sdcomp.pruning.units import groups_below
@@ -44,10 +44,11 @@ def remove_cheapest(
     lose units. `calibration` is of the layers below `parts`, or a callable that runs `module`.
 
     Returns a smaller copy, or `module` itself with `inplace`; `channel_map` says what was kept. Raises
-    ValueError for an amount out of range or that removal cannot reach, an unknown part, and a module without
-    groups; UserError for a quantized module and for weights or inputs that are not finite.
+    ValueError for an amount out of range or that removal cannot reach, an unknown part, a module without
+    groups, and missing data; UserError for a quantized module and for weights or inputs that are not finite.
     """
     check_amount(amount)
+    require_data(calibration, "removal")
     prunable_layers(module, [""])  # refuses what cannot be pruned
     groups = groups_below(module, parts)
     if multiple is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import nn
 
+from sdcomp.model.kinds import require_module
+
 
 @dataclass(frozen=True)
 class ZeroCount:
@@ -23,6 +25,7 @@ class ZeroCount:
 
 def count_zeros(module: nn.Module) -> ZeroCount:
     """Count all parameters of `module`, each once."""
+    require_module(module)
     parameters = list(module.parameters())
     return ZeroCount(
         sum(p.numel() for p in parameters), sum(int(p.count_nonzero().item()) for p in parameters)
@@ -36,6 +39,7 @@ def sparsity_table(module: nn.Module) -> pd.DataFrame:
     `kind`, the class of the layer ("Conv2d"); `parameters`, `nonzero`, `zero_fraction`. Each parameter
     counts once, so the rows add up to `count_zeros`.
     """
+    require_module(module)
     lists = {name for name, child in module.named_children() if isinstance(child, nn.ModuleList)}
     rows = []
     for name, parameter in module.named_parameters():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sdcomp.model.generate_arguments import as_texts
+from sdcomp.model.kinds import require_kind, require_model
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.quantization.intervals import optimal_starts
 from sdcomp.quantization.model import TIMESTEPS, QuantModel, TimeStepCalibratedQuantModel
@@ -41,8 +42,8 @@ class Calibrator:
     of all calls' values together. With `quantized_inputs=True`, later layers see the outputs of earlier
     layers that are quantized to the ranges found so far; by default all layers see the full-precision model.
 
-    `sd` may be None for `observe`, which runs any callable. Raises TypeError for a model that is not a
-    `QuantModel`, ValueError for an unknown policy and for a momentum out of range.
+    `sd` may be None for `observe`, which runs any callable. Raises TypeError for another kind of `sd` or
+    `model`, ValueError for an unknown policy and for a momentum out of range.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Calibrator:
         momentum: float = MOMENTUM,
         quantized_inputs: bool = False,
     ) -> None:
-        if not isinstance(model, QuantModel):
-            raise TypeError(f"the second argument must be a QuantModel, not {type(model).__name__}")
+        if sd is not None:
+            require_model(sd)
+        require_kind(model, QuantModel, "the second argument must be a QuantModel")
         if act_scale_policy is None:
             act_scale_policy = model.act_quantizer.scale_method if model.act_quantizer else "max"
         if act_scale_policy not in SCALE_METHODS:

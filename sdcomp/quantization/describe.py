@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sdcomp.model.kinds import require_kind
 from sdcomp.quantization.layers import QuantLayer
+from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.scales import Grid
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sdcomp.quantization.model import QuantModel
 
 
 def describe(model: QuantModel) -> pd.DataFrame:
@@ -22,8 +22,9 @@ def describe(model: QuantModel) -> pd.DataFrame:
     Columns: `name`, `kind`, `shape` of the weight, `weight_bits`, `act_bits`, `weight_scale` (median over
     channels), `act_scale` (as text: the lowest and highest over the intervals), the `weight_clipped` and
     `act_clipped` shares of values beyond the range, `split` (channels of the first half) and `left_out`:
-    the reason why a layer is not quantized.
+    the reason why a layer is not quantized. Raises TypeError for another kind of model.
     """
+    require_kind(model, QuantModel, "describe takes a QuantModel")
     import pandas as pd
 
     rows = []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.model.kinds import require_module
 from sdcomp.model.layers import is_quantized
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.attention import quantized_products
@@ -55,7 +56,8 @@ class QuantModel(QuantizedModel):
     Raises ValueError for a filter that matches no layer, when nothing is left to quantize, for
     `split_shortcuts` of a module whose skip concatenations are unknown, for `quantize_attention_products`
     without such products, without `act_quant_params` or of another value, for a module that is quantized
-    already, and for weights that are not finite; TypeError for `split_shortcuts` that is not True or False.
+    already, and for weights that are not finite; TypeError for `split_shortcuts` that is not True or False,
+    and for what is no module, such as a whole model.
     """
 
     train_timesteps = 1000
@@ -73,6 +75,7 @@ class QuantModel(QuantizedModel):
         _starts: Sequence[int] = (0,),
     ) -> None:
         super().__init__()
+        require_module(module)
         if is_quantized(module):
             raise UserError(
                 f"this {type(module).__name__} is quantized already: quantize the model that it was made of"
@@ -239,6 +242,7 @@ class TimeStepCalibratedQuantModel(QuantModel):
             )
         if boundaries not in ("uniform", "optimal"):
             raise ValueError(f"boundaries must be 'uniform' or 'optimal', not {boundaries!r}")
+        require_module(module)
         argument = TimestepArgument.of(module, timestep_arg)
         super().__init__(module, **params, _starts=uniform_starts(k, train_timesteps))
         self.timesteps, self.k, self.boundaries = timesteps, k, boundaries

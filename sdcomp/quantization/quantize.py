@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sdcomp.model import weights_digest
+from sdcomp.model.kinds import require_model
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.samplers import SAMPLER, STEPS
 from sdcomp.moments import MEMORY, MomentObserver, can_observe, within_memory
@@ -40,8 +41,10 @@ def quantize(
     The model generates images of the calibration `prompts` (see `StableDiffusion.generate` for the
     arguments and their defaults), and the layers' inputs are observed on the way. `overrides` are arguments
     of the model class, see `build`; `memory` and `checkpoint` are those of `apply_recipe`. The same arguments
-    give the same model. Raises what `calibration_prompts`, `build`, `generate` and `apply_recipe` raise.
+    give the same model. Raises TypeError for a UNet alone, and what `calibration_prompts`, `build`,
+    `generate` and `apply_recipe` raise.
     """
+    require_model(sd)
     prompts = calibration_prompts(prompts)
     model = build(recipe, sd.unet, weight_bits, act_bits, **overrides)
     quantized = sd.replace(unet=model)

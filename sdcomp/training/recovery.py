@@ -18,6 +18,7 @@ from torch import nn
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
 from sdcomp.model.generate_arguments import image_pixels
+from sdcomp.model.kinds import require_model
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
 from sdcomp.quantization.not_calibrated import require_calibrated
@@ -66,6 +67,7 @@ def recover(
     Raises ValueError for no prompts, for weights that are not float32, and if `micro_batch` does not divide
     `batch_size`; UserError for an int8 or packed UNet; and what `generate` and `fit` raise.
     """
+    require_model(sd)
     prompts = _check(unet, prompts, steps, batch_size)
     own = default_batch_size(image_pixels(sd.config, sampling.get("size")))
     rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole_number("micro_batch", micro_batch)

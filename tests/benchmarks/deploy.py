@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -51,6 +50,7 @@ from sdcomp.evaluation import macs
 from sdcomp.evaluation.timing import median
 from sdcomp.export import export, load_openvino
 from sdcomp.integer import load_int8, save_int8, to_int8
+from sdcomp.model import StableDiffusion
 from sdcomp.model.channel_map import apply_channel_map
 from sdcomp.model.prune_groups import prune_groups
 
@@ -86,7 +86,7 @@ def our_export(
     model: str, folder: Path, calls: int, file: str, amount: float = 0.0, scores: bool = False
 ) -> None:
     unet = quantized(model, calls, amount, scores)
-    sd = SimpleNamespace(unet=unet, config=MODELS[model][0])  # no other parts
+    sd = StableDiffusion(MODELS[model][0], unet, *[None] * 4)  # no other parts
     export(sd, folder / file, format={"unet.xml": "openvino", "unet.onnx": "onnx"}[file])
 
 

@@ -32,6 +32,7 @@ from sdcomp.model.files.tensors import (
     fill,
     one_line,
 )
+from sdcomp.model.kinds import require_model
 from sdcomp.model.pipeline import StableDiffusion
 from sdcomp.model.tokenizer import load_tokenizer
 from sdcomp.model.unet import UNet
@@ -202,8 +203,9 @@ def save(
     All files are written to temporary places and then renamed. So a killed save leaves the model that was
     there before, or in its last moment a folder that `load` refuses. Raises UserError for a file that cannot
     be written, ModelError for a model that the format cannot hold, and TypeError for a `dtype` that `load`
-    does not take.
+    does not take and for a UNet alone.
     """
+    require_model(sd)
     path = Path(path)
     format = _format(path, format)
     # The configuration must not promise parts that this model does not have.
