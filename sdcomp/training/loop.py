@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sdcomp.errors import UserError
 from sdcomp.files import replacing
+from sdcomp.settings import whole_number
 from sdcomp.training.learning_rate import warmup_cosine
 
 Loss = Callable[[np.random.Generator, torch.Generator], Tensor | Iterator[Tensor]]
@@ -56,9 +57,10 @@ def fit(
     killed run resumes from `checkpoint` with the same result. Gradients are clipped to norm 1.
 
     A checkpoint belongs to one training: `inputs` holds hashes of everything else that the loss depends on,
-    such as data and other parts. Raises UserError for a checkpoint of another training, and
-    FloatingPointError if the loss becomes infinite or NaN.
+    such as data and other parts. Raises UserError for a checkpoint of another training, FloatingPointError if
+    the loss becomes infinite or NaN, and what `training_seed` raises.
     """
+    steps, lr, seed = whole_number("steps", steps), float(lr), training_seed(seed)
     recipe = {
         "part": desc, "steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
         "ema_decay": ema_decay, "seed": seed, **(inputs or {}),
@@ -72,7 +74,6 @@ def fit(
     checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
     if checkpoint is not None and checkpoint.exists():
         start, losses, seconds = _resume(checkpoint, recipe, stateful)
-
     module.train()
     begun = saved = time.monotonic()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=desc, disable=not progress)
@@ -93,6 +94,14 @@ def fit(
             _write(checkpoint, recipe, stateful, so_far)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
+
+
+def training_seed(seed: object) -> int:
+    """Return the seed of a training as an int. Raises TypeError for other kinds, ValueError out of range."""
+    seed = whole_number("seed", seed)
+    if not 0 <= seed < 2**34:  # with the step's number it must fit into PyTorch's 64 bits
+        raise ValueError(f"the seed of a training must be at least 0 and below 2**34, not {seed}")
+    return seed
 
 
 def _backward(loss: Tensor | Iterator[Tensor], where: str) -> float:
@@ -125,8 +134,11 @@ def _resume(path: Path, recipe: dict[str, Any], stateful: dict[str, Any]) -> tup
         state = torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint; delete it to start again") from error
+    found = state.get("recipe") if isinstance(state, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no checkpoint of a training; give another name, or delete it")
     for key, value in recipe.items():
-        if (there := state.get("recipe", {}).get(key)) != value:
+        if (there := found.get(key)) != value:
             raise UserError(
                 f"{path} belongs to another training ({key} is {there} there and {value} here); "
                 "delete it, or train in another folder"

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,13 @@ from sdcomp.pruning.layers import prunable_layers
 from sdcomp.quantization import QuantModel
 from sdcomp.quantization.not_calibrated import require_calibrated
 from sdcomp.quantization.rounding_gradients import rounded, trainable
-from sdcomp.settings import whole_number
-from sdcomp.training.loop import Trained, fit
+from sdcomp.settings import plain, whole_number
+from sdcomp.training.loop import Trained, fit, training_seed
 from sdcomp.training.losses import recovery_loss
 from sdcomp.training.recorded_calls import recorded_calls
+
+SAMPLING = ("negative_prompt", "sampler", "guidance_scale", "size")
+"""The arguments of `StableDiffusion.generate` that `recover` passes on; it raises TypeError for others."""
 
 
 def recover(
@@ -52,9 +55,9 @@ def recover(
     The loss is BK-SDM's distillation loss on outputs (Kim et al. 2023): the mean squared distance of the two
     predictions. One generation of `prompts` records what the full UNet is given and predicts at every step,
     with the prompt and with the negative prompt. Training then runs the compressed UNet alone. The generation
-    takes `sampling_steps` steps; `sampling` are further arguments of `StableDiffusion.generate`:
-    `negative_prompt`, `sampler`, `guidance_scale`, `size`. A `QuantModel` is trained through the rounding,
-    see `sdcomp.quantization.rounding_gradients`. Its full-precision weights are then the trained ones.
+    takes `sampling_steps` steps, and the arguments of `StableDiffusion.generate` that `SAMPLING` names. A
+    `QuantModel` is trained through the rounding, see `sdcomp.quantization.rounding_gradients`. Its
+    full-precision weights are then the trained ones.
 
     There are `steps` updates of `batch_size` rows. Zeros stay zero, so masks and N:M patterns last. Returns a
     new UNet (the moving average) with the loss of each step. A killed run resumes from `checkpoint`.
@@ -67,8 +70,8 @@ def recover(
     Raises ValueError for no prompts, for weights that are not float32, and if `micro_batch` does not divide
     `batch_size`; UserError for an int8 or packed UNet; and what `generate` and `fit` raise.
     """
-    require_model(sd)
-    prompts = _check(unet, prompts, steps, batch_size)
+    steps, batch_size = whole_number("steps", steps), whole_number("batch_size", batch_size)
+    prompts, seed = _check(unet, sd, prompts, steps, batch_size, sampling), training_seed(seed)
     own = default_batch_size(image_pixels(sd.config, sampling.get("size")))
     rows = math.gcd(batch_size, 2 * own) if micro_batch is None else whole_number("micro_batch", micro_batch)
     if rows < 1 or batch_size % rows:
@@ -91,12 +94,23 @@ def recover(
     return replace(trained, module=rounded(trained.module)) if quantized else trained
 
 
-def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size: int) -> list[str]:
-    """Return the prompts. Raise ValueError or UserError for what cannot be recovered."""
+def _check(
+    unet: nn.Module,
+    sd: StableDiffusion,
+    prompts: str | Sequence[str],
+    steps: int,
+    batch_size: int,
+    sampling: Mapping[str, Any],
+) -> list[str]:
+    """Return the prompts. Raise ValueError, TypeError or UserError for what cannot be recovered."""
+    require_model(sd)
+    for name in sampling:
+        if name not in SAMPLING:
+            raise TypeError(f"recovery does not take {name}; its generation takes {', '.join(SAMPLING)}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("recovery needs at least one calibration prompt")
-    if whole_number("steps", steps) < 1:
+    if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not isinstance(unet, QuantModel):
         prunable_layers(unet, [""])  # refuses integer layers and weights that are not finite
@@ -104,7 +118,7 @@ def _check(unet: nn.Module, prompts: str | Sequence[str], steps: int, batch_size
         require_calibrated(unet, "before the recovery")
     if any(p.dtype != torch.float32 for p in unet.parameters()):
         raise ValueError("recovery trains in float32: give unet.float(), and convert the result")
-    if whole_number("batch_size", batch_size) < 1:
+    if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return prompts
 
@@ -132,4 +146,4 @@ def _hold_zeros(student: nn.Module, unet: nn.Module) -> None:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, default=plain).encode()).hexdigest()[:12]

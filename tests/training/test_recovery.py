@@ -155,6 +155,37 @@ def test_recovery_refuses_what_it_cannot_use(small):
             recover(**{**arguments, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"seed": 2**34}, ValueError, r"^the seed of a training must be at least 0 and below 2\*\*34"),
+        ({"seed": -1}, ValueError, "^the seed of a training must be at least 0"),
+        ({"seed": [1, 2]}, TypeError, "^seed must be a whole number"),
+        ({"image": torch.zeros(3, 16, 16)}, TypeError, "^recovery does not take image; its generation takes"),
+        ({"trace": True}, TypeError, "^recovery does not take trace; its generation takes negative_prompt, "),
+    ],
+)
+def test_recovery_refuses_arguments_before_it_generates(small, monkeypatch, changes, error, message):
+    monkeypatch.setattr(type(small), "generate", None)
+    with pytest.raises(error, match=message):
+        recover(small.unet, small, PROMPTS, 1, **SETTINGS, **changes)
+
+
+def test_numbers_of_numpy_are_numbers_of_python_in_recovery_and_its_checkpoint(small, tmp_path):
+    pruned = prune_unstructured(small.unet, 0.5)
+    changes = {"seed": 2**34 - 1, "guidance_scale": 4.0, "lr": float(np.float32(1e-3)), "size": (16, 16)}
+    expected = recover(pruned, small, PROMPTS, 2, **SETTINGS | changes)
+    numbers = {
+        "steps": np.int64(2), "batch_size": np.int64(8), "sampling_steps": np.int64(3),
+        "seed": np.int64(2**34 - 1), "guidance_scale": np.float32(4), "lr": np.float32(1e-3),
+        "size": (np.int64(16), np.int64(16)),
+    }  # fmt: skip
+    again = {"unet": pruned, "sd": small, "prompts": PROMPTS, **SETTINGS, "checkpoint": tmp_path / "r.pt"}
+    assert recover(**again | numbers).losses == expected.losses
+    # Done already: the checkpoint is read, and belongs to the same training.
+    assert recover(**again | changes | {"steps": 2}).losses == expected.losses
+
+
 def test_the_sparsity_table_adds_up(small):
     unet = prune_unstructured(small.unet, 0.4)
     table = sparsity_table(unet)
@@ -289,6 +320,16 @@ def test_recovery_on_a_gpu_trains_in_bfloat16_and_keeps_little(small):
     trained = recover(pruned, on_device, PROMPTS, 3, **SETTINGS)
     assert next(trained.module.parameters()).is_cuda and trained.losses[-1] < 2 * trained.losses[0]
     assert count_zeros(trained.module) == count_zeros(pruned)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), [1], {"recipe": 3}, {"weight": torch.zeros(2)}])
+def test_a_file_of_something_else_is_no_checkpoint(small, tmp_path, content):
+    file = tmp_path / "other.pt"
+    torch.save(content, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of a training; give another name"):
+        recover(prune_unstructured(small.unet, 0.5), small, PROMPTS, 1, checkpoint=file, **SETTINGS)
+    assert file.read_bytes() == before
 
 
 def test_a_checkpoint_that_is_no_file_is_refused(small, tmp_path):
