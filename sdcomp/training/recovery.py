@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdcomp.files import source_digest
 from sdcomp.model import StableDiffusion, weights_digest
 from sdcomp.model.batch_size import BATCH_SIZE, default_batch_size
 from sdcomp.model.generate_arguments import image_pixels
@@ -83,7 +84,7 @@ def recover(
     _hold_zeros(student, unet)
     _set_recompute(student, own < BATCH_SIZE if recompute is None else recompute)
     inputs = {"compressed": weights_digest(unet), "dense": weights_digest(sd.unet), "batch_size": batch_size}
-    inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling)}
+    inputs |= {"prompts": _digest(prompts), "sampling": _digest(sampling), "source code": source_digest()}
     loss = recovery_loss(student, calls, batch_size, rows, autocast)
     trained = fit(
         student, loss, steps, lr=lr, warmup=max(1, min(100, steps // 10)), weight_decay=0.0, seed=seed,

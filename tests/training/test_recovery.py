@@ -138,6 +138,10 @@ def test_a_killed_recovery_goes_on_as_if_it_had_not_been(small, tmp_path, monkey
         other.out[2].bias += 1
     with pytest.raises(UserError, match="another training"):
         recover(other, small, PROMPTS, 12, **again)
+    # Other code may train differently.
+    monkeypatch.setattr("sdcomp.training.recovery.source_digest", lambda: "changed")
+    with pytest.raises(UserError, match="another training .source code is .* there and changed here"):
+        recover(pruned, small, PROMPTS, 12, **again)
 
 
 def test_recovery_refuses_what_it_cannot_use(small):
