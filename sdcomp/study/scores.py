@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from sdcomp.evaluation import Estimate, estimate, paired_difference, share_estimate
 from sdcomp.evaluation.metrics import decibels
 from sdcomp.study.results import Row, name_of
-from sdcomp.study.variants import Variant
+from sdcomp.study.variants import FP32, Variant
 
 KEYS = ["subject", "prompts", "image", "scene"]
 SQUARED = "squared error"
@@ -80,33 +81,74 @@ class ReadScores:
 
     def __init__(self, path: Path) -> None:
         self.table = pd.read_csv(path, low_memory=False, keep_default_na=False, na_values=["", "nan"])
+        by_image = self.table.set_index(["prompts", "image"]).sort_index()
+        self._subjects = dict(iter(by_image.groupby("subject")))
 
-    def of(self, subject: str, name: str) -> tuple[Tensor, list[int]] | None:
-        """A subject's scores in the column of that name and their scenes; None where there are none."""
-        if name not in self.table:
+    def of(self, subject: str, name: str, prompts: str = "") -> tuple[Tensor, list[int]] | None:
+        """A subject's scores in the column of that name and their scenes, see `paired`."""
+        found = self.paired((subject, name), prompts=prompts)
+        return found and (found[0][0], found[1])
+
+    def paired(self, *wanted: tuple[str, str], prompts: str = "") -> tuple[list[Tensor], list[int]] | None:
+        """The scores of the same images, for each subject and its column, and the scenes of these images.
+
+        `prompts` names the prompt set; empty: the only one, or "judged" where a subject has several. None
+        where there are no such images.
+        """
+        columns = [self._column(subject, name, prompts) for subject, name in wanted]
+        if any(values is None for values in columns):
             return None
-        rows = self.table[(self.table.subject == subject) & self.table[name].notna()]
-        values = rows[name].to_numpy()
-        if not len(values):
+        table = pd.concat(columns, axis=1, join="inner")
+        scenes = self._subjects[wanted[0][0]].scene[table.index].tolist()
+        return ([_read(values) for _, values in table.items()], scenes) if scenes else None
+
+    def _column(self, subject: str, name: str, prompts: str) -> pd.Series | None:
+        """A subject's scores by prompt set and image."""
+        if name not in self.table or subject not in self._subjects:
             return None
-        # A column of True and False is one of text where some cells are empty.
-        right = np.isin(values.astype(str), ["True", "False"]).all()
-        found = torch.tensor(values.astype(str) == "True" if right else values.astype(float))
-        return found, rows.scene.tolist()
+        values = self._subjects[subject][name].dropna()
+        sets = values.index.get_level_values("prompts")
+        return values[sets == (prompts or "judged")] if prompts or sets.nunique() > 1 else values
+
+
+def _read(column: pd.Series) -> Tensor:
+    """A column as bool or float. One of True and False is one of text where some of its cells are empty."""
+    text = column.to_numpy().astype(str)
+    return torch.tensor(text == "True" if np.isin(text, ["True", "False"]).all() else text.astype(float))
 
 
 def recomputed(row: Row, scores: ReadScores) -> Estimate | None:
     """The estimate of a row of results, from the scores of images; None where it has another source."""
-    metric, about = row["metric"], row["about"]
+    metric, about = row["metric"], dict(row["about"])
+    prompts = about.pop("prompts", "")
     if metric == "PSNR":
-        found = scores.of(row["label"], column(SQUARED, about))
+        found = scores.of(row["label"], column(SQUARED, about), prompts)
         return found and decibels(*found)
-    name = column(metric.removesuffix(" difference"), about)
     if metric.endswith(" difference"):
-        pair = [scores.of(who, name) for who in (row["label"], row["baseline"])]
-        return paired_difference(pair[0][0], pair[1][0], pair[0][1]) if all(pair) else None
-    found = scores.of(row["label"], name)
+        found = scores.paired(*_compared(row, about), prompts=prompts)
+        return found and _difference(*found)
+    found = scores.of(row["label"], column(metric, about), prompts)
     if found is None:
         return None
     # Stored as numbers, since of two objects one can be right.
     return share_estimate(*found) if metric == "missed" or metric.endswith(" right") else estimate(*found)
+
+
+def _compared(row: Row, about: dict[str, Any]) -> list[tuple[str, str]]:
+    """The subjects and columns behind a difference: two scores, or the two of each of two differences."""
+    kind, score = re.fullmatch(r"((?:change|interaction) of the )?(.*) difference", row["metric"]).groups()
+    who, baseline, name = row["label"], row["baseline"], column(score, about)
+    if not kind:
+        return [(who, name), (baseline, name)]
+    if kind.startswith("change"):  # to the study's own condition
+        return [(who, name), (FP32.label, name), (who, score), (FP32.label, score)]
+    return [(who, name), (row["variant"].unquantized.label, name), (baseline, name), (FP32.label, name)]
+
+
+def _difference(values: list[Tensor], scenes: list[int]) -> Estimate:
+    """The paired difference of two scores, or of two differences; the latter are in points for shares."""
+    if len(values) == 2:
+        return paired_difference(*values, scenes)
+    unit = 100 if values[0].dtype == torch.bool else 1
+    a, b, c, d = (unit * column.double() for column in values)
+    return paired_difference(a - b, c - d, scenes)

@@ -11,7 +11,7 @@ from made_up import made_up_study as made_up_study
 
 from sdcomp.evaluation import bootstrap, estimate, paired_difference, share_estimate
 from sdcomp.evaluation.metrics import decibels
-from sdcomp.study import FP32, Run, quantized
+from sdcomp.study import FP32, Run, Variant, quantized
 from sdcomp.study.scores import ReadScores
 
 MSE = quantized("mse", 6, 6)
@@ -88,6 +88,45 @@ def test_the_tool_finds_every_interval_again(run, capsys):
     assert recompute_intervals.main([str(run.folder)]) == 0
     said = capsys.readouterr().out
     assert "13 intervals are the same" in said and "time relative to fp32" in said
+
+
+def test_a_second_prompt_set_and_another_order_of_rows_change_nothing(run, capsys):
+    """Rows are joined by prompt set and image; each result takes the scores of its own prompts."""
+    for subject, seed in ((FP32, 20), (MSE, 21)):
+        clip = 20 + drawn(seed)
+        run.record(subject, "CLIP score", estimate(clip, SCENES), prompts="final")
+        run.images.keep(subject, "CLIP score", clip, SCENES, prompts="final")
+    change = paired_difference(20 + drawn(21), 20 + drawn(20), SCENES)
+    run.record(MSE, "CLIP score difference", change, baseline=FP32, prompts="final")
+    run.save()
+    path = run.folder / "images.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    baseline = table.subject == "fp32"
+    pd.concat([table[~baseline], table[baseline][::-1]]).to_csv(path, index=False)
+    assert recompute_intervals.main([str(run.folder)]) == 0
+    assert "16 intervals are the same" in capsys.readouterr().out
+
+
+def test_differences_of_differences_follow_from_four_scores(tmp_path, capsys):
+    """How much more a quantization costs a pruned UNet, and how much more another condition costs."""
+    run = Run(STUDY, notebook({"out": str(tmp_path / "results")}))
+    pruned = Variant("unstructured", 0.3)
+    both = quantized("mse", 6, 6, of=pruned)
+    right = {subject: drawn(seed) < 0.7 for seed, subject in enumerate((FP32, MSE, pruned, both))}
+    other = {subject: drawn(seed) < 0.6 for seed, subject in enumerate((FP32, MSE), 4)}
+    for about, values in (({}, right), ({"sampler": "ddpm"}, other)):
+        for subject, shares in values.items():
+            run.images.keep(subject, "prompt accuracy", shares, SCENES, **about)
+    points = {subject: 100.0 * shares for subject, shares in right.items()}
+    interaction = paired_difference(points[both] - points[pruned], points[MSE] - points[FP32], SCENES)
+    run.record(both, "interaction of the prompt accuracy difference", interaction, unit="%", baseline=MSE)
+    lost = 100.0 * other[MSE] - 100.0 * other[FP32]
+    change = paired_difference(lost, points[MSE] - points[FP32], SCENES)
+    own = "ddim, 20 steps"
+    run.record(MSE, "change of the prompt accuracy difference", change, baseline=own, sampler="ddpm")
+    run.save()
+    assert recompute_intervals.main([str(run.folder)]) == 0
+    assert "2 intervals are the same" in capsys.readouterr().out
 
 
 def test_the_tool_tells_what_differs(run, capsys):
