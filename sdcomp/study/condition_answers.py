@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sdcomp.evaluation.confidence_intervals import student
 from sdcomp.study.answers import ENOUGH
 from sdcomp.study.results import Row
 
@@ -26,9 +27,14 @@ def draws_spread(draws: Sequence[Sequence[Row]]) -> float:
     Each item has the rows of one number of prompts, a row for each draw. From a few draws it is a rough
     estimate. It also holds what finitely many images add, since a draw changes all of them.
     """
-    values = [[row["value"] for row in group] for group in draws if len(group) > 1]
-    free = sum(len(group) - 1 for group in values)
+    values = [[row["value"] for row in group] for group in draws if group]
+    free = _free(draws)
     return float(np.sqrt(sum(len(g) * np.var(g) for g in values) / free)) if free else float("nan")
+
+
+def _free(draws: Sequence[Sequence[Row]]) -> int:
+    """The degrees of freedom of `draws_spread`."""
+    return sum(len(group) - 1 for group in draws if group)
 
 
 def calibration_answer(draws: Mapping[str, Sequence[Row]]) -> str:
@@ -44,18 +50,23 @@ def calibration_answer(draws: Mapping[str, Sequence[Row]]) -> str:
 
 
 def draws_against_images(draws: Mapping[str, Sequence[Row]]) -> str:
-    """A sentence about the standard deviation between draws, and the interval that images give."""
-    rows = [row for group in draws.values() for row in group]
-    spread = draws_spread(list(draws.values()))
-    if np.isnan(spread):
-        return "One draw does not tell how much draws differ."
-    if few := _few(rows[0]):
+    """Sentences about the standard deviation between draws, and how much wider it makes intervals.
+
+    The draws' part is as wide as Student's t, since their standard deviation comes from few draws. With fewer
+    than 3 degrees of freedom there is no such sentence.
+    """
+    groups = list(draws.values())
+    rows = [row for group in groups for row in group]
+    if rows and (few := _few(rows[0])):
         return f"{few} How much draws differ stays open."
+    if _free(groups) < 3:
+        return "It takes more draws to tell how much draws differ."
+    spread, points = draws_spread(groups), _points(rows[0])
     alone = float(np.median([reach(row) for row in rows]))
-    both = float(np.hypot(alone, 1.96 * spread))
+    both = float(np.hypot(alone, student(_free(groups)) * spread))
     return (
-        f"{len(rows)} draws have a standard deviation of {spread:.1f} {_points(rows[0])}. With it an interval"
-        f" reaches {both:.1f} instead of {alone:.1f}."
+        f"{len(rows)} draws have a standard deviation of {spread:.1f} {points}. With them, intervals reach"
+        f" {both:.1f} {points} to each side instead of {alone:.1f}."
     )
 
 

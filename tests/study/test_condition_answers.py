@@ -8,6 +8,7 @@ import pytest
 from sdcomp.study.condition_answers import (
     calibration_answer,
     changes_answer,
+    draws_against_images,
     draws_spread,
     failure_title,
     first_failure,
@@ -32,19 +33,35 @@ def test_the_spread_is_pooled_within_numbers_of_prompts():
 
 
 def test_draws_widen_an_interval():
-    draws = {"4 prompts": [row("a", -2, 3.92), row("b", 0, 3.92)], "16 prompts": [row("c", -1, 3.92)]}
+    draws = {
+        "4 prompts": [row("a", -2, 3.92), row("b", 0, 3.92)],
+        "8 prompts": [row("d", -1, 3.92), row("e", 1, 3.92), row("f", 0, 3.92)],
+        "16 prompts": [row("c", -1, 3.92)],
+    }
     lines = calibration_answer(draws).splitlines()
     assert (
         lines[0] == "4 prompts, 2 draws: -2.0 to 0.0 points; an interval by images reaches 3.9 to each side."
     )
-    assert lines[1].startswith("16 prompts, 1 draw: -1.0 points;")
-    wide = math.hypot(3.92, 1.96 * math.sqrt(2))
-    assert lines[2].startswith("3 draws have a standard deviation of 1.4 points.")
-    assert f"reaches {wide:.1f} instead of 3.9" in lines[2]
+    assert lines[2].startswith("16 prompts, 1 draw: -1.0 points;")
+    wide = math.hypot(3.92, 3.182 * math.sqrt(4 / 3))  # Student's t with 3 degrees of freedom
+    assert lines[3].startswith("6 draws have a standard deviation of 1.2 points.")
+    assert f"intervals reach {wide:.1f} points to each side instead of 3.9." in lines[3]
+    assert calibration_answer({"4 prompts": draws["8 prompts"]}).endswith("how much draws differ.")
     assert calibration_answer({"4 prompts": [row("a", 0, 1)]}).endswith("how much draws differ.")
     assert calibration_answer({}) == "No calibration gave images."
+    assert draws_against_images({}).endswith("how much draws differ.")
     few = {"4 prompts": [row("a", 0, 30, 8), row("b", 9, 30, 8)]}
     assert calibration_answer(few).endswith("8 images are fewer than 64. How much draws differ stays open.")
+
+
+def test_a_new_draw_lies_within_the_reach_of_old_ones():
+    """With 3 x 2 draws, the fewest that give an interval, it contains a new draw in 95 % of all runs."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(2000):
+        draws = {f"{i}": [row("a", rng.normal(0, 2), 0) for _ in range(2)] for i in range(3)}
+        both = float(draws_against_images(draws).split("intervals reach ")[1].split()[0])
+        inside += abs(rng.normal(0, 2)) <= both
+    assert 0.93 < inside / 2000 < 0.97
 
 
 def test_a_loss_holds_where_its_change_is_not_told_from_zero():
