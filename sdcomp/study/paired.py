@@ -46,6 +46,8 @@ HALVES = ("test", "final")
 """Two prompt sets that were drawn together, 256 prompts each. No choice is made on "final"."""
 FEWEST = 32
 """With fewer images, distances between sets of images say nothing."""
+FEWEST_SCENES = 3
+"""Fewer scenes, or texts of prompts without scenes, have no Kernel Inception Distance."""
 
 
 class Reference(NamedTuple):
@@ -82,11 +84,11 @@ class PairedStudy:
     """Measures variants of a model's UNet beside the UNet itself, and records the results.
 
     Recorded for each variant: the scores of its images (`scores`); PSNR and SSIM to the baseline's images;
-    from 32 images on the Kernel Inception Distance (x 1000) and, with more images than features, the Frechet
-    distance to `reference`; for the first `noise_images` prompts the squared errors of its noise predictions
-    along the baseline's path: of the guided prediction and of both branches, as a mean over the steps, as a
-    mean weighted by the square of `step_weights`, and step by step. Scores, KID and the means also as paired
-    differences. `run.images` keeps them image by image.
+    from 32 images of 3 scenes on the Kernel Inception Distance (x 1000) and, with more images than features,
+    the Frechet distance to `reference`; for the first `noise_images` prompts the squared errors of its noise
+    predictions along the baseline's path: of the guided prediction and of both branches, as a mean over the
+    steps, as a mean weighted by the square of `step_weights`, and step by step. Scores, KID and the means
+    also as paired differences. `run.images` keeps them image by image.
 
     A variant with `steps` of its own starts from the same noise. Its noise predictions are those of the same
     UNet at the study's steps, so they are left out.
@@ -112,7 +114,7 @@ class PairedStudy:
         `about` says more about every result of this study, such as its sampler, where a run has several.
 
         Raises UserError where nothing can judge the images: `clip` is not given, and the model has neither
-        an image encoder nor a reader for these prompts.
+        an image encoder nor a reader for these prompts; and for a `reference` of fewer than 3 scenes.
         """
         self.run, self.sd, self.prompts, self.about = run, sd, prompts, about or {}
         self.settings, self.shown = {**settings, "progress": run.progress}, shown
@@ -120,7 +122,10 @@ class PairedStudy:
         if self.clip is None and (sd.reader is None or prompts.scenes is None):
             raise UserError("nothing here can judge this model's images: name a CLIP with -p clip_model")
         self.reference = None
-        if reference is not None and self.clip is not None and len(prompts) >= FEWEST:
+        enough = len(prompts) >= FEWEST and len(set(prompts.groups)) >= FEWEST_SCENES
+        if reference is not None and self.clip is not None and enough:
+            if len(set(reference.groups or range(len(reference.images)))) < FEWEST_SCENES:
+                raise UserError(f"name a reference with at least {FEWEST_SCENES} images, or none")
             self.reference = reference._replace(images=self.clip.embed_images(reference.images))
         self._measured: dict[Variant, dict[str, Tensor]] = {}
         self.images = cached_images(sd, prompts.texts, **self.settings)

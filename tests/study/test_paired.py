@@ -193,9 +193,18 @@ def test_only_measured_variants_can_be_compared(study, seeing):
 def test_few_images_have_no_distance_between_sets(seeing, tmp_path, monkeypatch):
     monkeypatch.setitem(cache.cached_images.__kwdefaults__, "folder", tmp_path)
     reference = torch.rand(40, 3, 64, 64)
-    few = Prompts(["a star"] * 4)
-    study = PairedStudy(Record(), seeing, few, reference=Reference(reference), steps=1, batch_size=4)
-    assert sorted(study.scores) == ["CLIP score"] and study.trace is None
+    for few in (["a star"] * 4, ["a star", "a ring"] * 16):
+        study = PairedStudy(Record(), seeing, Prompts(few), reference=Reference(reference), steps=1)
+        assert sorted(study.scores) == ["CLIP score"] and study.trace is None
+
+
+def test_a_reference_of_two_images_is_refused_before_images_are_drawn(seeing, monkeypatch):
+    drawn = "sdcomp.study.paired.cached_images"
+    monkeypatch.setattr(drawn, lambda *_, **__: pytest.fail("images were drawn"))
+    prompts = Prompts([f"star number {i}" for i in range(32)])
+    for few in (Reference(torch.rand(2, 3, 64, 64)), Reference(torch.rand(4, 3, 64, 64), ["a", "b"] * 2)):
+        with pytest.raises(UserError, match="name a reference with at least 3 images"):
+            PairedStudy(Record(), seeing, prompts, reference=few, steps=1)
 
 
 def test_without_a_judge_there_is_no_study(seeing, monkeypatch):
