@@ -17,7 +17,9 @@ def kid_values(
     groups: Sequence[Hashable] | None = None,
     reference_groups: Sequence[Hashable] | None = None,
 ) -> Tensor:
-    """The contribution of each image to the Kernel Inception Distance, `(N,)`; their mean is the KID.
+    """The contribution of each image to the Kernel Inception Distance, `(N,)`.
+
+    Their mean is the KID without groups, and its jackknife estimate with them.
 
     KID is the unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al.
     2018) between `features` `(N, d)` and `reference` `(M, d)`, here over all images instead of random
@@ -64,9 +66,10 @@ def _row_sums(
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """The Frechet distance of two Gaussians fitted to features `(N, d)` and `(M, d)` (Heusel et al. 2017).
 
-    Its bias is about +d / n: report n and d with it, and compare only sets of one size. Raises ValueError
-    if a set has d images or fewer, since its covariance would be singular; NonFiniteError for features that
-    are not finite.
+    It is biased. Two sets from one Gaussian with variance v in each of d directions, one of them of n
+    images and the other much larger, are apart by about v d (d + 5) / (4 n) instead of 0. Report n and d with
+    it, and compare only sets of one size. Raises ValueError if a set has d images or fewer, since its
+    covariance would be singular; NonFiniteError for features that are not finite.
     """
     n, d = min(len(features), len(reference)), features.shape[1]
     if n <= d:

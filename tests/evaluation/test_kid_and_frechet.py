@@ -110,6 +110,13 @@ def test_kid_refuses_sets_that_are_too_small_or_do_not_fit(x, y, groups):
         kid_values(x, y, **groups)
 
 
+def test_the_bias_of_the_frechet_distance():
+    n, d, variance = 200, 16, 4
+    pairs = [(2 * sample(n, d, seed=i), 2 * sample(10000, d, seed=100 + i)) for i in range(10)]
+    found = np.mean([frechet_distance(x, y) for x, y in pairs])
+    assert found == pytest.approx(variance * d * (d + 5) / (4 * n), rel=0.1)
+
+
 def test_the_frechet_distance_agrees_with_torchmetrics():
     x, y = sample(50), sample(70, shift=0.3, seed=1) @ torch.diag(torch.linspace(0.5, 2, 6))
     theirs = FrechetInceptionDistance(Given(6), input_img_size=(1, 1, 6), normalize=False)
