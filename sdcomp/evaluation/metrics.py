@@ -18,17 +18,20 @@ from sdcomp.evaluation.prompt_sets import Prompts
 from sdcomp.model import StableDiffusion
 from sdcomp.scenes import prompt_accuracy
 
+ROUNDING = 0.01
+"""Pixels may lie this far outside [0, 1]: more than float16 and bfloat16 round."""
+
 
 def clip_scores(clip: Clip, images: Tensor, prompts: list[str]) -> Tensor:
     """CLIP score of each image with its prompt, `(N,)`: 100 x cosine, at least 0 (Hessel et al. 2021).
 
     The scale is that of torchmetrics. `images`: `(N, 3, H, W)` in [0, 1]. Raises ValueError for images that
-    are not floating point and for another number of prompts, and NonFiniteError for pixels that are not
-    finite.
+    are not floating point in [0, 1] and for another number of prompts, and NonFiniteError for pixels that are
+    not finite.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one for each")
-    require_finite("pixels", images)
+    _check_pixels(images)
     cosine = F.cosine_similarity(clip.embed_images(images), clip.embed_texts(prompts))
     return 100 * cosine.clamp(min=0)
 
@@ -41,8 +44,8 @@ def psnr(images: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = N
 def squared_errors(images: Tensor, baseline: Tensor) -> Tensor:
     """The mean squared error of each image `(N, 3, H, W)` in [0, 1] to its baseline, `(N,)` in float64.
 
-    Raises ValueError for images that are not floating point or have another shape than the baseline, and
-    NonFiniteError for pixels that are not finite.
+    Raises ValueError for images that are not floating point in [0, 1] or have another shape than the
+    baseline, and NonFiniteError for pixels that are not finite.
     """
     _check_pairs(images, baseline)
     # Numbers, not tensors: a small tensor for each image would keep the allocator from reusing memory.
@@ -73,11 +76,18 @@ def ssim(images: Tensor, baseline: Tensor) -> Tensor:
 
 
 def _check_pairs(images: Tensor, baseline: Tensor) -> None:
-    if not (images.is_floating_point() and baseline.is_floating_point()):
-        raise ValueError("images must be floating point in [0, 1]")
     if images.shape != baseline.shape:
         raise ValueError(f"images {tuple(images.shape)} and baseline {tuple(baseline.shape)} must be alike")
-    require_finite("pixels", images, baseline)
+    _check_pixels(images, baseline)
+
+
+def _check_pixels(*images: Tensor) -> None:
+    """Refuse images that are not floating point in [0, 1], apart from rounding, or not finite."""
+    require_finite("pixels", *images)
+    for batch in images:
+        low, high = batch.detach().aminmax() if batch.numel() else (0, 1)
+        if not batch.is_floating_point() or low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError("images must be floating point in [0, 1]: scale them first")
 
 
 def scores(
@@ -86,9 +96,10 @@ def scores(
     """All scores of single images for which the model has a judge, `(N,)` each.
 
     "prompt accuracy" (bool) needs the model's reader, "CLIP score" needs its image encoder or a `clip`.
-    Raises NonFiniteError for images that are not finite.
+    Raises ValueError for images that are not floating point in [0, 1], and NonFiniteError for pixels that are
+    not finite.
     """
-    require_finite("pixels", images)
+    _check_pixels(images)
     found: dict[str, Tensor] = {}
     if sd.reader is not None and prompts.scenes is not None:
         found["prompt accuracy"] = prompt_accuracy(sd.reader, images, prompts.scenes).all_right

@@ -110,6 +110,23 @@ def test_psnr_refuses_integer_images_and_other_shapes():
         psnr(images, images[:1])
 
 
+@pytest.mark.parametrize("change", [lambda x: 255 * x, lambda x: 2 * x - 1])
+def test_images_in_another_range_have_no_scores(change):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wrong = change(images)
+    calls = [
+        lambda: psnr(wrong, images),
+        lambda: psnr(images, wrong),
+        lambda: ssim(wrong, images),
+        lambda: clip_scores(None, wrong, ["a star"] * 2),
+        lambda: scores(None, wrong, Prompts(["a star"] * 2)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"floating point in \[0, 1\]: scale them first"):
+            call()
+    assert psnr((images + 1e-3).bfloat16(), images.bfloat16()).value > 40  # rounding is no other range
+
+
 # CLIP score
 
 PROMPTS = ["a small red star on a navy background", "a large blue ring on teal", "", "two zebras 🦓"] * 3
