@@ -48,11 +48,13 @@ def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashabl
     """The mean of `values - baseline`, image by image; for bool scores in percentage points.
 
     Scores have an interval by bootstrap, bool scores Tango's score interval, where clusters count as their
-    `effective_number` of independent pairs. Raises ValueError unless both have the same shape, and the errors
-    of `bootstrap`.
+    `effective_number` of independent pairs. Raises ValueError unless both have the same shape and both or
+    neither are bool, and the errors of `bootstrap`.
     """
     if values.shape != baseline.shape:
         raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")
+    if (values.dtype == torch.bool) != (baseline.dtype == torch.bool):
+        raise ValueError(f"convert one side: {values.dtype} cannot be paired with {baseline.dtype}")
     change = values.double() - baseline.double()
     if values.dtype != torch.bool:
         return bootstrap(change, groups=groups)

@@ -86,6 +86,11 @@ def test_values_that_do_not_go_together_are_refused():
     for baseline in (torch.zeros(1), torch.zeros(5)):
         with pytest.raises(ValueError, match="cannot be paired"):
             paired_difference(values, baseline)
+    right = values > 1
+    for pair in ((right, values), (values, right)):  # percentage points, or differences of numbers?
+        with pytest.raises(ValueError, match="convert one side: torch"):
+            paired_difference(*pair)
+    assert paired_difference(values.int(), values.double()).value == 0
     with pytest.raises(ValueError, match="3 groups for 4 values"):
         bootstrap(values, groups=["a", "b", "c"])
     images = torch.rand(2, 3, 16, 16)
