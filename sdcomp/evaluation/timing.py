@@ -46,11 +46,14 @@ def median(values: np.ndarray, baseline: np.ndarray | None = None) -> Estimate:
 
     The interval is the narrowest symmetric pair of order statistics that covers the median with at least
     95 % probability (Conover 1999, section 3.2). Fewer than 6 measurements have no such pair; their interval
-    is their range, which covers the median with 75 % (3 measurements) to 94 % (5). With a `baseline` of the
-    same rounds, the result is the median of the ratios `values / baseline`, round by round.
+    is their range, which covers the median with 75 % (3 measurements), 88 % (4) or 94 % (5). One or two have
+    no interval (NaN). With a `baseline` of the same rounds, the result is the median of the ratios
+    `values / baseline`, round by round.
     """
     data = np.sort(values if baseline is None else values / baseline)
     n, left = data.size, 0
+    if n < 3:
+        return Estimate(float(np.median(data)), np.nan, np.nan, n)
     # The pair that leaves out i values at each end misses the median with 2 P(binomial(n, 1/2) <= i).
     while 2 * sum(math.comb(n, i) for i in range(left + 2)) <= (1 - LEVEL) * 2**n:
         left += 1

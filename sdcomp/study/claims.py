@@ -120,7 +120,7 @@ class Trend(Comparison):
     """The change of a time in percent at the amount of `variant`, from all amounts of its kind.
 
     The line goes through the baseline's time at amount 0. It has the least squared errors, weighted by the
-    intervals.
+    intervals; times without one do not count.
     """
 
     metric: str = "time relative to fp32"
@@ -131,7 +131,10 @@ class Trend(Comparison):
         found = [
             row
             for row in select(rows, report=self.report, metric=self.metric)
-            if row["variant"] and row["variant"].amount and row["variant"].describe(amount=False) == kind
+            if row["variant"]
+            and row["variant"].amount
+            and row["variant"].describe(amount=False) == kind
+            and row["ci_high"] > row["ci_low"]
         ]
         if not found:
             return None

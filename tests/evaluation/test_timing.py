@@ -44,12 +44,18 @@ def test_a_slower_machine_does_not_change_a_ratio():
 
 
 @pytest.mark.parametrize(
-    ("n", "low", "high"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15)]
+    ("n", "low", "high"), [(3, 1, 3), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15)]
 )
 def test_the_interval_of_a_median_agrees_with_tables(n, low, high):
     # From tables of the sign test's critical values.
     found = median(np.random.default_rng(n).permutation(n) + 1.0)
     assert (found.low, found.value, found.high, found.n) == (low, (n + 1) / 2, high, n)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_or_two_measurements_have_no_interval(n):
+    found = median(np.arange(n) + 1.0)
+    assert (found.value, found.n) == ((n + 1) / 2, n) and np.isnan([found.low, found.high]).all()
 
 
 def test_the_interval_of_a_median_covers_it_in_95_of_100_experiments():

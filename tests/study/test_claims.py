@@ -265,6 +265,12 @@ def test_a_trend_is_the_weighted_line_through_all_amounts():
     lines = 0.4 * np.linalg.lstsq((amounts / halves)[:, None], (drawn / halves).T)[0][0]
     assert np.percentile(lines, [2.5, 97.5]) == pytest.approx([row["ci_low"], row["ci_high"]], abs=0.05)
     assert Trend("", "01_quantization", pruned("masked channels", 0.4)).find(rows, "") is None
+    # A time without an interval, or with one of width 0, has no weight.
+    for end in (NAN, 0.5):
+        single = {"variant": pruned("unstructured", 0.5), "value": 0.5, "ci_low": end, "ci_high": end}
+        more = [*rows, {**rows[-1], **single}]
+        assert Trend("at 40%", "01_quantization", pruned("unstructured", 0.4)).find(more, "") == row
+        assert Trend("", "01_quantization", pruned("unstructured", 0.4)).find(more[-1:], "") is None
 
 
 def test_variants_never_compared_directly_differ_as_if_independent(tmp_path):
