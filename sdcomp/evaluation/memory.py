@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ def weight_bytes(module: nn.Module) -> int:
 
     The state dict of an integer layer holds plain integers; the kernels' own layout has about that size.
     """
-    tensors = {t.data_ptr(): t for t in module.state_dict().values()}
-    return sum(t.nbytes for t in tensors.values())
+    sizes = Counter[torch.UntypedStorage]()
+    for tensor in module.state_dict().values():
+        sizes[tensor.untyped_storage()] += tensor.nbytes
+    return sum(min(size, storage.nbytes()) for storage, size in sizes.items())
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:

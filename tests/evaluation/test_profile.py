@@ -42,6 +42,16 @@ def test_weight_bytes_count_shared_weights_once():
     assert weight_bytes(layer.half()) == 2 * 20
 
 
+def test_weight_bytes_tell_views_and_tensors_without_data_apart():
+    module, table = nn.Module(), torch.zeros(10, 10)
+    module.register_buffer("table", table)
+    module.register_buffer("row", table[:1])
+    assert weight_bytes(module) == 4 * 100
+    module.table = None
+    assert weight_bytes(module) == 4 * 10
+    assert weight_bytes(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to("meta")) == 2 * 4 * 20
+
+
 def test_the_layers_of_a_unet_account_for_its_time_and_arithmetic(small):
     size = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, 32)
     table = layer_profile(small.unet, *size)
