@@ -74,17 +74,18 @@ def smallest_file(
 def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float | None = None) -> str:
     """A sentence about the fewest bits of weights at which each method loses little, see `smallest_file`.
 
-    `methods` has the rows of each.
+    `methods` has the rows of each. All rows of the method with as many bits or more must lose little too.
     """
     rows = [row for found in methods.values() for row in found]
     if few := too_few(rows, "bits are enough"):
         return few
     said = []
     for method, found in methods.items():
-        bits = {row["variant"]: row["variant"].weight_bits for row in found}
-        fewest = cheapest(found, bits, tolerance)
+        limit = tolerance_of(found, tolerance)
+        lost = max((row["variant"].weight_bits for row in found if not _little(row, limit)), default=0)
+        kept = (row["variant"].weight_bits for row in found if row["variant"].weight_bits > lost)
         # A title breaks its lines between methods only.
-        said.append(f"{method}\N{NO-BREAK SPACE}{'none' if fewest is None else bits[fewest['variant']]}")
+        said.append(f"{method}\N{NO-BREAK SPACE}{min(kept, default='none')}")
     return f"The fewest bits with {_limits(rows, tolerance)}, {rows[0]['n']:g} images: {', '.join(said)}."
 
 

@@ -121,9 +121,10 @@ def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
         "good": [change(W4, 0.0, -1.0), change(W3, -1.9, -4.9)],
         "wide": [change(W4, 0.0, -1.0), change(W3, 0.0, -5.1)],
         "bad": [change(W4, -2.1, -3.0)],
+        "lucky": [change(W4, -6.0, -9.0), change(W3, 0.0, -3.0)],  # fewer bits than ones that lose
     }
     limits = "at most 2 points of prompt accuracy lost (5 at the worse end of its interval)"
-    said = f"The fewest bits with {limits}, 256 images: good 3, wide 4, bad none."
+    said = f"The fewest bits with {limits}, 256 images: good 3, wide 4, bad none, lucky none."
     assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == said
     few = {"good": [change(W4, 0.0, -1.0, n=63)]}
     assert fewest_bits(few) == "63 images do not tell which bits are enough: it takes 64."
