@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from math import isnan
 
 from sdcomp.study.answers import tolerance_of, too_few
 from sdcomp.study.claims import HOLDS, not_worse
@@ -64,8 +65,14 @@ def bits_kept(differences: Sequence[Row], tolerance: float | None = None) -> str
 
 
 def about_equal(correlations: Mapping[str, float], margin: float = 0.05) -> str:
-    """A title about measures by their rank correlations; those within `margin` of the best are equal."""
-    ranked = sorted(correlations.items(), key=lambda item: -item[1])
+    """A title about measures by their rank correlations; those within `margin` of the best are equal.
+
+    Measures without a rank correlation (NaN) are left out.
+    """
+    known = ((name, value) for name, value in correlations.items() if not isnan(value))
+    ranked = sorted(known, key=lambda item: -item[1])
+    if not ranked:
+        return "No error is shown to rank the variants"
     near = [(name, value) for name, value in ranked if value >= ranked[0][1] - margin]
     rest = ", ".join(f"{name} {value:.2f}" for name, value in ranked[len(near) :])
     said = f"{near[0][0]} ranks the variants best ({near[0][1]:.2f})"

@@ -1,5 +1,7 @@
 """Titles of figures, from made-up rows."""
 
+import math
+
 import pytest
 
 from sdcomp.study import FP32, Variant, quantized, requested
@@ -83,6 +85,8 @@ def test_measures_near_the_best_are_about_equal():
         about_equal(found, 0.01) == "layers ranks the variants best (0.88); step 0.86, gain 0.84, final 0.65"
     )
     assert about_equal(found, 1.0) == "4 of 4 errors rank the variants about equally (0.65 to 0.88)"
+    assert about_equal({"same": math.nan, "gain": 0.5}) == "gain ranks the variants best (0.50)"
+    assert about_equal({}) == about_equal({"same": math.nan}) == "No error is shown to rank the variants"
 
 
 def test_errors_are_late_where_every_path_ends_with_its_largest():
