@@ -281,5 +281,5 @@ def deploy_extra() -> Iterator[None]:
         yield
     except ImportError as error:
         raise UserError(
-            f"{error.name} is not installed: pip install 'sdcomp[deploy]' adds what exports need"
+            f"{error.name} is not installed: in the repository, run pip install -e '.[deploy]'"
         ) from None
