@@ -1,4 +1,4 @@
-"""Results that the paired protocol does not record: errors along a path, and attributes that are missed."""
+"""Results that the paired protocol does not record: errors along a path, and the accuracy of attributes."""
 
 from __future__ import annotations
 

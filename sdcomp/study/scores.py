@@ -131,7 +131,7 @@ def recomputed(row: Row, scores: ReadScores) -> Estimate | None:
     if found is None:
         return None
     # Stored as numbers, since of two objects one can be right.
-    return share_estimate(*found) if metric == "missed" or metric.endswith(" right") else estimate(*found)
+    return share_estimate(*found) if metric.endswith(" right") else estimate(*found)
 
 
 def _compared(row: Row, about: dict[str, Any]) -> list[tuple[str, str]]:

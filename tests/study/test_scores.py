@@ -40,12 +40,12 @@ def run(tmp_path) -> Run:
     # Of the first images only, of the images to which it applies, and of other prompts.
     run.record(MSE, "noise MSE at timestep", estimate(drawn(5)[:9], SCENES[:9]), baseline=FP32, timestep=951)
     run.images.keep(MSE, "noise MSE at timestep", drawn(5)[:9], SCENES[:9], timestep=951)
-    missed = torch.where(drawn(6) < 0.5, float("nan"), (drawn(7) < 0.1).float())
-    kept = [i for i in range(40) if not missed[i].isnan()]
+    share = torch.where(drawn(6) < 0.5, float("nan"), (drawn(7) < 0.1).float())
+    kept = [i for i in range(40) if not share[i].isnan()]
     run.record(
-        MSE, "missed", share_estimate(missed[kept], [SCENES[i] for i in kept]), unit="%", attribute="size"
+        MSE, "size right", share_estimate(share[kept], [SCENES[i] for i in kept]), unit="%", attribute="size"
     )
-    run.images.keep(MSE, "missed", missed, SCENES, attribute="size")
+    run.images.keep(MSE, "size right", missed, SCENES, attribute="size")
     # Under another condition, beside fp32 under the same one; and of some images only.
     about = {"sampler": "ddpm", "sampling_steps": 9}
     for subject, values in ((FP32, drawn(9) < 0.9), (MSE, drawn(10) < 0.7)):
