@@ -45,7 +45,7 @@ def run(tmp_path) -> Run:
     run.record(
         MSE, "size right", share_estimate(share[kept], [SCENES[i] for i in kept]), unit="%", attribute="size"
     )
-    run.images.keep(MSE, "size right", missed, SCENES, attribute="size")
+    run.images.keep(MSE, "size right", share, SCENES, attribute="size")
     # Under another condition, beside fp32 under the same one; and of some images only.
     about = {"sampler": "ddpm", "sampling_steps": 9}
     for subject, values in ((FP32, drawn(9) < 0.9), (MSE, drawn(10) < 0.7)):
