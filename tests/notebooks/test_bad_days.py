@@ -87,6 +87,7 @@ def test_int8_without_kernels_is_named_so_in_rows_and_figures(tmp_path, monkeypa
     few = {"n_calibration": 1, "calibration_steps": 5, "repeats": 1, "amounts": [0.25], "backends": ["int8"]}
     found = run_with(tmp_path, "03_profiling", [], **few)
     labels = [f"{pruning}timestep_mse k5 W8A8 int8 (dequantized)" for pruning in ("", "removed 25 %, ")]
-    assert list(found["times"].index) == ["fp32", *labels]
+    names = ["int8 (dequantized)", "removed 25\u00a0%, int8 (dequantized)"]
+    assert list(found["times"].index) == ["fp32", *names]
     assert [row["label"] for row in rows(tmp_path, "time relative to fp32")] == labels
     assert found["run"].facts["int8 execution"] == "dequantized"

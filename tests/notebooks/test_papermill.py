@@ -47,7 +47,7 @@ BAD = [
     ("04_combined", ("-y", "{dtype: float16, variants: [2:4 recovered 9]}"), "recovery trains in float32"),
     ("05_claims", ("-p", "seed", "1"), "there is no parameter 'seed'"),
     ("06_low_bits", ("-p", "k", "30"), "k must be at most steps, 20, not 30"),
-    ("07_conditions", ("-y", "conditions: [10]"), "conditions must hold texts"),
+    ("07_conditions", ("-y", "conditions: [10]"), "conditions must be a list of texts, not of 10"),
 ]
 
 
