@@ -181,17 +181,14 @@ def results_table() -> str:
         timestep = quantized("timestep_mse", bits, bits, 10)
         add("the same, `mse` in 10 timestep intervals", "01_quantization", timestep)
     for bits in (8, 4):
-        add(
-            f"weights 4 bits, activations {bits} bits, `low_bits`",
-            "06_low_bits",
-            quantized("low_bits", 4, bits),
-        )
+        label = f"weights 4 bits, activations {bits} bits, `low_bits`"
+        add(label, "06_low_bits", quantized("low_bits", 4, bits))
     for amount in (0.3, 0.5):
         add(f"{100 * amount:.0f} % of weights zeroed", "02_pruning", pruned("unstructured", amount))
-    for amount, scope in ((0.5, "layer"), (0.8, "global")):
-        words = f"{100 * amount:.0f} % of weights zeroed by second order"
-        words += ", of each layer alike" if scope == "layer" else ""
-        add(words, "02_pruning", pruned("unstructured", amount, scope=scope, importance="second_order"))
+    alike = pruned("unstructured", 0.5, importance="second_order")
+    add("50 % of weights zeroed by second order, of each layer alike", "02_pruning", alike)
+    where_cheap = replace(alike, amount=0.8, scope="global")
+    add("80 % of weights zeroed by second order", "02_pruning", where_cheap)
     add("5 % of channels zeroed", "02_pruning", pruned("masked channels", 0.05))
     add("25 % of channels and heads removed", "02_pruning", REMOVED[0.25])
     add("the same, recovered", "02_pruning", RECOVERED)

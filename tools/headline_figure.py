@@ -55,9 +55,9 @@ PLACES = {"4 bits": RIGHT, "torchao W4 g16": BELOW, "50 % zeros": BELOW, "5 % of
 """Where the name of a point stands, if not below for this package and above for others."""
 
 
-def ours(study: str, name: str, variant: Variant, size: str) -> Point:
-    """A variant of a report; `size` is the metric of its file."""
-    change = readme.find(study, variant.label, METRIC)
+def ours(study: str, name: str, variant: Variant, size: str, **about: str) -> Point:
+    """A variant of a report; `size` is the metric of its file, `about` says more about the difference."""
+    change = readme.find(study, variant.label, METRIC, **about)
     megabytes = readme.find(study, variant.label, size)["value"]
     return Point(name, megabytes, change["value"], change["ci_low"], change["ci_high"])
 
@@ -100,8 +100,7 @@ def draw() -> Figure:
     axis.set(xscale="log", ylabel="prompt accuracy,\ndifference to the UNet as it is (points)")
     least = min(new, key=lambda point: point.megabytes)
     name, share = least.name.replace("\n", " "), f"{100 * least.megabytes / half:.0f} %"
-    again = readme.find("04_combined", OURS[least.name].label, METRIC, prompts="final")
-    again = Point(name, least.megabytes, *(again[key] for key in ("value", "ci_low", "ci_high")))
+    again = ours("04_combined", name, OURS[least.name], "UNet file", prompts="final")
     title = (
         f"{name}: {share} of the bytes, {least.words} points; on 256 other prompts {again.words}\n"
         "(tiny model, 256 images a point, 95 % intervals)"

@@ -128,10 +128,8 @@ def added_losses(differences: Sequence[Row], interactions: Sequence[Row] = ()) -
     said = f"Quantizing a pruned UNet is shown to cost {score} in {len(worse)} of {len(differences)} cases"
     if not interactions:
         return said
-    more, less = (
-        sum(row["ci_high"] < 0 for row in interactions),
-        sum(row["ci_low"] > 0 for row in interactions),
-    )
+    more = sum(row["ci_high"] < 0 for row in interactions)
+    less = sum(row["ci_low"] > 0 for row in interactions)
     return f"{said}; more than it costs the whole UNet in {more}, less in {less}"
 
 
