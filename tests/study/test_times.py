@@ -59,11 +59,9 @@ def test_a_generation_has_the_shares_of_its_parts_and_a_ratio_to_the_models_own(
     slower = Slower(small.unet, 0.2)
     seconds, shares, ratio = clock.components(slower, ["a star"] * 2, steps=2, guidance_scale=1.0)
     assert tuple(seconds) == (*shares, "total") == PARTS
-    whole = seconds["total"].value
-    assert 0.4 < seconds["UNet"].value < whole
-    assert shares["UNet"].value == pytest.approx(seconds["UNet"].value / whole)
+    assert 0.4 < seconds["UNet"].value < seconds["total"].value and shares["UNet"].high < 1
     # Two steps of 0.2 s over two of 0.1 s, less what the rest takes.
-    assert 1.7 < ratio.low <= ratio.value <= ratio.high < 2 and ratio.n == 3
+    assert 1.7 < ratio.value < 2 and ratio.n == 3
 
 
 def test_the_ratio_of_generations_is_taken_within_a_round(clock, small, monkeypatch):
