@@ -20,10 +20,15 @@ def check_dtype(dtype: object) -> torch.dtype:
     return dtype
 
 
-def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str = "auto") -> str:
+def choose_execution(
+    device: torch.device | str, dtype: torch.dtype, wanted: str = "auto", weight_max: int = 127
+) -> str:
     """Choose "kernels" or "dequantized" for an int8 model on `device` that computes in `dtype`.
 
-    "kernels": oneDNN multiplies integers; saves memory and time; needs a CPU, float32 or bfloat16.
+    `weight_max`: the largest magnitude of the model's integer weights.
+
+    "kernels": oneDNN multiplies integers; saves memory and time; needs a CPU, float32 or bfloat16. On a CPU
+    without VNNI no weight may have more than 7 bits.
     "dequantized": each layer turns its int8 weight into `dtype` when it runs; saves memory, no time; runs
     on every device. "auto" takes the kernels where they are available.
 
@@ -34,7 +39,7 @@ def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str
     check_dtype(dtype)
     if wanted == "dequantized":
         return wanted
-    reason = why_no_kernels(torch.device(device), dtype)
+    reason = why_no_kernels(torch.device(device), dtype, weight_max)
     if reason is None:
         return "kernels"
     if wanted == "kernels":
@@ -42,11 +47,11 @@ def choose_execution(device: torch.device | str, dtype: torch.dtype, wanted: str
     return "dequantized"
 
 
-def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_kernels(device: torch.device, dtype: torch.dtype, weight_max: int) -> str | None:
     """Return the reason why the int8 kernels are not available there, or None if they are."""
     if device.type != "cpu":
         return f"the int8 kernels run on CPUs only, not on {device}"
     if dtype not in _KERNEL_DTYPES:
         name = str(dtype).removeprefix("torch.")
         return f"the int8 kernels compute in float32 or bfloat16, not in {name}"
-    return int8_kernels.missing()
+    return int8_kernels.missing(weight_max)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sdcomp.errors import UserError
 from sdcomp.integer.execution import choose_execution
 from sdcomp.integer.int8_layers import TENSORS
-from sdcomp.integer.int8_model import Int8Model, float_tensors
+from sdcomp.integer.int8_model import Int8Model, float_tensors, largest_weight
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.integer.packed_model import PackedModel
 from sdcomp.model.kinds import require_kind
@@ -32,8 +32,8 @@ def to_int8(
     to 1e-5 relative.
 
     `execution`: see `sdcomp.integer.execution.choose_execution`. By default a CPU that has the integer
-    kernels uses them. Elsewhere, on CUDA for example, the weights stay int8 and are dequantized layer by
-    layer: that saves memory and no time.
+    kernels uses them; a CPU without VNNI has them for weights of at most 7 bits. Elsewhere, on CUDA for
+    example, the weights stay int8 and are dequantized layer by layer: that saves memory and no time.
 
     Inputs may be affine; weights must be symmetric, with one scale for a channel or for the whole tensor, and
     without low-rank branches.
@@ -57,11 +57,12 @@ def to_int8(
     first = next(iter(layers.values()))
     if dtype is None:
         dtype = model.dtype if isinstance(model, PackedModel) else first.weight.dtype
-    execution = choose_execution(first.weight_scale.device, dtype, execution)
     integers = {
         name: {"weight": layer.integer_weight(), **{kind: _float(getattr(layer, kind)) for kind in _FLOATS}}
         for name, layer in layers.items()
     }
+    weight_max = largest_weight(integers)
+    execution = choose_execution(first.weight_scale.device, dtype, execution, weight_max)
     settings = {
         "weight_bits": model.weight_quantizer.n_bits,
         "act_bits": model.act_quantizer.n_bits,

@@ -12,7 +12,7 @@ from sdcomp.files import resolve_input
 from sdcomp.integer.execution import choose_execution
 from sdcomp.integer.int8_layers import TENSORS as LAYER_TENSORS
 from sdcomp.integer.int8_layers import Int8Conv2d, Int8Layer, Int8Linear
-from sdcomp.integer.int8_model import Int8Model, float_tensors
+from sdcomp.integer.int8_model import Int8Model, float_tensors, largest_weight
 from sdcomp.integer.model_files import (
     COMMON,
     Format,
@@ -77,10 +77,11 @@ def load_int8(
     """
     check_device(device)
     settings, module, state = read_files(folder, FILES, module, _settings)
-    settings["execution"] = choose_execution(device, getattr(torch, settings["dtype"]), execution)
     names = {name.removesuffix(".weight_scale") for name in state if name.endswith("weight_scale")}
     integers = {name: {kind: state.pop(f"{name}.{kind}", None) for kind in LAYER_TENSORS} for name in names}
     _check(resolve_input(folder) / FILES.tensors, module, integers, state, settings)
+    dtype = getattr(torch, settings["dtype"])
+    settings["execution"] = choose_execution(device, dtype, execution, largest_weight(integers))
     return Int8Model(module, integers, state, settings).to(device)
 
 

@@ -18,6 +18,10 @@ _WIDE = 1024
 8x8 and 16x16, where that takes 0.3 and 0.9 of the time, and one of 32x32, where it takes as long."""
 
 
+NARROW = 63
+"""The largest weight of 7 bits."""
+
+
 def zero_byte(grid: InputGrid) -> int:
     """Return the byte that stands for 0 in an input: the fast kernels take unsigned bytes."""
     return ZERO if grid.low >= -ZERO and grid.high < ZERO else int(-grid.low)
@@ -46,6 +50,42 @@ class Prepacked:
     def __deepcopy__(self, memo: dict[int, object]) -> Prepacked:
         return self
 
+    def __call__(
+        self,
+        x: Tensor,
+        grid: InputGrid,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        accumulate: Tensor | None = None,
+        post_op: str = "none",
+    ) -> Tensor:
+        """The layer's output in `dtype` for an input of unsigned bytes.
+
+        The output is added to `accumulate`, of its type and shape, in place if that is given.
+        `post_op="gelu"` (linear layers, without `accumulate`) applies the exact GELU to the output.
+        """
+        if dtype != torch.bfloat16 or _writes_bfloat16():
+            return self._multiply(x, grid, bias, dtype, accumulate, post_op)
+        out = self._multiply(x, grid, bias, torch.float32, None, post_op)
+        return out.to(dtype) if accumulate is None else accumulate.add_(out)
+
+    def _multiply(
+        self,
+        x: Tensor,
+        grid: InputGrid,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        accumulate: Tensor | None,
+        post_op: str,
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+@functools.cache
+def _writes_bfloat16() -> bool:
+    """Whether the kernels write bfloat16 themselves. CPUs without AVX-512 take hundreds of times as long."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 class PrepackedLinear(Prepacked):
     """An int8 weight `(out, in)` with its scales `(out,)`, as oneDNN lays it out."""
@@ -58,20 +98,16 @@ class PrepackedLinear(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense().t().contiguous()
 
-    def __call__(
+    def _multiply(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None = None,
-        post_op: str = "none",
+        accumulate: Tensor | None,
+        post_op: str,
     ) -> Tensor:
-        """Uint8 `(..., in)` -> `dtype` `(..., out)`.
-
-        The output is added to `accumulate`, of its type and shape, in place if that is given.
-        `post_op="gelu"` (without `accumulate`) applies the exact GELU to the output.
-        """
+        """`(..., in)` -> `(..., out)`."""
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, post_op, [], "none")
@@ -92,18 +128,16 @@ class PrepackedConv2d(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense()
 
-    def __call__(
+    def _multiply(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None = None,
+        accumulate: Tensor | None,
+        post_op: str,
     ) -> Tensor:
-        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last.
-
-        The output is added to `accumulate`, of its type and shape, in place if that is given.
-        """
+        """`(B, in, h, w)` -> `(B, out, h', w')`, channels last."""
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qconv2d_pointwise(
@@ -125,13 +159,14 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         """The integers as they were given."""
         return super().weight().unflatten(1, (*self._kernel, self._in)).permute(0, 3, 1, 2).contiguous()
 
-    def __call__(
+    def _multiply(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None = None,
+        accumulate: Tensor | None,
+        post_op: str,
     ) -> Tensor:
         """As `PrepackedConv2d`."""
         (kh, kw), (ph, pw) = self._kernel, self._padding
@@ -141,7 +176,7 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         if kh > 1 or kw > 1:
             x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
         accumulate = None if accumulate is None else accumulate.permute(0, 2, 3, 1)
-        return super().__call__(x, grid, bias, dtype, accumulate).permute(0, 3, 1, 2)
+        return super()._multiply(x, grid, bias, dtype, accumulate, post_op).permute(0, 3, 1, 2)
 
 
 def prepack_convolution(
@@ -159,15 +194,29 @@ def prepack_convolution(
     return PrepackedConv2d(weight, scale, list(stride), list(padding), list(dilation), groups)
 
 
+def missing(weight_max: int = 127) -> str | None:
+    """Try the integer kernels; return why they cannot be used here, or None if they can.
+
+    `weight_max`: the largest magnitude of the weights' integers. CPUs without VNNI add pairs of products in
+    16 bits, which weights of 8 bits overflow and weights of 7 bits do not.
+    """
+    if weight_max <= NARROW:
+        return _failure(NARROW)
+    reason = _failure(127)
+    if reason is not None and _failure(NARROW) is None:
+        return "this CPU has no VNNI, so the int8 kernels need weights of at most 7 bits in every layer"
+    return reason
+
+
 @functools.cache
-def missing() -> str | None:
-    """Try the integer kernels on a small case; return why they cannot be used here, or None if they can."""
+def _failure(weight_max: int) -> str | None:
+    """Return what goes wrong in a small case with weights up to `weight_max`, or None."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.5, 2.0, 1.0, 0.25])
-    weight = torch.randint(-127, 128, (4, 8, 3, 3), generator=generator, dtype=torch.int8)
+    weight = torch.randint(-weight_max, weight_max + 1, (4, 8, 3, 3), generator=generator, dtype=torch.int8)
     bias, x = torch.ones(4), torch.randn(2, 8, 5, 5, generator=generator)
-    # The largest of both: CPUs without VNNI add products in pairs, in 16 bits, which these overflow.
-    weight[0], x[0] = 127, 99
+    # The largest sums: products of the largest values, all of one sign.
+    weight[0], weight[1], x[0] = weight_max, -weight_max, 99
     narrow, exact = weight[:, :, 0, 0], weight.float() * scale.view(-1, 1, 1, 1)
     try:
         with warnings.catch_warnings(), torch.no_grad():

@@ -48,6 +48,7 @@ class Int8Model(QuantizedModel):
         super().__init__()
         self.settings = dict(settings)
         self.dtype, self.execution = getattr(torch, settings["dtype"]), settings["execution"]
+        self.weight_max = largest_weight(integers)
         self.state = Int8State()
         self.starts, self.train_timesteps = settings["starts"], settings["train_timesteps"]
         self.timestep_arg = settings["timestep_arg"]
@@ -80,13 +81,14 @@ class Int8Model(QuantizedModel):
 
     def _require(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UserError if this model's execution does not run on a device in a type."""
-        reason = why_no_kernels(device, dtype) if self.execution == "kernels" else None
+        kernels = self.execution == "kernels"
+        reason = why_no_kernels(device, dtype, self.weight_max) if kernels else None
         if reason is not None:
             raise UserError(
                 f"{reason}, and this model's weights are packed for them: load or make it anew with"
                 " execution='dequantized'"
             )
-        choose_execution(device, dtype, self.execution)
+        choose_execution(device, dtype, self.execution, self.weight_max)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Model:
         # Ask what `to` makes of a floating-point tensor, before any tensor of the model changes.
@@ -173,6 +175,14 @@ def float_tensors(module: nn.Module, integers: Mapping[str, object]) -> list[tup
         for name, tensor in module.state_dict().items()
         if name.rpartition(".")[0] not in integers
     ]
+
+
+def largest_weight(integers: Mapping[str, Mapping[str, Tensor | None]]) -> int:
+    """The largest magnitude of the layers' integer weights."""
+    weights = [tensors["weight"] for tensors in integers.values()]
+    if any(weight.is_meta for weight in weights):
+        return 127  # values that nobody knows
+    return max((max(-int(low), int(high)) for low, high in (w.aminmax() for w in weights)), default=0)
 
 
 def _check_finite(module: nn.Module) -> None:

@@ -13,11 +13,12 @@ import warnings
 
 import conftest
 import torch
+from quantized_models import timestep_model
 
 from sdcomp.integer import int8_kernels, to_int8
 from sdcomp.model import StableDiffusion
 from sdcomp.pruning import prune_structured
-from sdcomp.quantization import Calibrator, TimeStepCalibratedQuantModel
+from sdcomp.quantization import Calibrator
 
 PROMPT = "a small red star on a navy background"
 OTHERS = ("a large striped blue circle above a small green square", "a star", "")
@@ -43,13 +44,13 @@ def main() -> None:
     """Print the differences for every kind of UNet, batch size and guidance."""
     warnings.simplefilter("ignore")
     sd = conftest.random_model(conftest.BITS)
-    simulated = TimeStepCalibratedQuantModel(sd.unet, timesteps=2, k=2)
+    simulated = timestep_model(sd.unet, timesteps=2, k=2)
     Calibrator(sd, simulated).calibrate([PROMPT], steps=2)
     unets = {"plain": sd.unet, "simulated": simulated}
     unets["removed"] = prune_structured(sd.unet, 0.3, mode="remove")  # unusual widths take other kernels
-    if int8_kernels.missing() is None:
+    if int8_kernels.missing(int8_kernels.NARROW) is None:
         unets["int8"] = to_int8(simulated)
-        small = TimeStepCalibratedQuantModel(unets["removed"], timesteps=2, k=2)
+        small = timestep_model(unets["removed"], timesteps=2, k=2)
         unets["removed, int8"] = to_int8(Calibrator(sd, small).calibrate([PROMPT], steps=2))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cases = [(name, unet, {"size": (32, 32)}) for name, unet in unets.items()]

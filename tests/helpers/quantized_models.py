@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from torch import nn
 
+from sdcomp.integer import int8_kernels
 from sdcomp.pruning import prune_structured
 from sdcomp.quantization import QuantModel, TimeStepCalibratedQuantModel
+
+needs_kernels = pytest.mark.skipif(
+    int8_kernels.missing(int8_kernels.NARROW) is not None,
+    reason=str(int8_kernels.missing(int8_kernels.NARROW)),
+)
+WEIGHT_BITS = 8 if int8_kernels.missing() is None else 7
+"""The widest weights that this machine's int8 kernels take, if it has any."""
+quant_model = partial(QuantModel, weight_quant_params={"n_bits": WEIGHT_BITS})
+timestep_model = partial(TimeStepCalibratedQuantModel, weight_quant_params={"n_bits": WEIGHT_BITS})
 
 
 def calibrate(q: QuantModel, *calls: tuple, margin: float = 1.0) -> QuantModel:
@@ -41,16 +54,16 @@ def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def build(unet: nn.Module, kind: str) -> QuantModel:
     if kind == "plain":
-        return QuantModel(unet)
+        return quant_model(unet)
     if kind == "filters":
         # Leaves out parts of blocks, so that every branch of their code runs.
         names = ["time_embed", "input_blocks.0", "out", "*.to_v", "*.proj_in", "*.conv", "*.op", "*.net.0"]
-        return QuantModel(unet, quant_filters=[*names, "middle_block.0.in_layers", "*.skip_connection"])
+        return quant_model(unet, quant_filters=[*names, "middle_block.0.in_layers", "*.skip_connection"])
     if kind == "intervals":
-        return TimeStepCalibratedQuantModel(unet, k=2)
+        return timestep_model(unet, k=2)
     if kind == "split":
-        return QuantModel(unet, split_shortcuts=True)
-    return QuantModel(prune_structured(unet, 0.3, mode="remove"))
+        return quant_model(unet, split_shortcuts=True)
+    return quant_model(prune_structured(unet, 0.3, mode="remove"))
 
 
 def small_call(sd, seed: int = 0, timestep: int = 500, batch: int = 3) -> tuple:

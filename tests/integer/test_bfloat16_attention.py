@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_models import calibrate, decibels, random, small_call
+from quantized_models import calibrate, decibels, needs_kernels, quant_model, random, small_call
 
-from sdcomp.integer import bfloat16_attention, int8_kernels, to_int8
+from sdcomp.integer import bfloat16_attention, to_int8
 from sdcomp.integer.bfloat16_attention import BFloat16AttentionProduct, attention_dtype
 from sdcomp.model.attention import AttentionProduct
-from sdcomp.quantization import QuantModel
 
 
 @pytest.mark.parametrize("scores", [2**20, 1000, 7], ids=["whole", "some rows", "one row"])
@@ -46,10 +45,10 @@ def test_only_bfloat16_models_on_fast_cpus_use_it(monkeypatch, fast):
     assert attention_dtype(torch.float32) is torch.float32
 
 
-@pytest.mark.skipif(int8_kernels.missing() is not None, reason="needs the int8 kernels")
+@needs_kernels
 def test_an_int8_model_in_bfloat16_changes_within_its_roundings(small, monkeypatch):
     call = small_call(small)
-    m = to_int8(calibrate(QuantModel(small.unet), call), torch.bfloat16)
+    m = to_int8(calibrate(quant_model(small.unet), call), torch.bfloat16)
     monkeypatch.setattr(bfloat16_attention, "fast_bfloat16", lambda: False)
     in_float32 = m(*call)
     monkeypatch.setattr(bfloat16_attention, "fast_bfloat16", lambda: True)

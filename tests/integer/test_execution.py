@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from quantized_models import Layers, build, calibrate, decibels, random, small_call
+from quantized_models import (
+    Layers,
+    build,
+    calibrate,
+    decibels,
+    needs_kernels,
+    quant_model,
+    random,
+    small_call,
+    timestep_model,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,10 +26,8 @@ from sdcomp.model.offloading import weights_on
 from sdcomp.model.unet import ResBlock
 from sdcomp.quantization import (
     QuantModel,
-    TimeStepCalibratedQuantModel,
 )
 
-needs_kernels = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
 PROMPT = "a small red star"
 EXECUTIONS = [pytest.param("kernels", marks=needs_kernels), "dequantized"]
 
@@ -27,13 +35,13 @@ EXECUTIONS = [pytest.param("kernels", marks=needs_kernels), "dequantized"]
 @pytest.fixture(scope="module")
 def q(small):
     """A calibrated simulation with two intervals."""
-    model = TimeStepCalibratedQuantModel(small.unet, k=2)
+    model = timestep_model(small.unet, k=2)
     return calibrate(model, small_call(small), small_call(small, 1, 100))
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(int8_kernels, "missing", lambda: "PyTorch 1 has no integer operators")
+    monkeypatch.setattr(int8_kernels, "missing", lambda _: "PyTorch 1 has no integer operators")
 
 
 # The choice
@@ -43,7 +51,7 @@ def no_kernels(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "meta"])
 @pytest.mark.parametrize("there", [True, False])
 def test_kernels_need_a_cpu_that_has_them_and_a_type_that_they_take(monkeypatch, device, dtype, there):
-    monkeypatch.setattr(int8_kernels, "missing", lambda: None if there else "no operators here")
+    monkeypatch.setattr(int8_kernels, "missing", lambda _: None if there else "no operators here")
     expected = "kernels" if there and device == "cpu" and dtype != torch.float16 else "dequantized"
     assert choose_execution(device, dtype) == choose_execution(device, dtype, "auto") == expected
     assert choose_execution(device, dtype, "dequantized") == "dequantized"
@@ -67,13 +75,36 @@ def test_other_executions_and_types_are_refused(q):
 
 def test_without_kernels_weights_are_dequantized_which_the_text_says(small, no_kernels):
     call = small_call(small)
-    q = calibrate(QuantModel(small.unet, split_shortcuts=True), call)
+    q = calibrate(quant_model(small.unet, split_shortcuts=True), call)
     with pytest.raises(UserError, match="PyTorch 1 has no integer operators; execution='dequantized' runs"):
         to_int8(q, execution="kernels")
     m = to_int8(q)
     assert m.execution == "dequantized" and "dequantized layer by layer" in repr(m)
     assert decibels(m(*call), q(*call)) > 100
     assert m.state_dict()["module.out.2.weight"].dtype is torch.int8
+
+
+@needs_kernels
+@pytest.mark.parametrize("overrides", [{}, {"out": {"weight_quant_params": {"n_bits": 8}}}])
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_a_cpu_without_vnni_multiplies_weights_of_7_bits(small, tmp_path, monkeypatch, bits, overrides):
+    def failure(weight_max):
+        return "wrong sums" if weight_max > 63 else None
+
+    monkeypatch.setattr(int8_kernels, "_failure", failure)
+    q = QuantModel(small.unet, weight_quant_params={"n_bits": bits}, overrides=overrides)
+    calibrate(q, small_call(small))
+    narrow = bits < 8 and not overrides
+    m = to_int8(q)
+    loaded = load_int8(save_int8(m, tmp_path))
+    assert m.execution == loaded.execution == ("kernels" if narrow else "dequantized")
+    assert torch.equal(m(*small_call(small)), loaded(*small_call(small)))
+    if narrow:
+        assert load_int8(tmp_path, execution="kernels").to(torch.bfloat16).dtype is torch.bfloat16
+        return
+    for make in (lambda: to_int8(q, execution="kernels"), lambda: load_int8(tmp_path, execution="kernels")):
+        with pytest.raises(UserError, match="no VNNI, so .* at most 7 bits in every layer; execution="):
+            make()
 
 
 # Types
@@ -173,7 +204,7 @@ def test_other_models_have_no_execution_to_choose(small, tmp_path):
 
 
 def models(q: QuantModel) -> list:
-    ways = ["dequantized"] if int8_kernels.missing() else ["kernels", "dequantized"]
+    ways = ["dequantized"] if int8_kernels.missing(int8_kernels.NARROW) else ["kernels", "dequantized"]
     return [q, *(to_int8(q, execution=way) for way in ways), to_int8(q, torch.bfloat16)]
 
 
@@ -196,7 +227,7 @@ def test_nan_of_an_input_is_nan_in_its_rows_and_no_others(small, q):
 
 def test_nan_of_a_timestep(small):
     x, t, context = small_call(small)
-    q = calibrate(QuantModel(small.unet), (x, t, context))
+    q = calibrate(quant_model(small.unet), (x, t, context))
     for m in models(q):
         assert m(x, torch.tensor(float("nan")), context).isnan().any(), type(m)
 
@@ -207,7 +238,7 @@ def test_nan_of_a_timestep(small):
 def test_integers_do_not_hide_what_is_not_finite(small, name):
     unet = copy.deepcopy(small.unet)
     call = small_call(small)
-    q = calibrate(QuantModel(unet, quant_filters=["input_blocks.0"]), call)
+    q = calibrate(quant_model(unet, quant_filters=["input_blocks.0"]), call)
     with torch.no_grad():
         unet.get_parameter(name).view(-1)[1] = float("inf")
     with pytest.raises(UserError, match=f"^{name} has NaN or infinite values"):
@@ -222,7 +253,7 @@ def test_one_time_embedding_serves_all_rows(randomize, kind):
     block = randomize(ResBlock(8, 16, 12, 4), 0)
     x, emb = random(3, 8, 6, 6), random(1, 12, seed=1)
     filters = ["emb_layers", "skip_connection"] if kind == "filters" else []
-    for m in models(calibrate(QuantModel(block, quant_filters=filters), (x, emb))):
+    for m in models(calibrate(quant_model(block, quant_filters=filters), (x, emb))):
         shared = m(x, emb)
         assert torch.equal(shared, m(x, emb.expand(3, -1))), type(m)
         assert torch.equal(shared[1:], m(x[1:], emb))
@@ -258,7 +289,7 @@ def test_the_interval_of_a_plain_number_needs_no_tensor(q):
 
 @pytest.mark.parametrize("called_before", [True, False])
 def test_models_can_be_exported(randomize, called_before):
-    q = TimeStepCalibratedQuantModel(randomize(Layers(), 0), k=2, split_shortcuts=True)
+    q = timestep_model(randomize(Layers(), 0), k=2, split_shortcuts=True)
     x = random(2, 6, 5, 5)
     calibrate(q, (0.5 * x, 100), (x, 900))
     for m in (q, to_int8(q, execution="dequantized")):
@@ -276,19 +307,19 @@ def test_a_caller_in_inference_mode_gets_the_same(small, q):
     call = small_call(small)
     with torch.inference_mode():
         inside = [m(*call) for m in models(copy.deepcopy(q))]
-        made = QuantModel(small.unet)
+        made = quant_model(small.unet)
     for a, m in zip(inside, models(q), strict=True):
         assert torch.equal(a, m(*call))
     # What is made inside can be changed outside.
     calibrate(made, call)
-    outside = calibrate(QuantModel(small.unet), call)
+    outside = calibrate(quant_model(small.unet), call)
     assert torch.equal(made(*call), outside(*call))
 
 
 def test_calibrating_in_inference_mode_gives_the_same_scales(small):
     found = []
     for mode in (torch.inference_mode, torch.no_grad):
-        q = QuantModel(small.unet)
+        q = quant_model(small.unet)
         with mode():
             sdcomp.Calibrator(small, q, quantized_inputs=True).calibrate([PROMPT], steps=2)
         found.append([layer.act_scale for layer in q.quantized_layers()])

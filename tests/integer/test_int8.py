@@ -7,12 +7,22 @@ from statistics import median
 
 import pytest
 import torch
-from quantized_models import build, calibrate, decibels, random, small_call
+from quantized_models import (
+    WEIGHT_BITS,
+    build,
+    calibrate,
+    decibels,
+    needs_kernels,
+    quant_model,
+    random,
+    small_call,
+    timestep_model,
+)
 from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
+from sdcomp.integer import load_int8, save_int8, to_int8
 from sdcomp.integer.int8_blocks import _BLOCKS
 from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
@@ -23,11 +33,9 @@ from sdcomp.pruning import prune_structured
 from sdcomp.quantization import (
     NotCalibratedError,
     QuantizationFileError,
-    QuantModel,
-    TimeStepCalibratedQuantModel,
 )
 
-pytestmark = pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
+pytestmark = needs_kernels
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -51,13 +59,13 @@ LAYERS = {
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (8, 3), (2, 2)])
+@pytest.mark.parametrize("bits", [(WEIGHT_BITS, 8), (4, 8), (WEIGHT_BITS, 3), (2, 2)])
 def test_a_layer_is_its_simulation(randomize, name, bits):
     layer, shape = LAYERS[name]
     layer = randomize(copy.deepcopy(layer), 0)
     with torch.no_grad():
         layer.weight[1] = 0  # as pruning leaves it
-    q = QuantModel(layer, weight_quant_params={"n_bits": bits[0]}, act_quant_params={"n_bits": bits[1]})
+    q = quant_model(layer, weight_quant_params={"n_bits": bits[0]}, act_quant_params={"n_bits": bits[1]})
     x = random(*shape)
     calibrate(q, (x,), margin=0.6)  # so that values are clipped at both ends
     got = to_int8(q)(x)
@@ -77,23 +85,23 @@ def test_a_layer_is_its_simulation(randomize, name, bits):
 
 @pytest.mark.parametrize("kind", ["per tensor", "mse"])
 def test_other_weight_scales(randomize, kind):
-    params = {"n_bits": 8, "channel_wise": False} if kind == "per tensor" else {"scale_method": "mse"}
+    setting = {"channel_wise": False} if kind == "per tensor" else {"scale_method": "mse"}
     x = random(2, 12, 6, 6)
     layer = randomize(nn.Conv2d(12, 20, 3), 0)
-    q = calibrate(QuantModel(layer, weight_quant_params=params), (x,))
+    q = calibrate(quant_model(layer, weight_quant_params={"n_bits": WEIGHT_BITS, **setting}), (x,))
     assert relative(to_int8(q)(x), q(x)) < 1e-5
 
 
 def test_inputs_are_clipped_alike_at_both_ends(randomize):
     # Two's complement has one more negative integer, which symmetric quantization does not use.
-    q = calibrate(QuantModel(randomize(nn.Linear(3, 2, bias=False), 0)), (torch.ones(1, 3),))
+    q = calibrate(quant_model(randomize(nn.Linear(3, 2, bias=False), 0)), (torch.ones(1, 3),))
     m = to_int8(q)
     assert torch.equal(m(torch.full((1, 3), 99.0)), -m(torch.full((1, 3), -99.0)))
     assert relative(m(torch.full((1, 3), -99.0)), m(-torch.ones(1, 3))) == 0
 
 
 def test_memory_formats_and_strides_do_not_matter(randomize):
-    q = calibrate(QuantModel(randomize(nn.Conv2d(6, 8, 3), 0)), (random(2, 6, 8, 8),))
+    q = calibrate(quant_model(randomize(nn.Conv2d(6, 8, 3), 0)), (random(2, 6, 8, 8),))
     m, x = to_int8(q), random(2, 6, 8, 8)
     wanted = m(x)
     assert torch.equal(m(x.contiguous(memory_format=torch.channels_last)), wanted)
@@ -107,7 +115,7 @@ def test_memory_formats_and_strides_do_not_matter(randomize):
 def test_wide_convolutions_are_one_product_where_they_can(randomize, monkeypatch, name):
     layer, shape = LAYERS[name]
     x, accumulate = random(*shape), layer(random(*shape, seed=1)).detach()
-    q = calibrate(QuantModel(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
+    q = calibrate(quant_model(randomize(copy.deepcopy(layer), 0)), (x,), margin=0.6)
     convolution = to_int8(q).module
     monkeypatch.setattr("sdcomp.integer.int8_kernels._WIDE", 1)
     product = to_int8(q).module
@@ -138,7 +146,7 @@ class Shortcut(nn.Module):
 def test_split_shortcuts_are_two_integer_convolutions(randomize):
     x = random(2, 10, 6, 6)
     x[:, 6:] *= 30
-    q = calibrate(QuantModel(randomize(Shortcut(), 0), split_shortcuts=True), (x,))
+    q = calibrate(quant_model(randomize(Shortcut(), 0), split_shortcuts=True), (x,))
     m = to_int8(q)
     assert relative(m(x), q(x)) < 1e-5
     assert torch.equal(m.conv.integer_weight(), q.module.conv.integer_weight())
@@ -235,11 +243,11 @@ def test_large_images_take_the_same_way(small, monkeypatch, kind, dtype):
 
 def test_blocks_by_themselves_leave_their_inputs_alone(small):
     block, x, context = small.unet.middle_block[1].transformer_blocks[0], random(2, 9, 32), random(2, 5, 32)
-    q = calibrate(QuantModel(block), (x, context))
+    q = calibrate(quant_model(block), (x, context))
     m, before = to_int8(q), x.clone()
     assert decibels(m(x, context), q(x, context)) > 30
     assert torch.equal(x, before)
-    q = calibrate(QuantModel(block.ff), (x,))
+    q = calibrate(quant_model(block.ff), (x,))
     crosswise = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert relative(to_int8(q)(crosswise), q(x)) < 1e-4
 
@@ -251,14 +259,14 @@ def test_blocks_inside_which_something_was_removed(small, removed):
     block = copy.deepcopy(block)
     for name in removed:
         keep_units(block, PruneGroup(name, "any", 1, (), inside[name]), [])
-    q, before = calibrate(QuantModel(block), (x, context)), x.clone()
+    q, before = calibrate(quant_model(block), (x, context)), x.clone()
     assert decibels(to_int8(q)(x, context), q(x, context)) > 30
     assert torch.equal(x, before)
 
 
 def test_generating_leaves_the_model_as_it_is(small, tmp_path):
     call = small_call(small)
-    m = to_int8(calibrate(QuantModel(small.unet, quant_filters=["input_blocks.0"]), call))
+    m = to_int8(calibrate(quant_model(small.unet, quant_filters=["input_blocks.0"]), call))
     wanted = m(*call)
     small.replace(unet=m).generate(["a small red star"], steps=1)
     assert torch.equal(m(*call), wanted)
@@ -266,7 +274,7 @@ def test_generating_leaves_the_model_as_it_is(small, tmp_path):
 
 
 def test_each_interval_has_its_scales_and_its_errors(small):
-    q = TimeStepCalibratedQuantModel(small.unet, k=2)
+    q = timestep_model(small.unet, k=2)
     x, _, context = small_call(small)
     calibrate(q, (0.1 * x, 100, context), (x, 900, context))
     m = to_int8(q)
@@ -286,7 +294,7 @@ def test_each_interval_has_its_scales_and_its_errors(small):
 
 
 def test_a_block_gets_its_timestep_beside_its_arguments(randomize):
-    q = TimeStepCalibratedQuantModel(randomize(nn.Linear(6, 5), 0), k=2, timestep_arg="t")
+    q = timestep_model(randomize(nn.Linear(6, 5), 0), k=2, timestep_arg="t")
     x = random(3, 6)
     q.set_use_quant()
     for layer in q.quantized_layers():
@@ -300,7 +308,7 @@ def test_a_block_gets_its_timestep_beside_its_arguments(randomize):
 
 def test_the_plain_model_stays_as_it_was_and_only_integers_are_kept(small):
     call = small_call(small)
-    q = calibrate(QuantModel(small.unet, quant_filters=["out"]), call)
+    q = calibrate(quant_model(small.unet, quant_filters=["out"]), call)
     before, wanted = copy.deepcopy(q.state_dict()), q(*call)
     m = to_int8(q)
     assert torch.equal(q(*call), wanted)
@@ -315,7 +323,7 @@ def test_the_plain_model_stays_as_it_was_and_only_integers_are_kept(small):
 
 def test_it_is_called_like_the_module(small):
     x, t, context = small_call(small)
-    m = to_int8(calibrate(QuantModel(small.unet), (x, t, context)))
+    m = to_int8(calibrate(quant_model(small.unet), (x, t, context)))
     wanted = m(x, t, context)
     assert torch.equal(m(latents=x, timesteps=t, context=context), wanted)
     assert not wanted.requires_grad
@@ -329,7 +337,7 @@ def test_it_is_called_like_the_module(small):
 
 def test_bfloat16_in_between(small):
     x, t, context = small_call(small)
-    q = calibrate(QuantModel(small.unet, quant_filters=["out"]), (x, t, context))
+    q = calibrate(quant_model(small.unet, quant_filters=["out"]), (x, t, context))
     m = to_int8(q, torch.bfloat16)
     got = m(x, t, context)
     assert got.dtype is torch.float32 and m.out[2].weight.dtype is torch.bfloat16
@@ -343,14 +351,14 @@ def test_bfloat16_in_between(small):
 def test_the_text_says_what_is_integer(small):
     call = small_call(small)
     texts = set()
-    for bits in (4, 8):
-        q = calibrate(QuantModel(small.unet, weight_quant_params={"n_bits": bits}), call)
+    for bits in (4, WEIGHT_BITS):
+        q = calibrate(quant_model(small.unet, weight_quant_params={"n_bits": bits}), call)
         texts |= {
             repr(to_int8(q)),
             repr(to_int8(q, torch.bfloat16)),
             repr(to_int8(q, execution="dequantized")),
         }
-    q = calibrate(TimeStepCalibratedQuantModel(small.unet, k=2), call, small_call(small, 0, 10))
+    q = calibrate(timestep_model(small.unet, k=2), call, small_call(small, 0, 10))
     texts.add(repr(to_int8(q)))
     assert len(texts) == 7
     assert "[(0, 499), (500, 999)]" in repr(to_int8(q))
@@ -364,7 +372,7 @@ def test_diffusers_unet(diffusers, randomize):
     )  # fmt: skip
     unet = randomize(unet, 0).eval()
     call = (random(2, 4, 16, 16), 500, random(2, 7, 12, seed=1))
-    q = calibrate(TimeStepCalibratedQuantModel(unet, k=2, split_shortcuts=True), call, (call[0], 10, call[2]))
+    q = calibrate(timestep_model(unet, k=2, split_shortcuts=True), call, (call[0], 10, call[2]))
     for dtype, least in ((torch.float32, 15), (torch.bfloat16, 12)):
         got = to_int8(q, dtype)(*call).sample
         assert got.dtype is torch.float32
@@ -372,12 +380,12 @@ def test_diffusers_unet(diffusers, randomize):
 
 
 def test_what_cannot_be_converted(small):
-    q = QuantModel(small.unet)
+    q = quant_model(small.unet)
     with pytest.raises(NotCalibratedError, match="calibrate the model before"):
         to_int8(q)
     for side in ("weight", "act"):
         with pytest.raises(UserError, match="needs weights and activations quantized"):
-            to_int8(QuantModel(small.unet, **{f"{side}_quant_params": None}))
+            to_int8(quant_model(small.unet, **{f"{side}_quant_params": None}))
     calibrate(q, small_call(small))
     for dtype in (torch.float64, torch.int8, "float32"):
         with pytest.raises(ValueError, match="dtype must be"):
@@ -392,7 +400,7 @@ def test_what_cannot_be_converted(small):
 )
 def test_a_model_with_a_side_switched_off_is_refused(small, switches, side):
     # It would round what the simulation does not.
-    q = calibrate(QuantModel(small.unet, quantize_attention_products="scores"), small_call(small))
+    q = calibrate(quant_model(small.unet, quantize_attention_products="scores"), small_call(small))
     with pytest.raises(UserError, match=rf"the {side} are switched off: call set_use_quant\(\)"):
         to_int8(q.set_use_quant(*switches))
     with pytest.raises(UserError, match="attention's products"):
@@ -400,7 +408,7 @@ def test_a_model_with_a_side_switched_off_is_refused(small, switches, side):
 
 
 def test_a_layer_that_did_not_run_while_calibrating_is_named():
-    q = QuantModel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    q = quant_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     q.is_calibrated.fill_(True)
     q.quantized_layers()[0].set_act_scales(torch.ones(1), torch.zeros(1))
     with pytest.raises(NotCalibratedError, match="layer 1 has no scale"):
@@ -437,7 +445,7 @@ def unquantized(module: nn.Module) -> nn.Module:
 
 
 def test_files_of_another_model_or_damaged_are_refused(small, tmp_path):
-    q = calibrate(QuantModel(small.unet), small_call(small))
+    q = calibrate(quant_model(small.unet), small_call(small))
     folder = save_int8(to_int8(q, torch.bfloat16), tmp_path / "m")
     assert load_int8(folder).dtype is torch.bfloat16
     with pytest.raises(QuantizationFileError, match="another module"):
@@ -483,7 +491,7 @@ def test_stable_diffusion_15_is_as_close_to_its_simulation_as_that_to_itself():
     torch.manual_seed(0)
     unet = UNet(SD15.unet).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     call = (random(2, 4, 32, 32), 500, random(2, 77, 768, seed=1))
-    q = calibrate(TimeStepCalibratedQuantModel(unet, k=2), call, (call[0], 100, call[2]))
+    q = calibrate(timestep_model(unet, k=2), call, (call[0], 100, call[2]))
     simulated, integer = q(*call), to_int8(q)(*call)
     # The same simulation, its convolutions by the kernels for the other memory format.
     again = q.to(memory_format=torch.contiguous_format)(*call)

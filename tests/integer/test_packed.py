@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import Layers, build, calibrate, decibels, random, small_call
+from quantized_models import Layers, build, calibrate, decibels, needs_kernels, random, small_call
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.integer import PackedModel, int8_kernels, load_packed, save_packed, to_int8, to_packed
+from sdcomp.integer import PackedModel, load_packed, save_packed, to_int8, to_packed
 from sdcomp.integer.packed_layers import NBitLayer
 from sdcomp.model.offloading import weights_on
 from sdcomp.pruning import prune_n_m, prune_structured, prune_unstructured
@@ -227,7 +227,7 @@ def test_a_model_can_be_exported(randomize):
 # Integers
 
 
-@pytest.mark.skipif(int8_kernels.missing() is not None, reason=str(int8_kernels.missing()))
+@needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_execution_takes_packed_weights(small, kind):
     call = small_call(small)
