@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdcomp.errors import UserError
 from sdcomp.export.graph import DYNAMIC, INPUTS, GraphUNet, Grids, deploy_extra, example_inputs
 from sdcomp.files import regular, replacing, resolve_input
+from sdcomp.integer import int8_kernels
 from sdcomp.model import ModelError, StableDiffusion
 from sdcomp.model.files.tensors import one_line
 
@@ -163,8 +164,8 @@ def load_openvino(path: str | Path, dtype: torch.dtype = torch.float32) -> OpenV
     models may run faster on CPUs that multiply it. The engine uses as many threads as PyTorch. Nothing in the
     files is executed but the operators of the graph.
 
-    Raises UserError without OpenVINO, ModelError for a file that is missing or damaged, ValueError for
-    another type.
+    Warns of weights of 8 bits on a CPU without VNNI, where the engine's sums of products overflow. Raises
+    UserError without OpenVINO, ModelError for a file that is missing or damaged, ValueError for another type.
     """
     if dtype not in PRECISIONS:
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype!r}")
@@ -180,7 +181,24 @@ def load_openvino(path: str | Path, dtype: torch.dtype = torch.float32) -> OpenV
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
     how = f"OpenVINO {openvino.get_version()}, {dtype}, {torch.get_num_threads()} threads"
+    core = openvino.Core()
     try:
-        return OpenVINOUNet(file, openvino.Core().compile_model(str(file), "CPU", settings), how)
+        model = core.read_model(str(file))
+        if int8_kernels.products_overflow() and _largest_factor(model) > int8_kernels.NARROW:
+            warnings.warn(
+                f"{file} has weights of 8 bits, and this CPU has no VNNI: OpenVINO's sums overflow here, so"
+                " images are worse than those of the simulation; quantize with weight_bits=7",
+                stacklevel=2,
+            )
+        return OpenVINOUNet(file, core.compile_model(model, "CPU", settings), how)
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot load {file}: {one_line(error)}; export it again") from None
+
+
+def _largest_factor(model: openvino.Model) -> int:
+    """The largest magnitude of the int8 constants that are multiplied as integers."""
+    if all(op.get_type_name() != "FakeQuantize" for op in model.get_ops()):
+        return 0  # weights alone are turned into floats
+    constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
+    weights = [op.data for op in constants if op.get_element_type().to_string() == "i8"]
+    return max((max(-int(weight.min()), int(weight.max())) for weight in weights), default=0)

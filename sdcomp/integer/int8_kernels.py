@@ -197,15 +197,19 @@ def prepack_convolution(
 def missing(weight_max: int = 127) -> str | None:
     """Try the integer kernels; return why they cannot be used here, or None if they can.
 
-    `weight_max`: the largest magnitude of the weights' integers. CPUs without VNNI add pairs of products in
-    16 bits, which weights of 8 bits overflow and weights of 7 bits do not.
+    `weight_max`: the largest magnitude of the weights' integers.
     """
-    if weight_max <= NARROW:
-        return _failure(NARROW)
-    reason = _failure(127)
-    if reason is not None and _failure(NARROW) is None:
+    if weight_max > NARROW and products_overflow():
         return "this CPU has no VNNI, so the int8 kernels need weights of at most 7 bits in every layer"
-    return reason
+    return _failure(127 if weight_max > NARROW else NARROW)
+
+
+def products_overflow() -> bool:
+    """Whether products of 8-bit weights overflow here, and those of 7-bit weights do not.
+
+    CPUs without VNNI add pairs of products in 16 bits.
+    """
+    return _failure(127) is not None and _failure(NARROW) is None
 
 
 @functools.cache

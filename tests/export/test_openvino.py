@@ -1,10 +1,11 @@
 """Exported OpenVINO models beside the simulation that they were made of."""
 
 import sys
+import warnings
 
 import pytest
 import torch
-from quantized_models import calibrate, decibels, random
+from quantized_models import WEIGHT_BITS, calibrate, decibels, quant_model, random, timestep_model
 from torch import nn
 
 import sdcomp
@@ -12,18 +13,20 @@ from sdcomp.evaluation import weight_bytes
 from sdcomp.export import load_openvino
 from sdcomp.export.graph import GraphAttentionScores, GraphLayer, Interval
 from sdcomp.export.openvino import _Operators
+from sdcomp.integer import int8_kernels
 from sdcomp.model.unet import GEGLU
-from sdcomp.quantization import NotCalibratedError, QuantModel, TimeStepCalibratedQuantModel, build
+from sdcomp.quantization import NotCalibratedError, QuantModel, build
 from sdcomp.quantization.attention import QuantAttentionScores
 from sdcomp.quantization.shared_state import QuantState
 
 openvino = pytest.importorskip("openvino")
 
 EIGHT = {"n_bits": 8}
+WIDEST = {"n_bits": WEIGHT_BITS}
 LAYERS = {
-    "8 bits": (EIGHT, EIGHT),
-    "affine inputs": (EIGHT, {"n_bits": 8, "symmetric": False}),
-    "6 bits": (EIGHT, {"n_bits": 6}),
+    "8 bits": (WIDEST, EIGHT),
+    "affine inputs": (WIDEST, {"n_bits": 8, "symmetric": False}),
+    "6 bits": (WIDEST, {"n_bits": 6}),
     "4 bits, affine inputs": ({"n_bits": 4}, {"n_bits": 4, "symmetric": False}),
     "weights in groups": ({"n_bits": 4, "granularity": "group", "group_size": 9}, None),
     "affine weights": ({"n_bits": 4, "symmetric": False}, EIGHT),
@@ -61,7 +64,9 @@ def test_a_layer_computes_what_its_simulation_does(kind, make):
     torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize(("n_bits", "precision", "margin"), [(4, "f32", 20), (8, "f32", 20), (4, "bf16", 10)])
+@pytest.mark.parametrize(
+    ("n_bits", "precision", "margin"), [(4, "f32", 20), (WEIGHT_BITS, "f32", 20), (4, "bf16", 10)]
+)
 def test_attention_scores_are_products_of_integers(n_bits, precision, margin):
     call = random(2, 3, 40, 16), random(2, 3, 40, 16, seed=1), random(2, 3, 40, 16, seed=2)
     call[1][1, 2] = 0
@@ -101,7 +106,7 @@ def calls(trained):
 
 @pytest.fixture(scope="module")
 def simulated(trained, calls):
-    return calibrate(TimeStepCalibratedQuantModel(trained.unet, k=2), *calls)
+    return calibrate(timestep_model(trained.unet, k=2), *calls)
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +172,9 @@ def test_a_unet_with_rounded_weights_alone(small, tmp_path):
 
 
 def test_a_unet_with_quantized_attention_scores(trained, calls, tmp_path):
-    q = calibrate(QuantModel(trained.unet, quantize_attention_products="scores"), *calls)
-    plain = calibrate(QuantModel(trained.unet), *calls)
+    params = {"act_quant_params": WIDEST}  # these are the bits of queries and keys, too
+    q = calibrate(quant_model(trained.unet, quantize_attention_products="scores", **params), *calls)
+    plain = calibrate(quant_model(trained.unet, **params), *calls)
     exported = [
         load_openvino(sdcomp.export(trained.replace(unet=unet), tmp_path / name, format="openvino"))
         for name, unet in (("a.xml", q), ("b.xml", plain))
@@ -203,9 +209,29 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path):
         load_openvino(tmp_path / "a.xml")
 
 
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_cpu_without_vnni_is_warned_of_weights_of_8_bits(small, tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(int8_kernels, "_failure", lambda weight_max: "wrong" if weight_max > 63 else None)
+    call = (random(2, 4, 16, 16), 500, random(2, 24, 32))
+    weights = {"n_bits": bits}
+    alone = QuantModel(small.unet, weight_quant_params=weights, act_quant_params=None)
+    both = calibrate(QuantModel(small.unet, weight_quant_params=weights), call)
+    files = [
+        sdcomp.export(small.replace(unet=unet), tmp_path / name, format="openvino")
+        for name, unet in (("alone.xml", alone), ("both.xml", both))
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for file in files:
+            load_openvino(file)
+    found = [str(warning.message) for warning in caught if "VNNI" in str(warning.message)]
+    assert len(found) == (bits == 8)
+    assert all("both.xml has weights of 8 bits" in text for text in found)
+
+
 def test_a_missing_package_is_named(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ValueError, match=r"pip install 'sdcomp\[deploy\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[deploy\]'"):
         sdcomp.export(small, tmp_path / "a.xml", format="openvino")
 
 
