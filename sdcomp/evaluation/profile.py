@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from sdcomp.evaluation.timing import clock, interleaved_times
 from sdcomp.integer.packed_layers import NBitLayer
+from sdcomp.model.device import computes_bfloat16
 
 if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
@@ -200,14 +201,17 @@ def machine_peaks(
 ) -> dict[str, float]:
     """Measure the peak rates of a device: products in GFLOP/s (GOP/s for int8), memory in GB/s.
 
-    "fp32", "bf16", and on a GPU "fp16": square matrix products of size `n` (2048 on a CPU, 4096 on a GPU), as
-    a product and as a 1x1 convolution; the faster one counts, as the two may come from different libraries.
+    "fp32", "bf16" unless the CPU lacks it, and on a GPU "fp16": square matrix products of size `n` (2048 on a
+    CPU, 4096 on a GPU), as a product and as a 1x1 convolution; the faster one counts, as the two may come from
+    different libraries.
     "int8", only on a CPU: the same product by oneDNN, if PyTorch has it. "memory": a copy of 64 n^2 bytes;
     reads and writes count. On a GPU "fp32" may round to TF32: call `fix_precision` first.
     """
     device = torch.device(device)
     n = n or (2048 if device.type == "cpu" else 4096)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    types = {"fp32": torch.float32}
+    if device.type != "cpu" or computes_bfloat16():
+        types["bf16"] = torch.bfloat16
     if device.type != "cpu":
         types["fp16"] = torch.float16
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdcomp.model.device import computes_bfloat16
 from sdcomp.quantization.input_grids import InputGrid
 
 ZERO = 128
@@ -64,7 +65,7 @@ class Prepacked:
         The output is added to `accumulate`, of its type and shape, in place if that is given.
         `post_op="gelu"` (linear layers, without `accumulate`) applies the exact GELU to the output.
         """
-        if dtype != torch.bfloat16 or _writes_bfloat16():
+        if dtype != torch.bfloat16 or computes_bfloat16():
             return self._multiply(x, grid, bias, dtype, accumulate, post_op)
         out = self._multiply(x, grid, bias, torch.float32, None, post_op)
         return out.to(dtype) if accumulate is None else accumulate.add_(out)
@@ -79,12 +80,6 @@ class Prepacked:
         post_op: str,
     ) -> Tensor:
         raise NotImplementedError
-
-
-@functools.cache
-def _writes_bfloat16() -> bool:
-    """Whether the kernels write bfloat16 themselves. CPUs without AVX-512 take hundreds of times as long."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PrepackedLinear(Prepacked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -31,6 +32,15 @@ def check_device(device: object) -> torch.device:
             "give 'cpu', or install the PyTorch that is built for this device"
         ) from None
     return found
+
+
+@functools.cache
+def computes_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU.
+
+    On others, such as those without AVX-512, a product takes tens to thousands of times as long as in float32.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def device_name(device: torch.device | str) -> str:

@@ -8,7 +8,8 @@ and NNCF's are calibrated on the same `--calls` inputs, and have the same inputs
 engine is loaded in a process of its own, and as many as fit into `--memory` GiB take turns, step by step.
 Float32 and NNCF's model always take part, and ratios are taken within a round. OpenVINO and our kernels also
 run with bfloat16 between the integers; such an engine is compared with NNCF's model in bfloat16. "int8
-scores" multiplies attention's queries and keys in integers too, as NNCF's model does.
+scores" multiplies attention's queries and keys in integers too, as NNCF's model does. "7-bit weights" are for
+CPUs without VNNI.
 
 The table is written after each result. A run that was killed goes on from it and from the files in
 `--folder`. "10 % removed" takes away about a tenth of each group's units, in widths of multiples of 8; its
@@ -70,22 +71,36 @@ def smaller(unet: nn.Module, amount: float, multiple: int = 8) -> nn.Module:
     return apply_channel_map(unet, {name: units for name, units in kept.items() if units})
 
 
-def quantized(model: str, calls: int, amount: float, scores: bool = False) -> nn.Module:
+def quantized(model: str, calls: int, amount: float, scores: bool = False, weight_bits: int = 8) -> nn.Module:
     unet = smaller(build(model), amount) if amount else build(model)
-    settings = {"quantize_attention_products": "scores"} if scores else {}
+    settings = {"weight_quant_params": {"n_bits": weight_bits}}
+    if scores:
+        settings["quantize_attention_products"] = "scores"
     return calibrated(unet, *(inputs(model, seed) for seed in range(calls)), **settings)
 
 
 def our_int8(
-    model: str, folder: Path, calls: int, amount: float = 0.0, dtype: torch.dtype = torch.float32
+    model: str,
+    folder: Path,
+    calls: int,
+    amount: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    weight_bits: int = 8,
 ) -> None:
-    save_int8(to_int8(quantized(model, calls, amount), dtype, execution="kernels"), folder)
+    q = quantized(model, calls, amount, weight_bits=weight_bits)
+    save_int8(to_int8(q, dtype, execution="kernels"), folder)
 
 
 def our_export(
-    model: str, folder: Path, calls: int, file: str, amount: float = 0.0, scores: bool = False
+    model: str,
+    folder: Path,
+    calls: int,
+    file: str,
+    amount: float = 0.0,
+    scores: bool = False,
+    weight_bits: int = 8,
 ) -> None:
-    unet = quantized(model, calls, amount, scores)
+    unet = quantized(model, calls, amount, scores, weight_bits)
     sd = StableDiffusion(MODELS[model][0], unet, *[None] * 4)  # no other parts
     export(sd, folder / file, format={"unet.xml": "openvino", "unet.onnx": "onnx"}[file])
 
@@ -148,6 +163,7 @@ BETWEEN = ", bfloat16 between"
 NNCF = "nncf, openvino"
 REMOVED = ", 10 % removed"
 SCORES = ", int8 scores"
+NARROW = ", 7-bit weights"
 
 
 def engines() -> Iterator[tuple[str, Engine]]:
@@ -167,6 +183,13 @@ def engines() -> Iterator[tuple[str, Engine]]:
             yield made, Engine(partial(run_int8, name=made), make)
     made = "sdcomp export, onnxruntime"
     yield made, Engine(partial(run_onnx, name=made), partial(our_export, file="unet.onnx"))
+    for name, run, make in (
+        ("sdcomp int8", run_int8, our_int8),
+        ("sdcomp export, openvino", run_openvino, partial(our_export, file="unet.xml")),
+        ("sdcomp export, onnxruntime", run_onnx, partial(our_export, file="unet.onnx")),
+    ):
+        made = name + NARROW
+        yield made, Engine(partial(run, name=made), partial(make, weight_bits=7))
     yield "diffusers fp32", Engine(diffusers_eager)
 
 

@@ -12,6 +12,7 @@ from sdcomp.errors import NonFiniteError
 from sdcomp.evaluation import component_times, layer_profile, machine_peaks, macs, timing, weight_bytes
 from sdcomp.integer import to_packed
 from sdcomp.model.attention import CrossAttention
+from sdcomp.model.device import computes_bfloat16
 from sdcomp.quantization import QuantModel
 
 
@@ -116,6 +117,9 @@ def test_components_add_up_to_less_than_the_whole(small):
     assert (parts > 0).all(axis=None) and (parts.sum(axis=1) < table.total).all()
 
 
-def test_a_machine_has_peaks():
+def test_a_machine_has_peaks(monkeypatch):
     peaks = machine_peaks(repeats=1, n=128)
-    assert {"fp32", "bf16", "memory"} <= peaks.keys() and min(peaks.values()) > 0.1
+    assert {"fp32", "memory"} <= peaks.keys() and min(peaks.values()) > 0.1
+    assert ("bf16" in peaks) == computes_bfloat16()
+    monkeypatch.setattr("sdcomp.evaluation.profile.computes_bfloat16", lambda: False)
+    assert machine_peaks(repeats=1, n=128).keys() == peaks.keys() - {"bf16"}

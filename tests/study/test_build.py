@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from quantized_models import WEIGHT_BITS
 
 import sdcomp
 from sdcomp.errors import UserError
@@ -178,7 +179,7 @@ def test_a_model_that_is_calibrated_first_keeps_the_zeros_of_pruning(run, small)
 def test_openvino_runs_what_is_simulated(run, small, call):
     pytest.importorskip("openvino")
     builder = Builder(run, small, CALIBRATION)
-    variant = quantized("mse", 8, 8, execution="openvino")
+    variant = quantized("mse", WEIGHT_BITS, 8, execution="openvino")
     simulated = call(builder.build(variant.simulation))
     exported = builder.build(variant)
     assert isinstance(exported, sdcomp.export.OpenVINOUNet) and variant.method == "mse + openvino"
