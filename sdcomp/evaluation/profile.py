@@ -202,8 +202,8 @@ def machine_peaks(
     """Measure the peak rates of a device: products in GFLOP/s (GOP/s for int8), memory in GB/s.
 
     "fp32", "bf16" unless the CPU lacks it, and on a GPU "fp16": square matrix products of size `n` (2048 on a
-    CPU, 4096 on a GPU), as a product and as a 1x1 convolution; the faster one counts, as the two may come from
-    different libraries.
+    CPU, 4096 on a GPU), as a product and as a 1x1 convolution; the faster one counts, as the two may come
+    from different libraries.
     "int8", only on a CPU: the same product by oneDNN, if PyTorch has it. "memory": a copy of 64 n^2 bytes;
     reads and writes count. On a GPU "fp32" may round to TF32: call `fix_precision` first.
     """

@@ -38,7 +38,7 @@ def check_device(device: object) -> torch.device:
 def computes_bfloat16() -> bool:
     """Whether oneDNN computes in bfloat16 on this CPU.
 
-    On others, such as those without AVX-512, a product takes tens to thousands of times as long as in float32.
+    Elsewhere, for example without AVX-512, a product takes tens to thousands of times as long as in float32.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
