@@ -121,6 +121,16 @@ def deploy_table(model: str) -> str:
     return _benchmark(f"deploy_{model}", columns)
 
 
+def overflow_table() -> str:
+    """Engines beside their simulation, by bits of the weights, on a CPU without VNNI."""
+    columns = {
+        "weights (bits)": ("weight_bits", ""), "engine": ("engine", ""), "weights are": ("execution", ""),
+        "to the simulation (dB)": ("to_simulation_db", ".1f"), "to fp32 (dB)": ("to_fp32_db", ".1f"),
+        "calls": ("n", ""),
+    }  # fmt: skip
+    return _benchmark("overflow", columns)
+
+
 def deploy_images_table() -> str:
     """Images of exported UNets beside those of the simulation that they were made of."""
     columns = {
@@ -247,6 +257,9 @@ TABLES = {
     "deploy, SD 1.5": lambda: deploy_table("sd15"),
     "deploy, SD 1.5, int8 scores": lambda: deploy_table("scores_sd15"),
     "deploy, tiny": lambda: deploy_table("tiny"),
+    "deploy, SD 1.5, no VNNI": lambda: deploy_table("no_vnni_sd15"),
+    "deploy, tiny, no VNNI": lambda: deploy_table("no_vnni_tiny"),
+    "overflow": overflow_table,
     "deploy, images": deploy_images_table,
     "low bits": low_bits_table,
     "trials": trials_table,

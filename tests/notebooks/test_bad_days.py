@@ -83,7 +83,7 @@ def test_a_combined_variant_that_fails(tmp_path):
 
 
 def test_int8_without_kernels_is_named_so_in_rows_and_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8_kernels, "missing", lambda: "this machine has no integer kernels")
+    monkeypatch.setattr(int8_kernels, "missing", lambda _: "this machine has no integer kernels")
     few = {"n_calibration": 1, "calibration_steps": 5, "repeats": 1, "amounts": [0.25], "backends": ["int8"]}
     found = run_with(tmp_path, "03_profiling", [], **few)
     labels = [f"{pruning}timestep_mse k5 W8A8 int8 (dequantized)" for pruning in ("", "removed 25 %, ")]
