@@ -111,7 +111,7 @@ def int8_table() -> str:
 
 def deploy_table(model: str) -> str:
     """One UNet step in int8 on several engines."""
-    form = ".3f" if model == "tiny" else ".2f"
+    form = ".3f" if model.endswith("tiny") else ".2f"
     columns = {
         "variant": ("variant", ""), "step (s)": ("seconds", form),
         "speed, fp32 = 1": ("speedup[speedup_low..speedup_high]", ".2f"),

@@ -63,7 +63,7 @@ def engines(sd: sdcomp.StableDiffusion, q: nn.Module, folder: Path) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=5)
-    parser.add_argument("--weight-bits", type=int, nargs="+", default=[8, 7, 6])
+    parser.add_argument("--weight-bits", type=int, nargs="+", default=[8, 7])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sd = sdcomp.load("data/tiny")
