@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,35 +52,26 @@ class Prepacked:
     def __deepcopy__(self, memo: dict[int, object]) -> Prepacked:
         return self
 
-    def __call__(
-        self,
+
+def _rounded_afterwards(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a kernel write float32, and round that, where this CPU does not compute in bfloat16."""
+
+    @functools.wraps(multiply)
+    def call(
+        self: Prepacked,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
         accumulate: Tensor | None = None,
-        post_op: str = "none",
+        **post_op: str,
     ) -> Tensor:
-        """The layer's output in `dtype` for an input of unsigned bytes.
-
-        The output is added to `accumulate`, of its type and shape, in place if that is given.
-        `post_op="gelu"` (linear layers, without `accumulate`) applies the exact GELU to the output.
-        """
         if dtype != torch.bfloat16 or computes_bfloat16():
-            return self._multiply(x, grid, bias, dtype, accumulate, post_op)
-        out = self._multiply(x, grid, bias, torch.float32, None, post_op)
+            return multiply(self, x, grid, bias, dtype, accumulate, **post_op)
+        out = multiply(self, x, grid, bias, torch.float32, **post_op)
         return out.to(dtype) if accumulate is None else accumulate.add_(out)
 
-    def _multiply(
-        self,
-        x: Tensor,
-        grid: InputGrid,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        accumulate: Tensor | None,
-        post_op: str,
-    ) -> Tensor:
-        raise NotImplementedError
+    return call
 
 
 class PrepackedLinear(Prepacked):
@@ -93,16 +85,21 @@ class PrepackedLinear(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense().t().contiguous()
 
-    def _multiply(
+    @_rounded_afterwards
+    def __call__(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None,
-        post_op: str,
+        accumulate: Tensor | None = None,
+        post_op: str = "none",
     ) -> Tensor:
-        """`(..., in)` -> `(..., out)`."""
+        """Uint8 `(..., in)` -> `dtype` `(..., out)`.
+
+        The output is added to `accumulate`, of its type and shape, in place if that is given.
+        `post_op="gelu"` (without `accumulate`) applies the exact GELU to the output.
+        """
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, post_op, [], "none")
@@ -123,16 +120,19 @@ class PrepackedConv2d(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense()
 
-    def _multiply(
+    @_rounded_afterwards
+    def __call__(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None,
-        post_op: str,
+        accumulate: Tensor | None = None,
     ) -> Tensor:
-        """`(B, in, h, w)` -> `(B, out, h', w')`, channels last."""
+        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last.
+
+        The output is added to `accumulate`, of its type and shape, in place if that is given.
+        """
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qconv2d_pointwise(
@@ -154,14 +154,13 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         """The integers as they were given."""
         return super().weight().unflatten(1, (*self._kernel, self._in)).permute(0, 3, 1, 2).contiguous()
 
-    def _multiply(
+    def __call__(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None,
-        post_op: str,
+        accumulate: Tensor | None = None,
     ) -> Tensor:
         """As `PrepackedConv2d`."""
         (kh, kw), (ph, pw) = self._kernel, self._padding
@@ -171,7 +170,7 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         if kh > 1 or kw > 1:
             x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
         accumulate = None if accumulate is None else accumulate.permute(0, 2, 3, 1)
-        return super()._multiply(x, grid, bias, dtype, accumulate, post_op).permute(0, 3, 1, 2)
+        return super().__call__(x, grid, bias, dtype, accumulate).permute(0, 3, 1, 2)
 
 
 def prepack_convolution(

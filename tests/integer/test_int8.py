@@ -22,7 +22,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.integer import load_int8, save_int8, to_int8
+from sdcomp.integer import int8_kernels, load_int8, save_int8, to_int8
 from sdcomp.integer.int8_blocks import _BLOCKS
 from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model import SD15
@@ -90,6 +90,18 @@ def test_other_weight_scales(randomize, kind):
     layer = randomize(nn.Conv2d(12, 20, 3), 0)
     q = calibrate(quant_model(layer, weight_quant_params={"n_bits": WEIGHT_BITS, **setting}), (x,))
     assert relative(to_int8(q)(x), q(x)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["3x3", "linear"])
+def test_kernels_that_write_no_bfloat16_round_float32(randomize, monkeypatch, kind):
+    layer, shape = LAYERS[kind]
+    q = calibrate(quant_model(randomize(copy.deepcopy(layer), 0)), (random(*shape),))
+    m, x = to_int8(q).module, random(*shape)
+    monkeypatch.setattr(int8_kernels, "computes_bfloat16", lambda: False)
+    exact, start = m(x), m(x).neg().mul_(0.5).bfloat16()
+    assert torch.equal(m(x, dtype=torch.bfloat16), exact.bfloat16())
+    got = m(x, accumulate=start.clone(), dtype=torch.bfloat16)
+    assert torch.equal(got, (start.float() + exact).bfloat16())
 
 
 def test_inputs_are_clipped_alike_at_both_ends(randomize):
