@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing, source_digest
+from sdcomp.files import source_digest, write_tensors
 from sdcomp.settings import plain
 
 _EVERY = 30.0
@@ -65,20 +64,12 @@ class LayerCheckpoint:
         """Write the state, unless it was written a short while ago; `now` writes it in any case."""
         if self.path is None or not (now or time.monotonic() - self._saved > _EVERY):
             return
-        held, storages = {}, set()
-        for name, tensor in tensors().items():
-            tensor = tensor.detach().cpu().contiguous()
-            storage = tensor.untyped_storage().data_ptr()
-            # Tied weights share their memory, which safetensors refuses.
-            held[name] = tensor.clone() if storage in storages else tensor
-            storages.add(storage)
         about = {
             "inputs": self._inputs,
             "done": json.dumps(sorted(done)),
             "more": json.dumps(dict(more), default=plain),
         }
-        with replacing(self.path) as partial:
-            save_file(held, partial, about)
+        write_tensors(self.path, tensors(), about)
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -21,7 +21,7 @@ DAMPING = 0.01
 """What second-order methods add to the diagonal of H, as a share of its mean, unless told otherwise."""
 
 
-class Rule(Protocol):
+class ColumnRule(Protocol):
     """Decides what the columns become. Quantizers round them, pruners zero some of their entries."""
 
     def begin(self, block: Tensor, cost: Tensor, start: int) -> None:
@@ -59,7 +59,7 @@ def inverse_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 @torch.no_grad()
-def sweep(weight: Tensor, factor: Tensor, rule: Rule, *, block: int = 128) -> Tensor:
+def sweep(weight: Tensor, factor: Tensor, rule: ColumnRule, *, block: int = 128) -> Tensor:
     """Return a weight matrix `(out, columns)`, float32, whose columns `rule` has changed one by one.
 
     `factor` is the `inverse_factor` of the second moments. A column's error corrects the columns of its own
@@ -90,7 +90,7 @@ def descend(
     weight: Tensor,
     changed: Tensor,
     moments: Tensor,
-    rule: Rule,
+    rule: ColumnRule,
     *,
     passes: int,
     damping: float = DAMPING,

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sdcomp.errors import UserError
 
@@ -160,6 +162,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step, as `replacing` does. Raises UserError if it cannot be written."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the metadata `about` in one step, as `replacing` does.
+
+    Raises UserError if it cannot be written.
+    """
+    held, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights share their memory, which safetensors refuses.
+        held[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    with replacing(path) as partial:
+        save_file(held, partial, about)
 
 
 def sha256(path: Path) -> str:

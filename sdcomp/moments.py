@@ -26,32 +26,6 @@ MEMORY = 8 * 2**30
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-class LastInput:
-    """Remembers one value that was computed from the last input.
-
-    Queries, keys and values read the same tensor, one after the other. `get` returns None unless the tensor
-    is the same object, was not changed since, and `key` is the same too.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, int, object, object] | None = None
-
-    def get(self, x: Tensor, key: object = None) -> object | None:
-        """Return the value kept for this tensor and key, or None."""
-        if self._kept is None or x.is_inference():
-            return None
-        before, version, kept_key, value = self._kept
-        return value if before is x and version == x._version and kept_key == key else None
-
-    def keep(self, x: Tensor, key: object, value: object) -> None:
-        """Keep a value. Inference tensors do not count their changes, so nothing is kept for them."""
-        self._kept = None if x.is_inference() else (x, x._version, key, value)
-
-    def clear(self) -> None:
-        """Forget the last input."""
-        self._kept = None
-
-
 def weight_matrix(layer: nn.Module) -> Tensor:
     """Return the weight of a convolution or linear layer as `(out, columns)`; shares its memory if it can."""
     return layer.weight.detach().flatten(1)
@@ -80,7 +54,7 @@ class MomentObserver:
 
     A call contributes at most about `rows` rows of each layer's input, drawn at random. Equal runs give equal
     moments, whichever other layers are observed. H takes 4 columns^2 bytes: 2.1 GB for the largest
-    convolution of SD 1.5. Layers that read the same tensor share one H, so do not change H in place.
+    convolution of SD 1.5.
 
     Raises UserError for a layer that `can_observe` does not take.
     """
@@ -95,7 +69,6 @@ class MomentObserver:
                 )
         self._rows, self._seed = rows, seed
         self._moments: dict[str, _Moments] = {}
-        self._last = LastInput()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> MomentObserver:
@@ -107,25 +80,13 @@ class MomentObserver:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._last.clear()
 
     @torch.no_grad()
     def _see(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        key = (
-            None
-            if isinstance(layer, nn.Linear)
-            else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        )
-        shared = self._last.get(x, key)
-        if shared is None:
-            shared = self._moments.setdefault(name, _Moments(self._seed))
-            shared.add(layer, x, self._rows)
-            self._last.keep(x, key, shared)
-        self._moments[name] = shared
+        self._moments.setdefault(name, _Moments(self._seed)).add(layer, args[0], self._rows)
 
     def result(self) -> dict[str, Tensor]:
-        """Return H of each layer, `(columns, columns)` float32.
+        """Return H of each layer, `(columns, columns)` float32, and let go of it.
 
         Raises UserError for a layer that did not run, and for inputs that are not finite.
         """
@@ -134,7 +95,7 @@ class MomentObserver:
                 raise UserError(f"layer {name} did not run, so its inputs have no second moments")
             if not self._moments[name].sum.diagonal().isfinite().all():
                 raise UserError(f"the input of layer {name} has NaN or infinite values")
-        return {name: self._moments[name].mean() for name in self._layers}
+        return {name: self._moments.pop(name).mean() for name in self._layers}
 
 
 def second_moments(
@@ -232,7 +193,5 @@ class _Moments:
             self.count += len(columns)
 
     def mean(self) -> Tensor:
-        """The mean; the same tensor for all layers that share it."""
-        if self.count:
-            self.sum, self.count = self.sum / self.count, 0
-        return self.sum
+        """The mean."""
+        return self.sum / self.count

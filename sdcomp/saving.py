@@ -183,18 +183,13 @@ def _check(sd: StableDiffusion, file: Path) -> None:
 
 def _quantization(unet: nn.Module) -> dict[str, Any] | None:
     """How a UNet is quantized, for those who read the record; None where it is not."""
-    if isinstance(unet, QuantModel):
-        bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
-        left_out = list(unet.left_out)
-    elif isinstance(unet, _Integers):
-        if isinstance(unet, Int8Model):
-            bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
-        else:
-            bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
-        layers = unet.module.named_modules()
-        left_out = [name for name, layer in layers if is_quantizable(layer)]
-    else:
+    if not isinstance(unet, _Integers | QuantModel):
         return None
+    if isinstance(unet, Int8Model):
+        bits = [unet.settings["weight_bits"], unet.settings["act_bits"]]
+    else:
+        bits = [q and q.n_bits for q in (unet.weight_quantizer, unet.act_quantizer)]
+    left_out = [name for name, layer in unet.module.named_modules() if is_quantizable(layer)]
     return {
         "weight_bits": bits[0],
         "act_bits": bits[1],

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sdcomp.errors import UserError
-from sdcomp.moments import LastInput, MomentsOnDemand, second_moments, weight_matrix
+from sdcomp.moments import MomentsOnDemand, second_moments, weight_matrix
+from sdcomp.quantization.shared_state import LastInput
 
 
 class Shared(nn.Module):
@@ -37,10 +38,24 @@ def test_moments_give_the_energy_of_the_outputs():
     torch.testing.assert_close(moments["q"], maps.T @ maps / len(maps))
 
 
-def test_layers_that_read_one_tensor_share_their_moments():
-    module = Shared()
-    moments = second_moments(module, ["q", "k"], lambda: module(random(2, 3, 8, 8)))
-    assert moments["q"] is moments["k"]
+class Repeated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        # Both read x, and b also reads y, which is larger.
+        return self.b(y) + self.a(x) + self.b(x)
+
+
+def test_moments_do_not_depend_on_the_layers_that_are_observed_beside():
+    module, x, y = Repeated(), random(3, 4), 10 * random(3, 4, seed=1)
+    both = second_moments(module, ["a", "b"], lambda: module(x, y))
+    for name in ("a", "b"):
+        alone = second_moments(module, [name], lambda: module(x, y))
+        torch.testing.assert_close(both[name], alone[name], rtol=0, atol=0)
+    torch.testing.assert_close(both["a"], x.T @ x / 3)
+    torch.testing.assert_close(both["b"], (x.T @ x + y.T @ y) / 6)
 
 
 def test_rows_are_drawn_over_all_images_and_calls():

@@ -43,6 +43,7 @@ def to_int8(
     for a model that is not calibrated; ValueError for another dtype or execution; TypeError for other models.
     """
     require_kind(model, (QuantModel, PackedModel), "to_int8 takes a QuantModel or a PackedModel")
+    model.state.refuse_training("to_int8()")
     if model.weight_quantizer is None or model.act_quantizer is None:
         side = "weights" if model.weight_quantizer is None else "activations"
         raise UserError(f"int8 execution needs weights and activations quantized; the {side} are not")
@@ -82,7 +83,8 @@ def to_int8(
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float()
+    """A copy: a new calibration of the simulation does not change the integer model."""
+    return None if tensor is None else tensor.detach().to(torch.float32, copy=True)
 
 
 def _check(layer: QuantLayer | NBitLayer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +51,8 @@ class Prepacked:
     def __deepcopy__(self, memo: dict[int, object]) -> Prepacked:
         return self
 
-
-def _rounded_afterwards(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let a kernel write float32, and round that, where this CPU does not compute in bfloat16."""
-
-    @functools.wraps(multiply)
-    def call(
-        self: Prepacked,
+    def __call__(
+        self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
@@ -66,16 +60,20 @@ def _rounded_afterwards(multiply: Callable[..., Tensor]) -> Callable[..., Tensor
         accumulate: Tensor | None = None,
         **post_op: str,
     ) -> Tensor:
-        if dtype != torch.bfloat16 or computes_bfloat16():
-            return multiply(self, x, grid, bias, dtype, accumulate, **post_op)
-        out = multiply(self, x, grid, bias, torch.float32, **post_op)
-        return out.to(dtype) if accumulate is None else accumulate.add_(out)
+        """Multiply uint8 inputs; the output has the type `dtype`.
 
-    return call
+        It is added to `accumulate`, of its type and shape, in place if that is given. `post_op="gelu"`, for
+        linear layers without `accumulate`, applies the exact GELU to it. Where this CPU does not compute in
+        bfloat16, the kernel writes float32, which is then rounded.
+        """
+        if dtype != torch.bfloat16 or computes_bfloat16():
+            return self._multiply(x, grid, bias, dtype, accumulate, **post_op)
+        out = self._multiply(x, grid, bias, torch.float32, None, **post_op)
+        return out.to(dtype) if accumulate is None else accumulate.add_(out)
 
 
 class PrepackedLinear(Prepacked):
-    """An int8 weight `(out, in)` with its scales `(out,)`, as oneDNN lays it out."""
+    """An int8 weight `(out, in)` with its scales `(out,)`: `(..., in)` -> `(..., out)`."""
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         self.scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -85,21 +83,15 @@ class PrepackedLinear(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense().t().contiguous()
 
-    @_rounded_afterwards
-    def __call__(
+    def _multiply(
         self,
         x: Tensor,
         grid: InputGrid,
         bias: Tensor | None,
         dtype: torch.dtype,
-        accumulate: Tensor | None = None,
+        accumulate: Tensor | None,
         post_op: str = "none",
     ) -> Tensor:
-        """Uint8 `(..., in)` -> `dtype` `(..., out)`.
-
-        The output is added to `accumulate`, of its type and shape, in place if that is given.
-        `post_op="gelu"` (without `accumulate`) applies the exact GELU to the output.
-        """
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qlinear_pointwise(*sides, bias, 1.0, 0, dtype, post_op, [], "none")
@@ -109,7 +101,10 @@ class PrepackedLinear(Prepacked):
 
 
 class PrepackedConv2d(Prepacked):
-    """An int8 weight `(out, in / groups, kh, kw)` with its scales `(out,)`, as oneDNN lays it out."""
+    """An int8 weight `(out, in / groups, kh, kw)` with its scales `(out,)`.
+
+    `(B, in, h, w)` -> `(B, out, h', w')`, channels last.
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor, *geometry: list[int] | int) -> None:
         self.scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -120,19 +115,9 @@ class PrepackedConv2d(Prepacked):
         """The integers as they were given."""
         return self._weight.to_dense()
 
-    @_rounded_afterwards
-    def __call__(
-        self,
-        x: Tensor,
-        grid: InputGrid,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        accumulate: Tensor | None = None,
+    def _multiply(
+        self, x: Tensor, grid: InputGrid, bias: Tensor | None, dtype: torch.dtype, accumulate: Tensor | None
     ) -> Tensor:
-        """Uint8 `(B, in, h, w)` -> `dtype` `(B, out, h', w')`, channels last.
-
-        The output is added to `accumulate`, of its type and shape, in place if that is given.
-        """
         sides = (x, grid.scale, zero_byte(grid), self._weight, self.scale, self._zeros)
         if accumulate is None:
             return torch.ops.onednn.qconv2d_pointwise(
@@ -144,7 +129,10 @@ class PrepackedConv2d(Prepacked):
 
 
 class PrepackedConvAsMatmul(PrepackedLinear):
-    """A convolution of stride 1 as one matrix product with the patches of its input (im2col)."""
+    """A convolution of stride 1 as one matrix product with the patches of its input (im2col).
+
+    Shapes as in `PrepackedConv2d`.
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor, padding: tuple[int, int]) -> None:
         self._in, self._kernel, self._padding = weight.shape[1], weight.shape[2:], padding
@@ -154,15 +142,9 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         """The integers as they were given."""
         return super().weight().unflatten(1, (*self._kernel, self._in)).permute(0, 3, 1, 2).contiguous()
 
-    def __call__(
-        self,
-        x: Tensor,
-        grid: InputGrid,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        accumulate: Tensor | None = None,
+    def _multiply(
+        self, x: Tensor, grid: InputGrid, bias: Tensor | None, dtype: torch.dtype, accumulate: Tensor | None
     ) -> Tensor:
-        """As `PrepackedConv2d`."""
         (kh, kw), (ph, pw) = self._kernel, self._padding
         x = x.permute(0, 2, 3, 1)
         if ph or pw:
@@ -170,7 +152,7 @@ class PrepackedConvAsMatmul(PrepackedLinear):
         if kh > 1 or kw > 1:
             x = x.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
         accumulate = None if accumulate is None else accumulate.permute(0, 2, 3, 1)
-        return super().__call__(x, grid, bias, dtype, accumulate).permute(0, 3, 1, 2)
+        return super()._multiply(x, grid, bias, dtype, accumulate).permute(0, 3, 1, 2)
 
 
 def prepack_convolution(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +11,12 @@ from torch import Tensor, nn
 from sdcomp.integer import int8_kernels
 from sdcomp.model.layers import linear
 from sdcomp.quantization.input_grids import InputGrid, input_grids
-from sdcomp.quantization.not_calibrated import calibrated
+from sdcomp.quantization.not_calibrated import calibrated_grids
 from sdcomp.quantization.quantizer import UniformQuantizer, fake_quantize
+from sdcomp.quantization.shared_state import QuantState
 
 TENSORS = ("weight", "weight_scale", "act_scale", "act_zero_point", "bias")
 """The tensors of an integer layer."""
-
-
-@dataclass(eq=False)
-class Int8State:
-    """What the integer layers of one model share: the timestep's interval."""
-
-    interval: int = 0
-    timestep: float = 0.0
 
 
 class Int8Layer(nn.Module):
@@ -43,16 +35,19 @@ class Int8Layer(nn.Module):
         tensors: dict[str, Tensor],
         split: int | None,
         act_bits: int,
-        state: Int8State,
+        state: QuantState,
     ) -> None:
         super().__init__()
         self.name, self.split, self.act_bits, self.state = name, split, act_bits, state
         for kind in TENSORS:
             self.register_buffer(kind, tensors.get(kind))
         self.shape = tuple(self.weight.shape)
-        quantizer = UniformQuantizer(act_bits, symmetric=self.act_zero_point is None)
-        self._input_grids = input_grids(self.act_scale, self.act_zero_point, quantizer)
+        self._read_input_grids()
         self._packed: list = []
+
+    def _read_input_grids(self) -> None:
+        quantizer = UniformQuantizer(self.act_bits, symmetric=self.act_zero_point is None)
+        self._input_grids = input_grids(self.act_scale, self.act_zero_point, quantizer)
 
     def _sizes(self) -> list[int]:
         """Input channels of a skip concatenation's halves, or of the whole input."""
@@ -82,7 +77,7 @@ class Int8Layer(nn.Module):
 
     def input_grids(self) -> list[InputGrid]:
         """The grids of the input in the current interval, one, or two with a split."""
-        return calibrated(self._input_grids, self.state.interval, self.name)
+        return calibrated_grids(self._input_grids, self.state.interval, self.name)
 
     def forward(
         self, x: Tensor, accumulate: Tensor | None = None, dtype: torch.dtype | None = None
@@ -128,6 +123,14 @@ class Int8Layer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.integer_weight()
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        packed = bool(self._packed)
+        self.weight, self._packed = self.integer_weight(), []
+        super()._load_from_state_dict(*args)
+        self._read_input_grids()
+        if packed:
+            self.pack()
 
     def extra_repr(self) -> str:
         split = "" if self.split is None else f", split={self.split}"

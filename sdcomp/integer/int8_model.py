@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdcomp.errors import UserError
-from sdcomp.integer.execution import choose_execution, why_no_kernels
+from sdcomp.integer.execution import check_dtype, why_no_kernels
 from sdcomp.integer.int8_blocks import layer_kind, specialize
-from sdcomp.integer.int8_layers import Int8Layer, Int8State
+from sdcomp.integer.int8_layers import Int8Layer
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.model_base import QuantizedModel
+from sdcomp.quantization.shared_state import QuantState
 from sdcomp.quantization.timestep_argument import TimestepArgument
 
 
@@ -27,10 +28,9 @@ class Int8Model(QuantizedModel):
     execution allows. The scales are those of the timestep's interval where the model is timestep-aware;
     calls raise what `TimeStepCalibratedQuantModel` raises. For inference only.
 
-    NaN: integers cannot hold it, so the kernels' model gives NaN for the rows whose input has one. From
-    finite inputs nothing between the kernels makes NaN, short of values beyond float32's range, as long as
-    what is not quantized is finite, which the constructor checks: norms, softmax and bounded integer
-    products stay finite.
+    Integers cannot hold NaN, so the model gives NaN for each row whose input has one. Between the kernels no
+    NaN arises from finite inputs: norms, softmax and integer products stay within float32's range. The
+    constructor checks that all other tensors are finite.
 
     `integers`: the tensors of each quantized layer by its name, see `Int8Layer`; the dictionary is emptied.
     `floats`: all other tensors by name. `settings`: as `to_int8` writes them.
@@ -49,7 +49,7 @@ class Int8Model(QuantizedModel):
         self.settings = dict(settings)
         self.dtype, self.execution = getattr(torch, settings["dtype"]), settings["execution"]
         self.weight_max = largest_weight(integers)
-        self.state = Int8State()
+        self.state = QuantState()
         self.starts, self.train_timesteps = settings["starts"], settings["train_timesteps"]
         self.timestep_arg = settings["timestep_arg"]
         if self.timestep_arg is not None:
@@ -82,13 +82,12 @@ class Int8Model(QuantizedModel):
     def _require(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UserError if this model's execution does not run on a device in a type."""
         kernels = self.execution == "kernels"
-        reason = why_no_kernels(device, dtype, self.weight_max) if kernels else None
-        if reason is not None:
+        if kernels and (reason := why_no_kernels(device, dtype, self.weight_max)) is not None:
             raise UserError(
                 f"{reason}, and this model's weights are packed for them: load or make it anew with"
                 " execution='dequantized'"
             )
-        choose_execution(device, dtype, self.execution, self.weight_max)
+        check_dtype(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Model:
         # Ask what `to` makes of a floating-point tensor, before any tensor of the model changes.
@@ -156,7 +155,7 @@ def _int8_layers(
     module: nn.Module,
     integers: dict[str, dict[str, Tensor | None]],
     settings: Mapping[str, object],
-    state: Int8State,
+    state: QuantState,
 ) -> dict[str, Int8Layer]:
     """Make the integer layers of a module; empties `integers`, so that no plain weight lives longer."""
     layers = {}

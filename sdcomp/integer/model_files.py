@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdcomp.files import replacing, resolve_input
+from sdcomp.files import resolve_input, write_tensors, write_text
 from sdcomp.integer.execution import DTYPES
 from sdcomp.model.channel_map import apply_channel_map, channel_map
 from sdcomp.model.config import UNetConfig, from_dict
@@ -60,10 +59,8 @@ def write_files(
     if isinstance(module, UNet):
         settings["unet"] = dataclasses.asdict(module.config)
         settings["channels"] = channel_map(module)
-    with replacing(folder / format.tensors) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
-    with replacing(folder / format.config) as partial:
-        partial.write_text(json.dumps(settings, indent=indent) + "\n", encoding="utf-8")
+    write_tensors(folder / format.tensors, state)
+    write_text(folder / format.config, json.dumps(settings, indent=indent) + "\n")
     return folder
 
 

@@ -207,15 +207,11 @@ def pack_weight(layer: QuantLayer) -> dict[str, Tensor | None]:
         packed, mask = pack_sparse(matrix, kept, n_bits)
     else:
         packed = pack(matrix, n_bits)
-    zero = layer.weight_zero_point
-    return {
-        "packed_weight": packed,
-        "weight_mask": mask,
-        "weight_scale": layer.weight_scale,
-        "weight_zero_point": None if zero is None else zero.to(torch.uint8),
-        "act_scale": layer.act_scale,
-        "act_zero_point": layer.act_zero_point,
-        "branch_down": layer.branch_down,
-        "branch_up": layer.branch_up,
-        "bias": None if layer.bias is None else layer.bias.detach(),
+    # Copies: a new calibration of the simulation does not change the packed model.
+    rest = {
+        kind: None if (tensor := getattr(layer, kind)) is None else tensor.detach().clone()
+        for kind in TENSORS[2:]
     }
+    if rest["weight_zero_point"] is not None:
+        rest["weight_zero_point"] = rest["weight_zero_point"].to(torch.uint8)
+    return {"packed_weight": packed, "weight_mask": mask, **rest}

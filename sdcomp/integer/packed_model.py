@@ -132,6 +132,7 @@ def to_packed(model: QuantModel, dtype: torch.dtype | None = None) -> PackedMode
     for another kind of model.
     """
     require_kind(model, QuantModel, "to_packed takes a QuantModel")
+    model.state.refuse_training("to_packed()")
     if model.weight_quantizer is None:
         raise UserError("the weights are not quantized, so there is nothing to pack")
     if not model.state.weights:

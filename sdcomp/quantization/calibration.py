@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-SAMPLER = "ddpm"
+CALIBRATION_SAMPLER = "ddpm"
 """The sampler of a calibration by default."""
 
 
@@ -79,7 +79,7 @@ class Calibrator:
         prompts: str | Sequence[str],
         *,
         steps: int | None = None,
-        sampler: str = SAMPLER,
+        sampler: str = CALIBRATION_SAMPLER,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
         seed: int | Sequence[int] = 0,
@@ -112,7 +112,7 @@ class Calibrator:
             "strength": strength,
         }
         sd = self.sd.replace(unet=self.model)
-        self.observe(lambda: sd.generate(prompts, image=image, progress=progress, **settings))
+        self.observe(lambda: sd.generate(prompts, image=image, pad=False, progress=progress, **settings))
         if self.model.calibration:
             self.model.calibration |= {"prompts": len(prompts), **settings}
         return self.model
@@ -140,7 +140,9 @@ class Calibrator:
             raise
         self._finish()
         names = ("act_scale_policy", "act_update_policy", "momentum", "quantized_inputs")
-        model.calibration = {name: getattr(self, name) for name in names}
+        # Rounded weights stay, and so does the record of the methods that rounded them.
+        methods = {name: v for name, v in model.calibration.items() if name == "methods"}
+        model.calibration = {name: getattr(self, name) for name in names} | methods
         return model
 
     @property
@@ -191,6 +193,8 @@ class Calibrator:
     def _require_all_intervals(self) -> None:
         model = self.model
         timesteps = {call[0] for seen in self._seen.inputs.values() for call in seen.calls}
+        if not timesteps:
+            raise CalibrationError("the calibration did not call the model: let run() call it")
         visited = {model.interval_of(timestep) for timestep in timesteps}
         for i, (first, last) in enumerate(model.intervals):
             if i not in visited:

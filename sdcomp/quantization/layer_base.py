@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdcomp.quantization.input_grids import InputGrid, input_grids
 from sdcomp.quantization.layer_specs import LayerSpec
-from sdcomp.quantization.not_calibrated import calibrated
+from sdcomp.quantization.not_calibrated import calibrated_grids
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.shared_state import QuantState
 
@@ -51,7 +51,7 @@ class QuantizedLayer(nn.Module):
 
         Raises NotCalibratedError, which names the layer.
         """
-        return calibrated(self._input_grids, self.state.interval, self.name)
+        return calibrated_grids(self._input_grids, self.state.interval, self.name)
 
     def _read_input_grids(self) -> None:
         self._input_grids = input_grids(self.act_scale, self.act_zero_point, self.act_quantizer)
@@ -78,6 +78,10 @@ class QuantizedLayer(nn.Module):
             inner = F.conv2d(x, down, None, self.stride, self.padding, self.dilation)
             return output + F.conv2d(inner, up[:, :, None, None])
         return output + F.linear(F.linear(x, down), up)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._read_input_grids()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

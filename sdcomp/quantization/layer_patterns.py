@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+from sdcomp.errors import UserError
+
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a filter matches the dotted name of a layer, component by component.
@@ -23,3 +25,20 @@ def matches(pattern: str, name: str) -> bool:
         and all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
         for start in starts
     )
+
+
+def left_out(filters: list[str], layers: list[str]) -> dict[str, str]:
+    """The layers that filters leave out, each with the first filter that matches it.
+
+    Raises UserError for a filter that matches no layer, and when no layer is left.
+    """
+    found = {name: pattern for pattern in reversed(filters) for name in layers if matches(pattern, name)}
+    for pattern in filters:
+        if not any(matches(pattern, name) for name in layers):
+            raise UserError(
+                f"filter {pattern!r} matches no layer; names begin with"
+                f" {', '.join(sorted({name.split('.')[0] for name in layers})) or 'nothing'}"
+            )
+    if len(found) == len(layers):
+        raise UserError("nothing to quantize: the filters leave out every convolution and linear layer")
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -74,3 +74,32 @@ FILTERS: dict[str, Callable[[nn.Module], list[str]]] = {"published": published_f
 
 OVERRIDES: dict[str, Callable[[nn.Module], Overrides]] = {"ends_at_8_bits": ends_at_8_bits}
 """Sets of overrides by name, worked out for a module."""
+
+
+def as_filters(filters: Sequence[str] | str, module: nn.Module) -> list[str]:
+    """Return filters as a list. Raises ValueError for an unknown name, TypeError for other types."""
+    if isinstance(filters, str):
+        if filters not in FILTERS:
+            raise ValueError(
+                f"quant_filters must be a list of names such as [{filters!r}], or {', '.join(FILTERS)}"
+            )
+        return FILTERS[filters](module)
+    filters = list(filters)
+    if not all(isinstance(pattern, str) for pattern in filters):
+        raise TypeError("quant_filters must be a list of texts")
+    return filters
+
+
+def as_table(overrides: Mapping[str, Mapping[str, object]] | str, module: nn.Module) -> Overrides:
+    """Return overrides as a table. Raises ValueError for an unknown name or side."""
+    if isinstance(overrides, str):
+        if overrides not in OVERRIDES:
+            raise ValueError(
+                f"overrides must be a table, or one of {', '.join(OVERRIDES)}, not {overrides!r}"
+            )
+        return OVERRIDES[overrides](module)
+    table = {pattern: dict(sides) for pattern, sides in overrides.items()}
+    for pattern, sides in table.items():
+        if not sides.keys() <= set(SIDES):
+            raise ValueError(f"override {pattern!r} may have {' and '.join(SIDES)} only, not {list(sides)}")
+    return table

@@ -9,8 +9,7 @@ from torch import nn
 
 from sdcomp.errors import UserError
 from sdcomp.quantization.layer_patterns import matches
-from sdcomp.quantization.layer_sets import Overrides
-from sdcomp.quantization.overrides import as_table
+from sdcomp.quantization.layer_sets import SIDES, Overrides, as_table
 from sdcomp.quantization.quantizer import UniformQuantizer
 
 
@@ -41,12 +40,8 @@ def quantizer_of(params: Mapping[str, object] | None, *, weights: bool) -> Unifo
     """
     if params is None:
         return None
-    params = dict(params)
-    channel_wise = params.pop("channel_wise", weights)
-    if not isinstance(channel_wise, bool):
-        raise TypeError(f"channel_wise must be True or False, not {channel_wise!r}")
-    default = "channel" if weights and channel_wise else "tensor"
-    quantizer = UniformQuantizer(**{"granularity": default, **params})
+    default = "channel" if weights else "tensor"
+    quantizer = UniformQuantizer(**{"granularity": default, **_with_granularity(params, weights)})
     allowed = ("tensor", "channel", "group") if weights else ("tensor", "token")
     if quantizer.granularity not in allowed:
         side = "weights" if weights else "activations"
@@ -54,6 +49,22 @@ def quantizer_of(params: Mapping[str, object] | None, *, weights: bool) -> Unifo
             f"the granularity of {side} must be one of {', '.join(allowed)}, not {quantizer.granularity!r}"
         )
     return quantizer
+
+
+def _with_granularity(params: Mapping[str, object], weights: bool) -> dict[str, object]:
+    """The arguments of a quantizer, with the granularity in place of `channel_wise`.
+
+    Activations have no channels of their own, so that one dictionary serves weights and activations.
+    """
+    params = dict(params)
+    if "channel_wise" not in params:
+        return params
+    if "granularity" in params:
+        raise ValueError("channel_wise and granularity say the same: give one of them")
+    channel_wise = params.pop("channel_wise")
+    if not isinstance(channel_wise, bool):
+        raise TypeError(f"channel_wise must be True or False, not {channel_wise!r}")
+    return {**params, "granularity": "channel" if channel_wise and weights else "tensor"}
 
 
 def parameters_of(quantizer: UniformQuantizer | None) -> dict[str, object] | None:
@@ -72,27 +83,38 @@ def layer_specs(
 ) -> tuple[Overrides, dict[str, LayerSpec]]:
     """Return the overrides as a table, and how each of the named layers is quantized.
 
-    Raises UserError for an override that matches no layer, ValueError for an unknown name or side, and for
-    groups of columns in a layer with a split.
+    A set of overrides that has a name may match layers that filters leave out. Raises UserError for another
+    override that matches no layer, ValueError for an unknown name or side, and for a layer with a split whose
+    weight has groups of columns or whose input has a scale for each token.
     """
-    overrides = as_table(overrides, module)
-    for pattern in overrides:
-        if not any(matches(pattern, name) for name in names):
-            raise UserError(f"override {pattern!r} matches no quantized layer")
+    table = as_table(overrides, module)
+    idle = [pattern for pattern in table if not any(matches(pattern, name) for name in names)]
+    if idle and not isinstance(overrides, str):
+        raise UserError(f"override {idle[0]!r} matches no quantized layer")
+    table = {pattern: sides for pattern, sides in table.items() if pattern not in idle}
+    own = {
+        "weight_quant_params": parameters_of(weight_quantizer),
+        "act_quant_params": parameters_of(act_quantizer),
+    }
     specs = {}
     for name in names:
-        params = {"weight_quant_params": parameters_of(weight_quantizer)}
-        params["act_quant_params"] = parameters_of(act_quantizer)
-        for pattern, sides in overrides.items():
+        params = dict(own)
+        for pattern, sides in table.items():
             if matches(pattern, name):
                 for side, changes in sides.items():
                     # A side that the model leaves in full precision stays so.
-                    if params[side] is not None:
-                        params[side] = None if changes is None else {**params[side], **changes}
+                    if own[side] is None:
+                        continue
+                    if changes is not None:
+                        changes = _with_granularity(changes, weights=side == SIDES[0])
+                        changes = {**(params[side] or own[side]), **changes}
+                    params[side] = changes
         weight = quantizer_of(params["weight_quant_params"], weights=True)
         act = quantizer_of(params["act_quant_params"], weights=False)
         split = splits.get(name)
         if split is not None and weight is not None and weight.granularity == "group":
             raise ValueError("split_shortcuts and groups of columns cannot go together: choose one")
+        if split is not None and act is not None and act.granularity == "token":
+            raise ValueError("split_shortcuts and a scale for each token cannot go together: choose one")
         specs[name] = LayerSpec(weight, act, intervals, split)
-    return overrides, specs
+    return table, specs

@@ -52,8 +52,13 @@ class QuantLayer(QuantizedLayer):
     def from_float(cls, layer: nn.Module, name: str, state: QuantState, spec: LayerSpec) -> QuantLayer:
         """Make the quantized twin of a layer; it shares the layer's weight, bias and hooks.
 
-        Raises UserError for weights that are not finite.
+        Raises UserError for weights that are not finite, or that a hook computes at each call.
         """
+        if "weight" not in layer._parameters:
+            raise UserError(
+                f"the weight of layer {name} is computed at each call: call torch.nn.utils.prune.remove or"
+                " remove_weight_norm first"
+            )
         made = cls._like(layer)
         made.name, made.state, made.spec = name, state, spec
         made.weight, made.bias = (
@@ -229,7 +234,6 @@ class QuantLayer(QuantizedLayer):
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         self.clear_cache()
-        self._read_input_grids()
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

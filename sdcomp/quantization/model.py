@@ -13,8 +13,9 @@ from sdcomp.model.kinds import require_module
 from sdcomp.model.layers import is_quantized
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.quantization.attention import quantized_products
-from sdcomp.quantization.filters import as_filters, left_out
 from sdcomp.quantization.intervals import uniform_starts
+from sdcomp.quantization.layer_patterns import left_out
+from sdcomp.quantization.layer_sets import as_filters
 from sdcomp.quantization.layer_specs import layer_specs, parameters_of, quantizer_of
 from sdcomp.quantization.layers import QuantLayer, is_quantizable, quantize_layer
 from sdcomp.quantization.model_base import QuantizedModel
@@ -94,6 +95,9 @@ class QuantModel(QuantizedModel):
         layers = {name: layer for name, layer in module.named_modules() if is_quantizable(layer)}
         self.left_out = left_out(self.quant_filters, list(layers))
         splits = shortcut_splits(module) if split_shortcuts else {}
+        for name in splits:
+            if not isinstance(module.get_submodule(name), nn.Conv2d):
+                raise UserError(f"layer {name} is no convolution: split_shortcuts splits only their inputs")
         self.overrides, specs = layer_specs(
             module, [name for name in layers if name not in self.left_out],
             self.weight_quantizer, self.act_quantizer, overrides, len(_starts), splits,

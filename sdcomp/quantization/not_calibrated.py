@@ -18,7 +18,7 @@ def require_calibrated(model: nn.Module, when: str) -> None:
         raise NotCalibratedError(f"the activations have no scales yet: calibrate the model {when}")
 
 
-def calibrated(grids: list[list[InputGrid]], interval: int, layer: str) -> list[InputGrid]:
+def calibrated_grids(grids: list[list[InputGrid]], interval: int, layer: str) -> list[InputGrid]:
     """Return a layer's input grids in an interval. Raises NotCalibratedError, which names the layer."""
     if min(grid.scale for grid in grids[interval]) <= 0:
         where = f" in interval {interval}" if len(grids) > 1 else ""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sdcomp.errors import UserError
-from sdcomp.moments import LastInput
 from sdcomp.quantization.input_grids import InputGrid
 from sdcomp.quantization.layers import QuantLayer
 from sdcomp.quantization.model import QuantModel
 from sdcomp.quantization.quantizer import UniformQuantizer
 from sdcomp.quantization.ranges import Histogram
+from sdcomp.quantization.shared_state import LastInput
 
 UPDATE_POLICIES = ("maximum", "momentum", "merged")
 MOMENTUM = 0.9

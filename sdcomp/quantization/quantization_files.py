@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.files import replacing, resolve_input
+from sdcomp.files import resolve_input, write_tensors, write_text
 from sdcomp.model.files.tensors import listed, read_json, read_safetensors
 from sdcomp.quantization.attention import ASKED
 from sdcomp.quantization.layer_sets import SIDES
@@ -118,8 +117,9 @@ def save_quant_model(model: QuantModel, folder: str | Path) -> Path:
     """Write `quantization.json` and `quantization.safetensors` into a folder; returns it.
 
     The weights stay where they are: `load_quant_model` is given the module. Raises UserError where the
-    folder cannot be written.
+    folder cannot be written, and for a model in training.
     """
+    model.state.refuse_training("save_quant_model()")
     folder = Path(folder).expanduser()
     config = {
         "kind": type(model).__name__,
@@ -129,10 +129,8 @@ def save_quant_model(model: QuantModel, folder: str | Path) -> Path:
         "calibration": model.calibration,
     }
     text = json.dumps(config, indent=2, default=plain)
-    with replacing(folder / SCALES) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in quantization_state(model).items()}, partial)
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_tensors(folder / SCALES, quantization_state(model))
+    write_text(folder / CONFIG, text + "\n")
     return folder
 
 

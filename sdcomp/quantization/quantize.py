@@ -11,6 +11,7 @@ from tqdm import tqdm
 from sdcomp.model import weights_digest
 from sdcomp.model.kinds import require_model
 from sdcomp.model.pipeline import StableDiffusion
+from sdcomp.model.rebuild import normal_tensors
 from sdcomp.model.samplers import SAMPLER, STEPS
 from sdcomp.moments import MEMORY, MomentObserver, can_observe, within_memory
 from sdcomp.quantization.calibration import Calibrator, calibration_prompts
@@ -54,7 +55,7 @@ def quantize(
     }  # fmt: skip
 
     def run() -> None:
-        quantized.generate(prompts, progress=progress, **generation)
+        quantized.generate(prompts, pad=False, progress=progress, **generation)
 
     inputs = f"{prompts} {generation}"
     apply_recipe(model, recipe, run, memory=memory, checkpoint=checkpoint, inputs=inputs, progress=progress)
@@ -62,6 +63,7 @@ def quantize(
     return model
 
 
+@normal_tensors()
 def apply_recipe(
     model: QuantModel,
     recipe: str | Recipe,
@@ -100,7 +102,7 @@ def apply_recipe(
         to_calibrate = False
     with tqdm(total=len(layers), desc="round", disable=not progress) as bar:
         for i, group in enumerate(groups):
-            names = [f"module.{layer.name}" for layer in group]
+            names = [f"module.{layer.name}".rstrip(".") for layer in group]
             with MomentObserver(model, names, rows=_rows(recipe)) as seen:
                 if i == 0 and to_calibrate:
                     calibrator.observe(run)  # which leaves inputs and weights in full precision

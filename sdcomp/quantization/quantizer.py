@@ -64,7 +64,7 @@ class UniformQuantizer:
 
     def __post_init__(self) -> None:
         for name in ("n_bits", "group_size"):
-            whole_number(name, getattr(self, name))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if not BITS.low <= self.n_bits <= BITS.high:
             raise ValueError(f"n_bits must be {BITS.low} to {BITS.high}, not {self.n_bits}")
         if self.group_size < 1:

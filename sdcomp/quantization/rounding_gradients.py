@@ -91,7 +91,7 @@ def _operands(layer: QuantLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         for half, (_, zero_point), own in pairs:
             scale, low, high = layer.weight_quantizer.broadcast_grid(half, Grid(own, zero_point))
             halves.append(straight_through(half, scale, high, low))
-        weight = halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
+        weight = (halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)).to(weight.dtype)
     if layer.spec.calibrated and state.activations:
         i = state.interval
         scales = (layer.act_scale[i] * _factor(layer.act_scale_change[i])).view(-1)

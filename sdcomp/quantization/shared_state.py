@@ -8,9 +8,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sdcomp.moments import LastInput
+from sdcomp.errors import UserError
 from sdcomp.quantization.input_grids import InputGrid
 from sdcomp.quantization.quantizer import fake_quantize
+
+
+class LastInput:
+    """Remembers one value that was computed from the last input.
+
+    Queries, keys and values read the same tensor, one after the other. `get` returns None unless the tensor
+    is the same object, was not changed since, and `key` is the same too.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, object, object] | None = None
+
+    def get(self, x: Tensor, key: object = None) -> object | None:
+        """Return the value kept for this tensor and key, or None."""
+        if self._kept is None or x.is_inference():
+            return None
+        before, version, kept_key, value = self._kept
+        return value if before is x and version == x._version and kept_key == key else None
+
+    def keep(self, x: Tensor, key: object, value: object) -> None:
+        """Keep a value. Inference tensors do not count their changes, so nothing is kept for them."""
+        self._kept = None if x.is_inference() else (x, x._version, key, value)
+
+    def clear(self) -> None:
+        """Forget the last input."""
+        self._kept = None
 
 
 @dataclass(eq=False)
@@ -42,6 +68,11 @@ class QuantState:
             made = made[0] if split is None else torch.cat(made, dim=1)
             self._last.keep(x, key, made)
         return made
+
+    def refuse_training(self, what: str) -> None:
+        """Raise UserError for a model in training, whose learned scales `what` would leave out."""
+        if self.operands is not None:
+            raise UserError(f"{what} needs a model whose training has ended: call rounded() first")
 
     def forget(self) -> None:
         """Let go of the last input."""

@@ -14,6 +14,8 @@ from sdcomp.moments import second_moments
 from sdcomp.pruning import prune_unstructured
 from sdcomp.quantization import (
     PRESETS,
+    CalibrationError,
+    Calibrator,
     QuantModel,
     Recipe,
     apply_recipe,
@@ -271,3 +273,30 @@ def test_buffers_are_loaded_to_the_device_of_the_weights(randomize, tmp_path):
 
 def test_every_preset_is_a_recipe():
     assert all(isinstance(recipe, Recipe) and recipe.description for recipe in PRESETS.values())
+
+
+def test_inference_mode_around_a_recipe_changes_nothing():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16)), torch.randn(8, 16)
+    made = [build("weights_gptq", module, 4, overrides={}) for _ in range(2)]
+    apply_recipe(made[0], "weights_gptq", lambda: made[0](x))
+    with torch.inference_mode():
+        apply_recipe(made[1], "weights_gptq", lambda: made[1](x))
+    assert not made[1].quantized_layers()[0].weight_integers.is_inference()
+    made[1].load_state_dict(made[0].state_dict())
+    assert torch.equal(made[0](x), made[1](x))
+
+
+def test_a_new_calibration_keeps_the_record_of_the_methods():
+    module, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(8, 16)
+    q = build("low_bits", module, 4, 8, overrides={})
+    apply_recipe(q, "low_bits", lambda: q(x))
+    before = q.calibration["methods"]
+    Calibrator(None, q).observe(lambda: q(2 * x))
+    assert q.calibration["methods"] == before and "SecondOrderRounding" in before[0]
+
+
+def test_a_run_that_does_not_call_the_model_is_named():
+    q = QuantModel(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(CalibrationError, match="the calibration did not call the model"):
+        Calibrator(None, q).observe(lambda: None)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers_keys import diffusers_unet, unet_name, unet_state
 from torch import nn
+from torch.nn.utils import prune
 
 from sdcomp.errors import UserError
 from sdcomp.integer import to_int8
@@ -626,3 +627,56 @@ def test_the_text_of_a_model_differs_wherever_its_results_do(small):
     # With activations off, their bits make no difference.
     assert len(texts) == 6
     assert "weights: 8 bits, activations: full precision" in " ".join(texts)
+
+
+def test_a_later_override_gives_back_what_an_earlier_one_took():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    overrides = {"*": {"act_quant_params": None}, "0": {"act_quant_params": {"n_bits": 6}}}
+    q = QuantModel(module, overrides=overrides)
+    first, second = (layer.act_quantizer for layer in q.quantized_layers())
+    assert first.n_bits == 6 and second is None
+
+
+def test_channel_wise_is_a_granularity_also_in_an_override():
+    module = nn.Linear(4, 3)
+    q = QuantModel(nn.Sequential(module), overrides={"0": {"weight_quant_params": {"channel_wise": False}}})
+    assert q.quantized_layers()[0].weight_quantizer.granularity == "tensor"
+    with pytest.raises(ValueError, match="channel_wise and granularity say the same"):
+        QuantModel(module, weight_quant_params={"n_bits": 8, "granularity": "group", "channel_wise": False})
+
+
+def test_a_set_of_overrides_goes_with_filters_that_leave_out_its_layers(small):
+    q = build("low_bits", small.unet, 4, 8, quant_filters="published")
+    assert "out" not in q.overrides and "*.attn2.to_k" in q.overrides
+    with pytest.raises(UserError, match="override 'out' matches no quantized layer"):
+        QuantModel(small.unet, quant_filters=["out"], overrides={"out": {"weight_quant_params": None}})
+
+
+def test_bits_stay_those_of_build_where_other_arguments_take_a_presets_place():
+    q = build("max", nn.Linear(32, 4), 4, 6, weight_quant_params={"granularity": "group", "group_size": 16})
+    assert q.weight_quantizer.n_bits == 4 and q.act_quantizer.n_bits == 6
+
+
+def test_weights_that_a_hook_computes_are_refused():
+    module = nn.Sequential(nn.Linear(8, 8))
+    prune.l1_unstructured(module[0], "weight", 0.5)
+    with pytest.raises(UserError, match="weight of layer 0 is computed at each call"):
+        QuantModel(module)
+    prune.remove(module[0], "weight")
+    assert QuantModel(module, act_quant_params=None)(torch.ones(1, 8)).isfinite().all()
+
+
+class LinearSkip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.join = nn.Linear(16, 8)
+
+    def shortcut_splits(self):
+        return {"join": 8}
+
+
+def test_halves_of_a_linear_layer_or_of_tokens_are_refused(small):
+    with pytest.raises(UserError, match="layer join is no convolution"):
+        QuantModel(LinearSkip(), split_shortcuts=True)
+    with pytest.raises(ValueError, match="split_shortcuts and a scale for each token"):
+        QuantModel(small.unet, split_shortcuts=True, act_quant_params={"n_bits": 8, "granularity": "token"})

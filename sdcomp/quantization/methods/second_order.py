@@ -46,7 +46,7 @@ class SecondOrderRounding:
 
 
 class _Rounding:
-    """The `sdcomp.column_sweep.Rule` that rounds columns to a layer's grids, and keeps its `zeros`."""
+    """The `sdcomp.column_sweep.ColumnRule` that rounds columns to a layer's grids, and keeps its `zeros`."""
 
     def __init__(self, layer: QuantLayer, zeros: Tensor) -> None:
         self.zeros = zeros
