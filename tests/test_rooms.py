@@ -27,7 +27,7 @@ LEVEL = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}
 LATE_IMPORTS = {
     ("sdcomp.export.onnx", "onnxscript"): "of the extra deploy",
     ("sdcomp.export.openvino", "openvino"): "of the extra deploy",
-    ("sdcomp.export.smaller", "diffusers"): "optional, and slow to import",
+    ("sdcomp.export.diffusers_pipeline", "diffusers"): "optional, and slow to import",
     ("sdcomp.model.files.hub", "huggingface_hub"): "only models by a hub name need it",
     ("sdcomp.quantization.calibration", "pandas"): "slow to import",
     ("sdcomp.quantization.describe", "pandas"): "slow to import",

@@ -6,10 +6,10 @@
 import sys
 from types import ModuleType
 
+from sdcomp.export.diffusers_pipeline import load_diffusers
 from sdcomp.export.diffusers_unet import as_diffusers_unet, from_diffusers_unet
 from sdcomp.export.formats import FORMATS, export
 from sdcomp.export.openvino import OpenVINOUNet, load_openvino
-from sdcomp.export.smaller import load_diffusers
 
 __all__ = [
     "FORMATS",

@@ -41,11 +41,7 @@ def rounded_unet(unet: nn.Module) -> UNet:
 
     Raises ModelError for a UNet that is not ours, or has another kind of quantization.
     """
-    inside = unet.module if isinstance(unet, QuantModel | PackedModel) else unet
-    if not isinstance(inside, UNet):
-        raise ModelError(
-            f"only our UNet, plain, simulated or packed, can be exported, not a {type(inside).__name__}"
-        )
+    inside = our_unet(unet)
     if inside is unet:
         return unet
     layers = {layer.name: layer for layer in unet.quantized_layers()}
@@ -58,6 +54,19 @@ def rounded_unet(unet: nn.Module) -> UNet:
         plain = apply_channel_map(UNet(inside.config), channel_map(inside))
     plain.load_state_dict(state, assign=True)
     return plain.eval()
+
+
+def our_unet(unet: nn.Module) -> UNet:
+    """Return our UNet itself, or the one inside a simulated or packed model.
+
+    Raises ModelError for another module.
+    """
+    inside = unet.module if isinstance(unet, QuantModel | PackedModel) else unet
+    if not isinstance(inside, UNet):
+        raise ModelError(
+            f"only our UNet, plain, simulated or packed, can be exported, not a {type(inside).__name__}"
+        )
+    return inside
 
 
 def rounded_weight(layer: QuantLayer | NBitLayer) -> Tensor:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from sdcomp.export.checkpoint import save_checkpoint
+from sdcomp.export.diffusers_pipeline import save_diffusers
 from sdcomp.export.onnx import save_onnx
 from sdcomp.export.openvino import save_openvino
-from sdcomp.export.smaller import save_diffusers
 from sdcomp.model import StableDiffusion
 from sdcomp.model.kinds import require_model
 

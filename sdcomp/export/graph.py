@@ -16,18 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.export.checkpoint import rounded_weight
-from sdcomp.integer import PackedModel
+from sdcomp.export.checkpoint import our_unet, rounded_weight
 from sdcomp.integer.packed_layers import NBitLayer
-from sdcomp.model import ModelError, StableDiffusion, UNet
+from sdcomp.model import StableDiffusion, UNet
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.rebuild import normal_tensors, rebuild
 from sdcomp.model.unet import GEGLU
-from sdcomp.quantization import QuantLayer, QuantModel
+from sdcomp.quantization import QuantLayer
 from sdcomp.quantization.attention import QuantAttentionScores, refuse_quantized_products
 from sdcomp.quantization.input_grids import InputGrid, input_grids
 from sdcomp.quantization.methods import refuse_branches
-from sdcomp.quantization.not_calibrated import calibrated, require_calibrated
+from sdcomp.quantization.not_calibrated import calibrated_grids, require_calibrated
 
 INPUTS = ("latents", "timestep", "context")
 """The inputs of an exported UNet, float32: `(B, C, h, w)`, `(1,)` and `(B, L, context_dim)`."""
@@ -212,7 +211,7 @@ def _grids(layer: QuantLayer | NBitLayer, interval: Interval) -> list[Grids] | N
     if not layer.spec.calibrated:
         raise UserError(f"layer {layer.name} cannot be exported: its input has a scale for each token")
     rows = input_grids(layer.act_scale, layer.act_zero_point, quantizer)
-    rows = [calibrated(rows, i, layer.name) for i in range(len(rows))]
+    rows = [calibrated_grids(rows, i, layer.name) for i in range(len(rows))]
     return [Grids(list(part), not quantizer.symmetric, interval) for part in zip(*rows, strict=True)]
 
 
@@ -237,12 +236,8 @@ class GraphUNet(nn.Module):
 
     def __init__(self, unet: nn.Module, dialect: Dialect) -> None:
         super().__init__()
-        quantized = isinstance(unet, QuantModel | PackedModel)
-        inside = unet.module if quantized else unet
-        if not isinstance(inside, UNet):
-            raise ModelError(
-                f"only our UNet, plain, simulated or packed, can be exported, not a {type(inside).__name__}"
-            )
+        inside = our_unet(unet)
+        quantized = inside is not unet
         self.interval = Interval()
         self.register_buffer("starts", torch.tensor(unet.starts if quantized else [0]))
         if quantized and unet.state.activations:

@@ -39,7 +39,7 @@ def save_onnx(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = None)
     shapes = tuple({i: sizes[name] for i, name in names.items()} for names in DYNAMIC)
     with torch.no_grad():
         graph = torch.export.export(
-            GraphUNet(sd.unet, _Operators()), example_inputs(sd), dynamic_shapes=shapes
+            GraphUNet(sd.unet, ONNXDialect()), example_inputs(sd), dynamic_shapes=shapes
         )
         program = torch.onnx.export(
             graph, input_names=INPUTS, output_names=["noise"], opset_version=OPSET, verbose=False
@@ -54,7 +54,7 @@ def save_onnx(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = None)
     return path
 
 
-class _Operators:
+class ONNXDialect:
     """QuantizeLinear and DequantizeLinear; inputs of fewer bits than 8 are clipped first."""
 
     def dequantize(self, integers: Tensor, scale: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def save_openvino(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = N
         openvino.PartialShape([-1 if i in dynamic else size for i, size in enumerate(part.shape)])
         for part, dynamic in zip(example, DYNAMIC, strict=True)
     ]
-    graph = GraphUNet(sd.unet, _Operators())
+    graph = GraphUNet(sd.unet, OpenVINODialect())
     with torch.no_grad(), warnings.catch_warnings():
         # Sizes are checked while the graph is recorded; nothing depends on them later.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -60,7 +60,7 @@ def save_openvino(sd: StableDiffusion, path: Path, dtype: torch.dtype | None = N
     return path
 
 
-class _Operators:
+class OpenVINODialect:
     """Operators of PyTorch that OpenVINO turns into FakeQuantize and compressed weights.
 
     The engine's integers have 256 levels, and it is exact for no other number: 8-bit inputs may reach -128,

@@ -34,13 +34,13 @@ class Request:
     pixels: tuple[int, int]
     shape: tuple[int, int, int]
     batch_size: int
+    pad: bool
 
     def batches(self) -> list[list[int]]:
-        """The indices of the prompts, `batch_size` at a time; the last batch is filled with its last row."""
-        n = len(self.prompts)
-        return [
-            [min(start + i, n - 1) for i in range(self.batch_size)] for start in range(0, n, self.batch_size)
-        ]
+        """The indices of the prompts by batch; `pad` fills the last batch with copies of its last row."""
+        n, size = len(self.prompts), self.batch_size
+        batches = [list(range(start, min(start + size, n))) for start in range(0, n, size)]
+        return [rows + rows[-1:] * (size - len(rows)) for rows in batches] if self.pad else batches
 
 
 def check_request(
@@ -55,6 +55,7 @@ def check_request(
     strength: float,
     size: tuple[int, int] | None,
     batch_size: int | None,
+    pad: bool,
 ) -> Request:
     """Check the arguments of `StableDiffusion.generate`, and return them; raises the errors named there."""
     prompts, negatives = as_texts("prompts", prompts), as_texts("negative_prompt", negative_prompt)
@@ -63,6 +64,8 @@ def check_request(
         raise ValueError(f"{len(negatives)} negative prompts for {n} prompts: give one, or one for each")
     if batch_size is not None and whole_number("batch_size", batch_size) < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not isinstance(pad, bool):
+        raise TypeError(f"pad must be True or False, not {pad!r}")
     scale = config.guidance_scale if guidance_scale is None else _number("guidance_scale", guidance_scale)
     if not 0 <= scale <= 1000:
         raise ValueError(f"guidance_scale must be 0 or more, and at most 1000, not {guidance_scale}")
@@ -84,6 +87,7 @@ def check_request(
         pixels=pixels,
         shape=_latent_shape(config, pixels),
         batch_size=batch_size or default_batch_size(pixels),
+        pad=pad,
     )
 
 

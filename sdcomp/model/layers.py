@@ -6,8 +6,8 @@ threads in another order or by other code. The last bits of an image would then 
 batch. These layers compute image by image wherever that could happen. With gradients, on other devices and
 during an export they are PyTorch's own.
 
-For the same reason the product of a single row must not depend on the address of the weight in memory, which
-is another one after a model was saved and loaded.
+Nor may the product of a single row depend on the address of the weight in memory, which changes when a model
+is saved and loaded.
 """
 
 from __future__ import annotations
@@ -83,6 +83,17 @@ class GroupNorm(nn.GroupNorm):
         if _pytorch_will_do(x) or x.is_contiguous():
             return super().forward(x)
         return torch.cat([super(GroupNorm, self).forward(image) for image in x.split(1)])
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def is_quantized(module: nn.Module) -> bool:

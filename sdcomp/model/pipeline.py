@@ -196,6 +196,7 @@ class StableDiffusion:
         strength: float = 0.8,
         size: tuple[int, int] | None = None,
         batch_size: int | None = None,
+        pad: bool = True,
         progress: bool = False,
         trace: bool = False,
     ) -> Tensor | tuple[Tensor, Trace]:
@@ -209,7 +210,8 @@ class StableDiffusion:
         Each image has its own random generator. A single `seed` is combined with each prompt and the
         number of its earlier occurrences; a sequence gives one seed for each prompt. Every batch has
         `batch_size` rows, the last one is padded, so an image does not depend on the other prompts. The
-        default is 16 up to 128x128 pixels, and less for larger images, down to 1 at 512x512.
+        default is 16 up to 128x128 pixels, and less for larger images, down to 1 at 512x512. `pad=False`
+        leaves the last batch smaller, for those who observe the UNet: to them, padding is prompts again.
 
         Raises ValueError for values out of range, TypeError for values of another type, and NonFiniteError
         if a step gives infinite values or NaN. Warns of prompts that are cut or hold unknown words.
@@ -217,7 +219,7 @@ class StableDiffusion:
         asked = check_request(
             self.config, prompts, negative_prompt=negative_prompt, steps=steps,
             guidance_scale=guidance_scale, seed=seed, image=image, strength=strength, size=size,
-            batch_size=batch_size,
+            batch_size=batch_size, pad=pad,
         )  # fmt: skip
         solver = make_sampler(sampler, self.schedule, steps)
         check_prompts(self.tokenizer, asked.prompts + asked.negatives, VOCABULARY if self.reader else None)

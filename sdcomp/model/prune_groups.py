@@ -89,7 +89,7 @@ def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
             name, "residual", units, rows, "conv2", counters=("norm2.num_groups",), shortcut="conv_shortcut",
             fewest=1 if whole else 0,
         )  # fmt: skip
-    if kind == "Attention" and block.added_kv_proj_dim is None and block.norm_q is block.norm_k is None:
+    if kind == "Attention" and _is_plain(block):
         counters = ("heads", "inner_dim", "inner_kv_dim")
         rows = ("to_q", "to_k", "to_v")
         shortcut = "" if block.residual_connection else None
@@ -102,3 +102,18 @@ def _diffusers_group(name: str, block: nn.Module) -> PruneGroup | None:
         units = block.net[2].in_features
         return PruneGroup(name, "feed-forward", units, ("net.0.proj",), "net.2", repeats=2)
     return None
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether the heads of an attention of diffusers own rows of three projections, and nothing else.
+
+    So it has no projections of other conditions or of an IP-Adapter, no norms of queries and keys, as many
+    heads of keys as of queries, and its projections are not fused.
+    """
+    return (
+        attention.added_kv_proj_dim is None
+        and attention.norm_q is attention.norm_k is None
+        and attention.inner_kv_dim == attention.inner_dim
+        and not attention.fused_projections
+        and not (isinstance(attention.processor, nn.Module) and [*attention.processor.parameters()])
+    )

@@ -27,7 +27,7 @@ class DDIM:
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         self.schedule = schedule
-        self.timesteps = schedule.spaced(steps, schedule.config.timestep_spacing).tolist()
+        self.timesteps = schedule.spaced(steps)
         self._stride = schedule.config.train_timesteps // steps
 
     def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -48,7 +48,7 @@ class DDPM:
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         self.schedule = schedule
-        self.timesteps = schedule.spaced(steps, schedule.config.timestep_spacing).tolist()
+        self.timesteps = schedule.spaced(steps)
 
     def step(self, i: int, latents: Tensor, noise_prediction: Tensor, noise: Tensor) -> Tensor:
         """Latents at `timesteps[i]` -> a draw at `timesteps[i + 1]`; the last step returns the mean."""
@@ -75,8 +75,7 @@ class DPMPP2M:
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         self.schedule = schedule
-        spacing = schedule.config.timestep_spacing
-        self.timesteps = schedule.spaced(steps, spacing, intervals=steps + 1).tolist()
+        self.timesteps = schedule.spaced(steps, intervals=steps + 1)
         alphas = schedule.alphas_cumprod.double()[self.timesteps]
         self._sigmas = [*((1 - alphas) / alphas).sqrt().tolist(), 0.0]
         self._before: tuple[int, Tensor] | None = None

@@ -35,21 +35,18 @@ class NoiseSchedule:
         a = a.reshape(-1, *[1] * (latents.dim() - 1))
         return (a.sqrt() * latents + (1 - a).sqrt() * noise).to(latents.dtype)
 
-    def spaced(self, steps: int, spacing: str, *, intervals: int | None = None) -> np.ndarray:
-        """The `steps` training timesteps that a sampler visits, in decreasing order, int64.
+    def spaced(self, steps: int, *, intervals: int | None = None) -> list[int]:
+        """The `steps` training timesteps that a sampler visits, in decreasing order.
 
         "leading" divides the schedule into `intervals` (default: `steps`), takes the starts of the last
         `steps` of them, and adds 1, as SD 1.x does. "trailing" counts down from the last timestep (Lin et
-        al. 2024, table 2). Raises ValueError for another spacing and for a number of steps that the
-        schedule cannot give.
+        al. 2024, table 2). Raises ValueError for a number of steps that the schedule cannot give.
         """
-        n = self.config.train_timesteps
-        limit = n // 2 if spacing == "leading" else n
+        n, leading = self.config.train_timesteps, self.config.timestep_spacing == "leading"
+        limit = n // 2 if leading else n
         if not 1 <= steps <= limit:
             raise ValueError(f"steps must be 1 to {limit}, not {steps}")
-        if spacing == "leading":
+        if leading:
             intervals = intervals or steps
-            return (np.arange(intervals - steps, intervals) * (n // intervals))[::-1] + 1
-        if spacing == "trailing":
-            return np.round(np.arange(n, 0, -n / steps))[:steps].astype(np.int64) - 1
-        raise ValueError(f"timestep_spacing must be 'leading' or 'trailing', not {spacing!r}")
+            return ((np.arange(intervals - steps, intervals) * (n // intervals))[::-1] + 1).tolist()
+        return (np.round(np.arange(n, 0, -n / steps))[:steps].astype(np.int64) - 1).tolist()

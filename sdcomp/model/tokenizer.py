@@ -39,7 +39,8 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> CLIPTokenizer:
     if len(tokenizer) != config.text["vocab_size"]:
         raise ValueError(
             f"{folder} has a vocabulary of {len(tokenizer)} tokens, but the text encoder knows "
-            f"{config.text['vocab_size']}; give the tokenizer that belongs to the model"
+            f"{config.text['vocab_size']}; give the tokenizer that belongs to the model. Tokens that were"
+            " added to it, as for textual inversion, are not supported"
         )
     return tokenizer
 

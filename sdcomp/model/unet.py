@@ -11,13 +11,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdcomp.model.attention import CrossAttention
 from sdcomp.model.config import UNetConfig
-from sdcomp.model.layers import GroupNorm, Linear, SiLU, gelu, is_recorded
+from sdcomp.model.layers import GroupNorm, Linear, SiLU, Upsample, gelu, is_recorded
 from sdcomp.model.prune_groups import PruneGroup
 
 
@@ -123,17 +122,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Stage(nn.Sequential):

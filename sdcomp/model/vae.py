@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.config import VAEConfig
-from sdcomp.model.layers import GroupNorm, silu
+from sdcomp.model.layers import GroupNorm, Upsample, silu
 
 
 def _norm(groups: int, channels: int) -> GroupNorm:
@@ -65,17 +65,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class _Middle(nn.Module):

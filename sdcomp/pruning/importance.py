@@ -131,6 +131,10 @@ def output_gradients(
 
     def probe(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal calls
+        if torch.is_inference_mode_enabled():
+            raise UserError(
+                "this needs gradients: run the module under torch.no_grad(), not inference_mode()"
+            )
         calls += 1
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)

@@ -41,12 +41,14 @@ def prunable_layers(
     """The convolutions and linear layers below `parts` by name, each once, in the order of the parts.
 
     By default the parts are the UNet's blocks, or all of a module that has none. Raises ValueError for an
-    unknown part, UserError for a quantized module and for weights that are not finite, and TypeError for what
-    is no module, such as a whole model.
+    unknown part, UserError for a quantized module, for one with LoRA layers and for weights that are not
+    finite, and TypeError for what is no module, such as a whole model.
     """
     require_module(module)
     if is_quantized(module):
         raise UserError("this module is quantized already: prune the plain one first, then quantize that")
+    if any(hasattr(layer, "base_layer") for layer in module.modules()):
+        raise UserError("this module has LoRA layers beside its own: fuse and unload them first")
     if parts is None:
         parts = [name for name in BLOCKS if hasattr(module, name)] or [""]
     layers = {}

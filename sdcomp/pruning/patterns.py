@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from sdcomp.pruning.importance import (
 )
 from sdcomp.pruning.layers import prunable_layers
 from sdcomp.pruning.resume import PruningCheckpoint
-from sdcomp.pruning.second_order import layer_errors, pattern, prune_layer
+from sdcomp.pruning.second_order import pattern, prune_layer, sweep_errors
 
 
 def prune_n_m(
@@ -93,6 +94,8 @@ def n_m_budgets(
     choices cannot reach.
     """
     require_data(calibration, "the choice of n")
+    if isinstance(kept, bool) or not isinstance(kept, Real) or not 0 < kept <= 1:
+        raise ValueError(f"kept must be a fraction above 0, and at most 1, not {kept!r}")
     counts = sorted({m, *choices}, reverse=True)
     for count in counts:
         _check_count(count, m)
@@ -102,7 +105,7 @@ def n_m_budgets(
     for name, layer in layers.items():
         moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
         rules = [pattern(count, m) for count in counts[1:]]
-        errors = layer_errors(layer, moments, rules, order=channels_last_columns(layer))
+        errors = sweep_errors(layer, moments, rules, order=channels_last_columns(layer))
         saved = [layer.weight.numel() * (1 - count / m) for count in counts]
         curves[name] = Curve(saved, [0.0, *(float(squares @ gradients) for squares in errors)])
     total = sum(layer.weight.numel() for layer in layers.values())

@@ -121,7 +121,7 @@ def prune_layer(
 
 
 @torch.no_grad()
-def layer_errors(
+def sweep_errors(
     layer: nn.Conv2d | nn.Linear, moments: Tensor, rules: Iterable[MakeRule], *, order: Tensor | None = None
 ) -> list[Tensor]:
     """The mean squared error of each output, `(out,)`, after a sweep by each of the rules.

@@ -13,7 +13,7 @@ from sdcomp.budgets import Curve, divide
 from sdcomp.pruning.importance import Calibration, check_importance, gather, weight_scores
 from sdcomp.pruning.layers import check_amount, prunable_layers, require_rest
 from sdcomp.pruning.resume import PruningCheckpoint
-from sdcomp.pruning.second_order import layer_errors, prune_layer, share
+from sdcomp.pruning.second_order import prune_layer, share, sweep_errors
 
 AMOUNTS = (0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """The amounts at which `layer_amounts` measures each layer's error."""
@@ -91,7 +91,7 @@ def layer_amounts(
     curves = {}
     for name, layer in layers.items():
         moments, gradients = (calibration.of(name, kind) for kind in ("moments", "gradients"))
-        errors = layer_errors(layer, moments, [share(each, gradients) for each in AMOUNTS[1:]])
+        errors = sweep_errors(layer, moments, [share(each, gradients) for each in AMOUNTS[1:]])
         # Of a small layer, several amounts are the same number of weights.
         points = {0: 0.0}
         for each, squares in zip(AMOUNTS[1:], errors, strict=True):

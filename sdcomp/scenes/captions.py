@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from sdcomp.scenes.scene import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, Thing
+from sdcomp.scenes.scene import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, Scene, Thing
 
 RELATION_WORDINGS = {"left": ("left of", "to the left of"), "above": ("above", "directly above")}
 BACKGROUND_WORDINGS = ("on a {} background", "against a {} background", "on {}")
@@ -54,7 +54,6 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
     text = describe(scene.things[0])
     if scene.relation is not None:
-        assert scene.relation in RELATIONS
         text += f" {choose(RELATION_WORDINGS[scene.relation])} {describe(scene.things[1])}"
     return f"{text} {choose(BACKGROUND_WORDINGS).format(scene.background)}"
 

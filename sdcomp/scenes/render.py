@@ -127,6 +127,3 @@ def render(scenes: list[Scene], seed: int | list[int]) -> Tensor:
 
 def _table(values: dict[str, tuple[float, ...]], rows: list[int], order: tuple[str, ...]) -> Tensor:
     return torch.tensor([values[name] for name in order])[rows][:, :, None, None]
-
-
-assert set(_RADIUS) == set(SIZES)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from sdcomp.errors import UserError
 from sdcomp.files import replacing
 from sdcomp.settings import whole_number
-from sdcomp.training.learning_rate import warmup_cosine
 
 Loss = Callable[[np.random.Generator, torch.Generator], Tensor | Iterator[Tensor]]
 """The loss of a step, or the losses of its micro-batches, which add up to the loss of the step."""
@@ -94,6 +93,14 @@ def fit(
             _write(checkpoint, recipe, stateful, so_far)
             saved = time.monotonic()
     return Trained(average.module.eval(), losses, seconds + time.monotonic() - begun)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """The share of the highest learning rate at a step, from 0 to `steps` - 1.
+
+    A linear warm-up, then cosine decay to zero (Loshchilov & Hutter 2017).
+    """
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def training_seed(seed: object) -> int:

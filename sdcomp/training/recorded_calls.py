@@ -46,5 +46,5 @@ def recorded_calls(sd: StableDiffusion, prompts: list[str], **settings: Any) -> 
     """Generate, and return the calls of the UNet. `settings` are arguments of `StableDiffusion.generate`."""
     recorder = _Recorder(sd.unet)
     decoder = _NoImages(sd.decoder, sd.config.vae.downsampling)
-    sd.replace(unet=recorder, decoder=decoder).generate(prompts, **settings)
+    sd.replace(unet=recorder, decoder=decoder).generate(prompts, pad=False, **settings)
     return recorder.calls

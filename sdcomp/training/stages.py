@@ -31,16 +31,9 @@ def train_vae(
     vae = nn.ModuleDict({"encoder": VAEEncoder(config.vae), "decoder": VAEDecoder(config.vae)})
     vae = vae.to(device, memory_format=torch.channels_last)
     return fit(
-        vae,
-        vae_loss(vae, data),
-        steps,
-        lr=2e-3,
-        seed=seed,
-        checkpoint=checkpoint,
-        inputs={"scenes": data.digest},
-        progress=progress,
-        desc="vae",
-    )
+        vae, vae_loss(vae, data), steps, lr=2e-3, seed=seed, checkpoint=checkpoint,
+        inputs={"scenes": data.digest}, progress=progress, desc="vae",
+    )  # fmt: skip
 
 
 def train_clip(
@@ -104,25 +97,12 @@ def train_unet(
         unet.load_state_dict(start.state_dict())
         inputs["start"] = weights_digest(start)
     unet = unet.to(device, memory_format=torch.channels_last)
-    loss = diffusion_loss(
-        unet,
-        NoiseSchedule(config.schedule),
-        (latents.means, latents.stds),
-        data,
-        clip.text_model.eval(),
-        tokenizer,
-    )
+    schedule, spread = NoiseSchedule(config.schedule), (latents.means, latents.stds)
+    loss = diffusion_loss(unet, schedule, spread, data, clip.text_model.eval(), tokenizer)
     return fit(
-        unet,
-        loss,
-        steps,
-        lr=1e-3,
-        seed=seed,
-        checkpoint=checkpoint,
-        inputs=inputs,
-        progress=progress,
+        unet, loss, steps, lr=1e-3, seed=seed, checkpoint=checkpoint, inputs=inputs, progress=progress,
         desc="unet",
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 import sdcomp
 from sdcomp.export.graph import GraphAttentionScores, GraphLayer, Interval
-from sdcomp.export.onnx import OPSET, _Operators
+from sdcomp.export.onnx import OPSET, ONNXDialect
 from sdcomp.model.attention import AttentionProduct
 from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import QuantModel, TimeStepCalibratedQuantModel
@@ -38,7 +38,7 @@ def test_a_layer_computes_what_its_simulation_does(bits, symmetric, tmp_path):
     grid = layer.act_quantizer.grid_of_range(x.min() * 0.8, x.max() * 0.8)  # the largest are clipped
     layer.set_act_scales(grid.scale[None], torch.zeros(1), zero_points=grid.zero_point)
     q.is_calibrated.fill_(True)
-    graph = torch.export.export(GraphLayer(layer, _Operators(), Interval()).eval(), (x,))
+    graph = torch.export.export(GraphLayer(layer, ONNXDialect(), Interval()).eval(), (x,))
     torch.onnx.export(graph, f=tmp_path / "a.onnx", opset_version=OPSET, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
@@ -68,7 +68,7 @@ def test_a_unet_with_rounded_weights_alone_varies_in_size(small, tmp_path):
 def test_attention_scores_compute_what_their_simulation_does(n_bits, tmp_path):
     call = tuple(random(2, 3, 40, 16, seed=seed) for seed in range(3))
     call[1][1, 2] = 0
-    graph = torch.export.export(GraphAttentionScores(n_bits, _Operators()).eval(), call)
+    graph = torch.export.export(GraphAttentionScores(n_bits, ONNXDialect()).eval(), call)
     torch.onnx.export(graph, f=tmp_path / "a.onnx", opset_version=OPSET, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), call, strict=True)}

@@ -12,7 +12,7 @@ import sdcomp
 from sdcomp.evaluation import weight_bytes
 from sdcomp.export import load_openvino
 from sdcomp.export.graph import GraphAttentionScores, GraphLayer, Interval
-from sdcomp.export.openvino import _Operators
+from sdcomp.export.openvino import OpenVINODialect
 from sdcomp.integer import int8_kernels
 from sdcomp.model.unet import GEGLU
 from sdcomp.quantization import NotCalibratedError, QuantModel, build
@@ -54,7 +54,7 @@ def test_a_layer_computes_what_its_simulation_does(kind, make):
     x = nn.functional.silu(3 * (random(2, 4, 8, 8) if make is nn.Conv2d else random(2, 5, 36)))
     q = QuantModel(nn.Sequential(layer), weight_quant_params=weights, act_quant_params=inputs)
     ranges(q, x)
-    graph = GraphLayer(q.quantized_layers()[0], _Operators(), Interval()).eval()
+    graph = GraphLayer(q.quantized_layers()[0], OpenVINODialect(), Interval()).eval()
     model = openvino.convert_model(graph, example_input=x, input=[openvino.PartialShape(x.shape)])
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_layer_computes_what_its_simulation_does(kind, make):
 def test_attention_scores_are_products_of_integers(n_bits, precision, margin):
     call = random(2, 3, 40, 16), random(2, 3, 40, 16, seed=1), random(2, 3, 40, 16, seed=2)
     call[1][1, 2] = 0
-    graph = GraphAttentionScores(n_bits, _Operators()).eval()
+    graph = GraphAttentionScores(n_bits, OpenVINODialect()).eval()
     shapes = [openvino.PartialShape([-1, 3, -1, 16])] * 3
     model = openvino.convert_model(graph, example_input=call, input=shapes)
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})

@@ -11,7 +11,7 @@ import sdcomp.pruning.unstructured
 from sdcomp.errors import UserError
 from sdcomp.pruning import calibrate, prune_n_m, prune_unstructured
 from sdcomp.pruning.layers import prunable_layers
-from sdcomp.pruning.second_order import layer_errors, prune_layer
+from sdcomp.pruning.second_order import prune_layer, sweep_errors
 
 PRUNINGS = {
     "layer": lambda unet, **more: prune_unstructured(unet, 0.5, importance="second_order", **more),
@@ -60,7 +60,7 @@ def test_a_killed_pruning_goes_on_to_the_same_bits(small, seen, tmp_path, monkey
         prune(whole, calibration=seen, checkpoint=file, inputs="a")
     measured = []
     monkeypatch.setattr(
-        sdcomp.pruning.unstructured, "layer_errors", lambda *args: measured.append(0) or layer_errors(*args)
+        sdcomp.pruning.unstructured, "sweep_errors", lambda *args: measured.append(0) or sweep_errors(*args)
     )
     resumed = prune(small.unet, calibration=seen, checkpoint=file, inputs="a")
     assert all(torch.equal(t, whole.state_dict()[name]) for name, t in resumed.state_dict().items())

@@ -22,7 +22,7 @@ from sdcomp.pruning import (
     prune_unstructured,
 )
 from sdcomp.pruning import unstructured as unstructured
-from sdcomp.pruning.second_order import layer_errors, prune_layer, share
+from sdcomp.pruning.second_order import prune_layer, share, sweep_errors
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_the_correction_halves_the_error_of_plain_zeros():
     prune_layer(swept, run.moments[""], share(0.6), passes=0)
     assert error(second) < 0.6 * error(swept)
     assert torch.equal(second.weight == 0, swept.weight == 0)
-    (errors,) = layer_errors(layer, run.moments[""], [share(0.6)])
+    (errors,) = sweep_errors(layer, run.moments[""], [share(0.6)])
     assert float(errors.mean()) == pytest.approx(error(swept), rel=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_a_small_layer_costs_what_its_own_number_of_zeros_costs(monkeypatch):
     )
     unstructured.layer_amounts({"0": net[0]}, 0.5, seen)
     rules = [share(count / 4, seen.gradients["0"]) for count in range(5)]
-    errors = [float(error @ seen.gradients["0"]) for error in layer_errors(net[0], seen.moments["0"], rules)]
+    errors = [float(error @ seen.gradients["0"]) for error in sweep_errors(net[0], seen.moments["0"], rules)]
     assert curves[0].saved == [0, 1, 2, 3, 4]
     assert list(curves[0].error) == pytest.approx(errors) and errors[1] < errors[2] < errors[4]
 
@@ -238,6 +238,8 @@ def test_budgets_of_patterns_leave_sensitive_layers_whole():
     chain, x = Chain(), correlated(500, 32)
     calibration = calibrate(chain, lambda: chain(x))
     assert n_m_budgets(chain, 0.75, choices=[2], calibration=calibration) == {"weak": 2, "strong": 4}
+    with pytest.raises(ValueError, match="kept must be a fraction above 0, and at most 1, not 75"):
+        n_m_budgets(chain, 75, choices=[2], calibration=calibration)
     budgets = n_m_budgets(chain, 0.5, choices=(1, 2, 3), calibration=calibration)
     assert budgets["weak"] == 1 and budgets["strong"] >= 2
     pruned = prune_n_m(chain, budgets, importance="second_order", calibration=calibration)

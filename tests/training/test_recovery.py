@@ -27,6 +27,7 @@ from sdcomp.pruning import (
 from sdcomp.pruning.disk_sizes import sparse_state
 from sdcomp.quantization import QuantModel
 from sdcomp.training import recover
+from sdcomp.training.recorded_calls import recorded_calls
 
 PROMPTS = ["a small red star on gray", "a large blue ring on white"]
 SETTINGS = {"sampling_steps": 3, "batch_size": 8, "lr": 1e-3, "progress": False}
@@ -98,6 +99,15 @@ def test_recovery_learns_conditional_and_unconditional_predictions_at_every_step
     with torch.no_grad():
         target = small.unet(*(parts[0] for parts in zip(*seen, strict=True)))
     assert recovered.losses[0] == pytest.approx(float(target.square().mean()), rel=1e-4)
+
+
+def test_each_prompt_is_recorded_as_often_as_the_others(small):
+    prompts = [*PROMPTS, "a small gray star on navy"]
+    calls = recorded_calls(small, prompts, batch_size=2, steps=2, guidance_scale=1, progress=False)
+    contexts = torch.cat([context for _, _, context, _ in calls])
+    assert len(contexts) == 2 * len(prompts)
+    wanted = small.encode_prompts(prompts)
+    assert [int((contexts == one).flatten(1).all(1).sum()) for one in wanted] == [2, 2, 2]
 
 
 def test_recovery_decodes_no_images(small, monkeypatch):

@@ -6,6 +6,7 @@ write for it, so that no setting of another architecture is overlooked.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import CLIPTextConfig
@@ -158,6 +159,12 @@ def schedule_config(values: dict[str, Any]) -> ScheduleConfig:
     check_settings(
         {"timestep_spacing": values.get("timestep_spacing", "leading")}, {"timestep_spacing": _SPACING}
     )
+    if values.get("timestep_spacing") == "linspace":
+        warnings.warn(
+            "the scheduler's timestep_spacing is 'linspace', which the samplers here do not have: they visit"
+            " the timesteps of 'leading', so images differ a little from those of diffusers",
+            stacklevel=2,
+        )
     config = ScheduleConfig(
         beta_start=values["beta_start"],
         beta_end=values["beta_end"],

@@ -34,7 +34,7 @@ from sdcomp.model.files.tensors import (
     Source,
     read_json,
     read_tensors,
-    write_tensors,
+    write_weights,
 )
 from sdcomp.model.files.unsupported import refuse_pipeline
 from sdcomp.model.tokenizer import save_tokenizer
@@ -71,6 +71,8 @@ def read_diffusers(folder: Path, variant: str | None = None) -> Source:
         raise ModelError(f"the files config.json of the parts in {folder} do not agree: {error}") from None
 
     files = {part: _weights_file(folder, part, variant) for part in _WEIGHTS}
+    if variant and not any(f".{variant}." in file.name for file in files.values()):
+        raise ModelError(f"{folder} has no weights of the variant {variant!r}; leave variant out")
     states = {part: read_tensors(file) for part, file in files.items()}
     states["vae"] = {modern_vae_name(name): t for name, t in states["vae"].items()}
     with torch.device("meta"):
@@ -99,13 +101,17 @@ def _renamed(
 
 
 def _weights_file(folder: Path, part: str, variant: str | None) -> Path:
-    kinds = [f".{variant}"] if variant else ["", ".fp16"]
     stem = _WEIGHTS[part]
-    names = [f"{stem}{kind}.safetensors" for kind in kinds]
-    names += [f"{'pytorch_model' if stem == 'model' else stem}{kind}.bin" for kind in kinds]
+    pickled = "pytorch_model" if stem == "model" else stem
+    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"]
+    if variant:
+        # A part without the variant has its plain weights, as in diffusers.
+        names = [f"{stem}.{variant}.safetensors", f"{pickled}.{variant}.bin", names[0], names[2]]
     for name in names:
         if os.path.lexists(folder / part / name):
             return folder / part / name
+    if any((folder / part).glob("*.index.json")):
+        raise ModelError(f"{folder / part} is in shards: save it with one file, by a larger max_shard_size")
     raise ModelError(f"{folder / part / names[0]} is missing; copy the whole model folder")
 
 
@@ -151,7 +157,7 @@ def write_diffusers(
     }
     with replacing_model(folder):
         for part, state in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-            write_tensors(state, folder / part / f"{_WEIGHTS[part]}.safetensors", dtype)
+            write_weights(state, folder / part / f"{_WEIGHTS[part]}.safetensors", dtype)
         save_tokenizer(tokenizer, folder / "tokenizer")
         for name, values in settings.items():
             write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")

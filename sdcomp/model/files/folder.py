@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from sdcomp.files import write_text
 from sdcomp.model.config import ModelConfig
 from sdcomp.model.files.replacement import replacing_model
-from sdcomp.model.files.tensors import Part, Source, read_json, read_tensors, write_tensors
+from sdcomp.model.files.tensors import Part, Source, read_json, read_tensors, write_weights
 from sdcomp.model.tokenizer import save_tokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
@@ -58,7 +58,7 @@ def write_folder(
     others = {name: state for name, state in states.items() if name not in ("encoder", "decoder")}
     with replacing_model(folder):
         for name, state in {**others, "vae": {**states["encoder"], **states["decoder"]}}.items():
-            write_tensors(state, folder / f"{name}.safetensors", dtype)
+            write_weights(state, folder / f"{name}.safetensors", dtype)
         save_tokenizer(tokenizer, folder)
         if channels:
             write_text(folder / "unet_channels.json", json.dumps(channels) + "\n")

@@ -19,6 +19,12 @@ _KINDS = (
     "unet_channels.json",
     "unet/unet_channels.json",
 )
+_FILES_OF_DIFFUSERS = (
+    # Weights under other names, such as those of a variant or of shards, and other forms of the tokenizer.
+    *(f"{part}/diffusion_pytorch_model*" for part in ("unet", "vae")),
+    *("text_encoder/model*", "text_encoder/pytorch_model*"),
+    *("tokenizer/tokenizer.json", "tokenizer/added_tokens.json"),
+)
 
 
 def replacing_model(folder: Path) -> AbstractContextManager[None]:
@@ -35,5 +41,8 @@ def _stale(folder: Path) -> Iterator[Path]:
     if (folder / "vae.safetensors").exists():
         yield folder / _OURS
         yield folder / "unet.safetensors"
+    theirs = _FILES_OF_DIFFUSERS if (folder / _DIFFUSERS).exists() else ()
     for name in (_DIFFUSERS, *_KINDS):
         yield folder / name
+    for pattern in theirs:
+        yield from filter(Path.is_file, folder.glob(pattern))  # the new files wait in folders

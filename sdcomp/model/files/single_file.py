@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from sdcomp.files import resolve_input
 from sdcomp.model.config import SD15, ModelConfig
-from sdcomp.model.files.tensors import ModelError, Part, Source, read_tensors, write_tensors
+from sdcomp.model.files.tensors import ModelError, Part, Source, read_tensors, write_weights
 from sdcomp.model.files.unsupported import WANTED_FILE, refuse_tensor_names, refuse_tensor_shapes
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
+_DECODER = ("decoder.", "post_quant_conv.")
 _TEXT = "cond_stage_model.transformer."
 
 
@@ -23,6 +25,7 @@ def read_original(file: Path, config: ModelConfig = SD15) -> Source:
     Averaged weights (`model_ema.*`), buffers of the schedule and other data of the training are dropped.
     The tokenizer is the one beside the file, else CLIP's own. Raises ModelError for another model.
     """
+    config = dataclasses.replace(config, vision=None, reader=False)  # a single file has neither
     tensors = read_tensors(file)
     unet, vae, text = ({} for _ in range(3))
     for prefix, state in ((_UNET, unet), (_VAE, vae), (_TEXT, text)):
@@ -38,10 +41,8 @@ def read_original(file: Path, config: ModelConfig = SD15) -> Source:
     refuse_tensor_shapes(file, unet, config)
     states = {
         "unet": unet,
-        "encoder": {
-            k: t for k, t in vae.items() if not k.startswith(("decoder.", "post_quant_conv.", "loss."))
-        },
-        "decoder": {k: t for k, t in vae.items() if k.startswith(("decoder.", "post_quant_conv."))},
+        "encoder": {k: t for k, t in vae.items() if not k.startswith((*_DECODER, "loss.", "model_ema."))},
+        "decoder": {k: t for k, t in vae.items() if k.startswith(_DECODER)},
         "text_encoder": text_state(text),
     }
     fits = "Stable Diffusion 1.x" if config == SD15 else "the given configuration"
@@ -65,7 +66,7 @@ def _tokenizer_for(file: Path) -> Path:
 def write_original(states: dict[str, dict[str, Tensor]], file: Path, dtype: torch.dtype | None) -> Path:
     """Write UNet, encoder, decoder and text encoder to one file in the original layout; return the file."""
     prefixes = {"unet": _UNET, "encoder": _VAE, "decoder": _VAE, "text_encoder": _TEXT + "text_model."}
-    write_tensors(
+    write_weights(
         {prefix + name: t for part, prefix in prefixes.items() for name, t in states[part].items()},
         file,
         dtype,

@@ -12,11 +12,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdcomp.errors import UserError
-from sdcomp.files import regular, replacing
+from sdcomp.files import regular, write_tensors
 from sdcomp.model.config import ModelConfig
 from sdcomp.settings import shown
 
@@ -229,19 +229,23 @@ def check_float_type(dtype: object) -> None:
         )
 
 
-def write_tensors(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
+def write_weights(state: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file; floating-point tensors are converted to `dtype` if it is given.
 
-    Raises UserError if the file cannot be written, and TypeError for a `dtype` that cannot be loaded.
+    Raises UserError if the file cannot be written and for values that `dtype` cannot hold, TypeError for a
+    `dtype` that cannot be loaded.
     """
     check_float_type(dtype)
 
-    def convert(tensor: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to("cpu", kind).contiguous()
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if dtype is None or not tensor.is_floating_point():
+            return tensor
+        made = tensor.detach().to("cpu", dtype)
+        if not finite(made) and finite(tensor):
+            raise UserError(f"{name} has values that {dtype} cannot hold: save in a wider type")
+        return made
 
-    with replacing(file) as partial:
-        save_file({name: convert(t) for name, t in state.items()}, partial, metadata={"format": "pt"})
+    write_tensors(file, {name: convert(name, t) for name, t in state.items()}, {"format": "pt"})
 
 
 def finite(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Load and save every format: the original single file, diffusers' folder, and ours."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdcomp
+from sdcomp.errors import UserError
 from sdcomp.export import as_diffusers_unet, from_diffusers_unet
 from sdcomp.model import (
     SD15,
@@ -79,6 +81,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 # The original layout
+
+
+def test_a_single_file_loads_with_the_configuration_of_the_model_that_was_saved(small, single, plain):
+    # A single file has neither image encoder nor reader.
+    assert small.config.reader and small.config.vision
+    again = load(single, config=small.config)
+    assert again.config == plain.config and again.reader is None
+    assert_same(states(again), states(plain))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -212,6 +222,52 @@ def test_safetensors_come_before_bin_and_the_variant_is_respected(plain, folder)
         load(folder)
     with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model\.ema\.safetensors is missing"):
         load(folder, variant="ema")
+
+
+def test_a_part_without_the_variant_has_its_plain_weights(plain, folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: t + 1 for k, t in load_file(file).items()}, file.with_suffix(".ema.safetensors"))
+    other = states(load(folder, variant="ema"))
+    moved = {k: t + 1 if k.startswith("unet.") else t for k, t in states(plain).items()}
+    assert_same(other, moved)
+    with pytest.raises(ModelError, match="no weights of the variant 'none'; leave variant out"):
+        load(folder, variant="none")
+
+
+def test_shards_are_refused_by_name(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
+    file.with_suffix(".safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"unet is in shards: save it with one file"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"],
+)
+def test_a_save_over_a_folder_leaves_no_other_weights_of_the_old_model(plain, folder, left):
+    (folder / left).write_text("{}", encoding="utf-8")
+    (folder / "unet" / "notes.txt").write_text("mine", encoding="utf-8")
+    sdcomp.save(plain, folder, format="diffusers")
+    assert not (folder / left).exists() and (folder / "unet" / "notes.txt").exists()
+    assert_same(states(load(folder)), states(plain))
+
+
+def test_a_spacing_that_the_samplers_do_not_have_is_warned_of(folder):
+    change(folder / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
+    with pytest.warns(UserWarning, match="timestep_spacing is 'linspace'"):
+        assert load(folder).config.schedule.timestep_spacing == "leading"
+
+
+def test_values_that_a_narrower_type_cannot_hold_are_not_saved(plain, tmp_path):
+    large = copy.deepcopy(plain.unet)
+    with torch.no_grad():
+        large.out[2].weight[0, 0, 0, 0] = 1e5
+    sdcomp.save(plain, tmp_path / "model")
+    with pytest.raises(UserError, match=r"out\.2\.weight has values that torch.float16 cannot hold"):
+        sdcomp.save(plain.replace(unet=large), tmp_path / "model", dtype=torch.float16)
+    assert_same(states(load(tmp_path / "model")), states(plain))
 
 
 @pytest.mark.parametrize(

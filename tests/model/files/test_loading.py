@@ -20,7 +20,6 @@ from sdcomp.errors import UserError
 from sdcomp.files import resolve_input
 from sdcomp.model import TINY, ModelError, StableDiffusion, load, save
 from sdcomp.model.clip import build_clip
-from sdcomp.model.files import tensors
 from sdcomp.model.tokenizer import tokenize
 from sdcomp.pruning import prune_unstructured
 from sdcomp.scenes import SceneReader
@@ -196,7 +195,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_only(whole, folder, 
         # The error that safetensors raises.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(tensors, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left") as caught:
         sdcomp.save(whole, folder)
     assert str(folder / "unet.safetensors") in str(caught.value) and "\n" not in str(caught.value)
@@ -218,7 +217,7 @@ def test_a_save_that_is_killed_leaves_whole_files_only(whole, folder, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "save_file", killed)
+        patch.setattr(files, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             sdcomp.save(whole, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
