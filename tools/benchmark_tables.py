@@ -201,13 +201,14 @@ def _peers() -> list[dict[str, str]]:
 def smallest_peer(little: float, tolerance: float) -> str:
     """A sentence about the smallest model of another tool that loses little, see `little_lost`."""
     peers, good = _peers(), little_lost(little, tolerance)
+    of = f"Of {len(peers)} models that other tools make"
     if not good:
-        return f"None of {len(peers)} models that other tools make is within the same limits."
+        return f"{of}, none is within the same limits."
     best = good[0]
     change = f"{best['accuracy_difference']} [{best['low']}, {best['high']}]"
     return (
-        f"The smallest of {len(peers)} models that other tools make, within the same limits: at least"
-        f" {best['megabytes']} MB ({best['variant']}: {change})."
+        f"{of}, the smallest within the same limits has at least {best['megabytes']} MB"
+        f" ({best['variant']}: {change})."
     )
 
 

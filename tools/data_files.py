@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+
+from sdcomp.files import sha256
 
 
 def rows(folder: Path) -> list[list[str]]:
@@ -11,6 +12,5 @@ def rows(folder: Path) -> list[list[str]]:
     found = [["file", "bytes", "sha256"]]
     kinds = (".safetensors", ".json", ".jsonl", ".txt")
     for path in sorted(file for file in folder.iterdir() if file.suffix in kinds):
-        content = path.read_bytes()
-        found.append([f"`{path.name}`", f"{len(content):,}", f"`{hashlib.sha256(content).hexdigest()}`"])
+        found.append([f"`{path.name}`", f"{path.stat().st_size:,}", f"`{sha256(path)}`"])
     return found

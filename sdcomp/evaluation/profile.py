@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -57,22 +56,15 @@ def _time_parts(
     parts: Mapping[str, nn.Module], device: torch.device, call: Callable[[], Any]
 ) -> tuple[dict[str, float], float]:
     """Seconds that `call` spends in each of these modules, and in total."""
-    with _clocks(parts, device) as clocks:
+    clocks = {name: _Clock(module, device) for name, module in parts.items()}
+    try:
         begin = clock(device)
         call()
         total = clock(device) - begin
-    return {name: timed.seconds() for name, timed in clocks.items()}, total
-
-
-@contextmanager
-def _clocks(parts: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, _Clock]]:
-    """Attach a clock to each module for the block; remove all clocks at its end, also after an error."""
-    clocks = {name: _Clock(module, device) for name, module in parts.items()}
-    try:
-        yield clocks
     finally:
         for timed in clocks.values():
             timed.remove()
+    return {name: timed.seconds() for name, timed in clocks.items()}, total
 
 
 class _Clock:

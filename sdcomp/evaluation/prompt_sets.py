@@ -50,7 +50,9 @@ def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
         raise UserError(f"{path} is missing: there is no {name!r} prompt set for this model")
     regular(path)  # opening a pipe would block
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Spaces at the ends do not change a prompt, and would hide that two lines are the same.
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         rows = [json.loads(line) if path.suffix == ".jsonl" else {"prompt": line} for line in lines]
         texts = as_texts("prompt", [row["prompt"] for row in rows])
         scenes = [Scene.from_dict(row["scene"]) if "scene" in row else None for row in rows]
@@ -59,5 +61,6 @@ def load_prompts(sd: StableDiffusion, name: str, n: int) -> Prompts:
             f'{path} is no prompt file: each line must be like {{"prompt": "..."}} ({error})'
         ) from None
     if not 1 <= n <= len(rows):
-        raise UserError(f"{path.name} has {len(rows)} prompts: ask for 1 to {len(rows)}, not for {n}")
+        has = "1 prompt" if len(rows) == 1 else f"{len(rows)} prompts"
+        raise UserError(f"{path.name} has {has}: ask for 1 to {len(rows)}, not for {n}")
     return Prompts(texts[:n], scenes[:n] if None not in scenes and sd.reader is not None else None)

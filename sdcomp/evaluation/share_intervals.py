@@ -36,7 +36,8 @@ def wilson(share: np.ndarray, n: np.ndarray) -> Ends:
     """The score interval of a share of `n` images (Wilson 1927)."""
     center = (share + Z**2 / 2 / n) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + (Z / 2 / n) ** 2)
-    return center - half, center + half
+    # The interval contains the share, also after rounding errors.
+    return np.minimum(center - half, share), np.maximum(center + half, share)
 
 
 def tango(gained: np.ndarray, lost: np.ndarray, n: np.ndarray) -> Ends:
@@ -64,6 +65,17 @@ def _variance(gained: np.ndarray, lost: np.ndarray, difference: np.ndarray) -> n
     b = (2 - gained + lost) * difference - gained - lost
     rate = (np.sqrt(b**2 + 8 * lost * difference * (1 - difference)) - b) / 4
     return 2 * rate + difference * (1 - difference)
+
+
+def difference_of_changes(mean: np.ndarray, square: np.ndarray, n: np.ndarray) -> Ends:
+    """The interval of the mean of values from -2 to 2, each the difference of two paired differences.
+
+    One value of 1 and one of -1 are added to the `n` values, and the interval is the normal one of all n + 2
+    (Agresti & Min 2005 do so for paired differences of shares). `square` is the mean of the squared values.
+    """
+    center = n * mean / (n + 2)
+    half = Z * np.sqrt(((n * square + 2) / (n + 2) - center**2) / (n + 2))
+    return center - half, center + half
 
 
 def few_images(n: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdcomp.evaluation.bootstrap import bootstrap, members_of
 from sdcomp.evaluation.confidence_intervals import Estimate
-from sdcomp.evaluation.share_intervals import effective_number, tango, wilson
+from sdcomp.evaluation.share_intervals import difference_of_changes, effective_number, tango, wilson
 
 
 def applicable(values: Tensor, groups: Sequence[Hashable]) -> tuple[Tensor, list[Hashable]]:
@@ -47,19 +47,23 @@ def share_estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> 
 def paired_difference(values: Tensor, baseline: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of `values - baseline`, image by image; for bool scores in percentage points.
 
-    Scores have an interval by bootstrap, bool scores Tango's score interval, where clusters count as their
-    `effective_number` of independent pairs. Raises ValueError unless both have the same shape and both or
-    neither are bool, and the errors of `bootstrap`.
+    Scores have an interval by bootstrap, bool scores Tango's score interval. Differences of bool scores are
+    int8, from -1 to 1; their own differences have the interval of `difference_of_changes`, in points too.
+    Clusters count as their `effective_number` of independent pairs. Raises ValueError unless both have the
+    same shape and are of one kind, and the errors of `bootstrap`.
     """
     if values.shape != baseline.shape:
         raise ValueError(f"{tuple(values.shape)} values cannot be paired with {tuple(baseline.shape)}")
-    if (values.dtype == torch.bool) != (baseline.dtype == torch.bool):
+    if any((values.dtype == kind) != (baseline.dtype == kind) for kind in (torch.bool, torch.int8)):
         raise ValueError(f"convert one side: {values.dtype} cannot be paired with {baseline.dtype}")
     change = values.double() - baseline.double()
-    if values.dtype != torch.bool:
+    if values.dtype not in (torch.bool, torch.int8):
         return bootstrap(change, groups=groups)
     data, n = _shares(change, groups)
-    low, high = tango((data > 0).mean(), (data < 0).mean(), n)
+    if values.dtype == torch.bool:
+        low, high = tango((data > 0).mean(), (data < 0).mean(), n)
+    else:
+        low, high = difference_of_changes(data.mean(), np.square(data).mean(), n)
     return Estimate(*(100 * float(x) for x in (data.mean(), low, high)), data.size)
 
 

@@ -13,6 +13,8 @@ import torch
 from sdcomp.evaluation.confidence_intervals import LEVEL, Estimate
 
 Key = TypeVar("Key", bound=Hashable)
+ENOUGH_TIMES = 6
+"""Fewer measurements of a time have no 95 % interval of their median, only a range."""
 
 
 def interleaved_times(

@@ -4,7 +4,7 @@ from sdcomp.study.answers import answer
 from sdcomp.study.build import Builder, as_executed, calibration_settings
 from sdcomp.study.paired import PairedStudy, reference_images
 from sdcomp.study.parameters import ParameterError, read_parameters
-from sdcomp.study.plan import as_list, bit_pairs, check_calibration, needs_intervals, pruned_variants
+from sdcomp.study.plan import bit_pairs, check_calibration, needs_intervals, pruned_variants
 from sdcomp.study.plots import (
     bits_map,
     difference_bars,
@@ -12,7 +12,6 @@ from sdcomp.study.plots import (
     error_dots,
     heat_map,
     image_grid,
-    interval_bars,
     label_ends,
     scatter,
     style,
@@ -32,7 +31,6 @@ __all__ = [
     "Variant",
     "answer",
     "as_executed",
-    "as_list",
     "bit_pairs",
     "bits_map",
     "calibration_settings",
@@ -42,7 +40,6 @@ __all__ = [
     "error_dots",
     "heat_map",
     "image_grid",
-    "interval_bars",
     "label_ends",
     "needs_intervals",
     "pruned",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sdcomp.study.claims import UNKNOWN, VERDICTS, not_worse
-from sdcomp.study.results import Row
+from sdcomp.study.results import Row, with_interval
 from sdcomp.study.variants import FP32, Variant
 
 ENOUGH = 64
@@ -27,7 +27,7 @@ def answer(differences: Sequence[Row], tolerance: float | None = None) -> str:
     if not differences:
         return "No variant gave images, so this run has no answer."
     first = differences[0]
-    tolerance = tolerance_of(differences, tolerance)
+    tolerance = _tolerance(differences, tolerance)
     reach = float(np.median([(row["ci_high"] - row["ci_low"]) / 2 for row in differences]))
     lines = [
         f"{first['n']:g} images a variant. The intervals of the {first['metric']} reach {reach:.1f}"
@@ -55,19 +55,20 @@ def smallest_file(
 ) -> str:
     """A sentence about the smallest file that loses little.
 
-    Little is at most `LITTLE` of the `tolerance`, and all of it at the worse end of the interval.
+    Little is at most `LITTLE` of the `tolerance`; the interval may reach down to all of it.
     `differences` are rows as for `answer`, `megabytes` the real files of some of the variants, and `half` is
     the file in fp16.
     """
     if few := too_few(differences, "file is the smallest"):
         return few
+    of, little = f"Of {len(megabytes)} files", _limits(differences, tolerance)
     found = cheapest(differences, megabytes, tolerance)
     if found is None or megabytes[found["variant"]] >= half:
-        return f"No file below the {half:.1f} MB of fp16 is shown to have {_limits(differences, tolerance)}."
+        return f"{of}, none below the {half:.1f} MB of fp16 loses {little}."
     size = megabytes[found["variant"]]
     return (
-        f"The smallest of {len(megabytes)} files with {_limits(differences, tolerance)}: {size:.2f} MB,"
-        f" {100 * size / half:.0f} % of fp16 ({_shown(found)})."
+        f"{of}, the smallest that loses {little} has {size:.2f} MB, {100 * size / half:.0f} % of fp16"
+        f" ({_shown(found)})."
     )
 
 
@@ -81,12 +82,13 @@ def fewest_bits(methods: Mapping[str, Sequence[Row]], tolerance: float | None = 
         return few
     said = []
     for method, found in methods.items():
-        limit = tolerance_of(found, tolerance)
+        limit = _tolerance(found, tolerance)
         lost = max((row["variant"].weight_bits for row in found if not _little(row, limit)), default=0)
         kept = (row["variant"].weight_bits for row in found if row["variant"].weight_bits > lost)
         # A title breaks its lines between methods only.
         said.append(f"{method}\N{NO-BREAK SPACE}{min(kept, default='none')}")
-    return f"The fewest bits with {_limits(rows, tolerance)}, {rows[0]['n']:g} images: {', '.join(said)}."
+    little = _limits(rows, tolerance)
+    return f"The fewest bits that lose {little}, {rows[0]['n']:g} images: {', '.join(said)}."
 
 
 def fastest(
@@ -100,16 +102,16 @@ def fastest(
     if few := too_few(differences, "execution is the fastest"):
         return few
     alone = [row for row in differences if row["variant"] == Variant(steps=row["variant"].steps)]
-    limits = _limits(differences, tolerance)
+    little = _limits(differences, tolerance)
     lines = []
-    for who, rows in (("The fastest execution", differences), ("Fewer steps of fp32 alone", alone)):
+    for of, rows in (("Of all executions", differences), ("Of fewer steps of fp32 alone", alone)):
         found = cheapest(rows, seconds, tolerance)
         if found is None or seconds[found["variant"]] >= seconds[FP32]:
-            lines.append(f"{who}: none that is faster than fp32 is shown to have {limits}.")
+            lines.append(f"{of}, none that is faster than fp32 loses {little}.")
             continue
         time = seconds[found["variant"]]
         lines.append(
-            f"{who}, with {limits}: {time:.3f} s of UNet time an image,"
+            f"{of}, the fastest that loses {little} takes {time:.3f} s of UNet time an image:"
             f" {seconds[FP32] / time:.1f} times as fast as the UNet in fp32 ({_shown(found)})."
         )
     return "\n".join(lines)
@@ -135,8 +137,10 @@ def added_losses(differences: Sequence[Row], interactions: Sequence[Row] = ()) -
 
 def repeated(differences: Sequence[Row], tolerance: float | None = None) -> str:
     """A sentence about chosen variants on prompts that did not choose them; rows are as for `answer`."""
+    if few := too_few(differences, "losses are the same on other prompts"):
+        return few
     n, name = differences[0]["n"], differences[0]["about"]["prompts"]
-    tolerance = tolerance_of(differences, tolerance)
+    tolerance = _tolerance(differences, tolerance)
     shown = "; ".join(
         f"{_shown(row)}, {'within' if _little(row, tolerance) else 'outside'} these limits"
         for row in differences
@@ -153,7 +157,7 @@ def cheapest(
     differences: Sequence[Row], costs: Mapping[Variant, float], tolerance: float | None = None
 ) -> Row | None:
     """The row of the least cost among the variants that are shown to lose little, see `smallest_file`."""
-    tolerance = tolerance_of(differences, tolerance)
+    tolerance = _tolerance(differences, tolerance)
     little = [row for row in differences if row["variant"] in costs and _little(row, tolerance)]
     return min(little, key=lambda row: costs[row["variant"]], default=None)
 
@@ -166,20 +170,23 @@ def too_few(differences: Sequence[Row], what: str) -> str:
     return f"{n:g} images do not tell which {what}: it takes {ENOUGH}." if n < ENOUGH else ""
 
 
-def tolerance_of(differences: Sequence[Row], tolerance: float | None = None) -> float:
-    """The tolerance, by default that of the rows' metric in `TOLERANCES`."""
-    if tolerance is None:
-        return TOLERANCES[differences[0]["metric"]] if differences else 0.0
-    return tolerance
+def tolerance_of(score: str, tolerance: float | str | None = None) -> float:
+    """The `tolerance`, or that of a score in `TOLERANCES` where it is None or empty."""
+    return TOLERANCES[f"{score} difference"] if tolerance in (None, "") else float(tolerance)
+
+
+def _tolerance(differences: Sequence[Row], tolerance: float | None) -> float:
+    """The tolerance, by default that of the rows' metric."""
+    if not differences:
+        return 0.0
+    return tolerance_of(differences[0]["metric"].removesuffix(" difference"), tolerance)
 
 
 def _limits(differences: Sequence[Row], tolerance: float | None) -> str:
     score = differences[0]["metric"].removesuffix(" difference")
-    tolerance = tolerance_of(differences, tolerance)
-    lost = f"at most {LITTLE * tolerance:g} points of {score} lost"
-    return f"{lost} ({tolerance:g} at the worse end of its interval)"
+    tolerance = _tolerance(differences, tolerance)
+    return f"at most {LITTLE * tolerance:g} points of {score} (interval not below -{tolerance:g})"
 
 
 def _shown(row: Row) -> str:
-    ends = f" [{row['ci_low']:.1f}, {row['ci_high']:.1f}]" if np.isfinite(row["ci_low"]) else ""
-    return f"{row['label']}: {row['value']:.1f}{ends}"
+    return f"{row['label']}: {with_interval(row)}"

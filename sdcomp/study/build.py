@@ -35,7 +35,7 @@ from sdcomp.quantization import (
     load_quant_model,
     save_quant_model,
 )
-from sdcomp.quantization.calibration import SAMPLER
+from sdcomp.quantization.calibration import CALIBRATION_SAMPLER
 from sdcomp.study.rounding import KeptRounding, take_rounding
 from sdcomp.study.variants import Variant, quantized
 from sdcomp.training import recover
@@ -58,7 +58,7 @@ def calibration_settings(
     return {
         "prompts": load_prompts(sd, prompts, n).texts,
         "steps": p.get("calibration_steps") or p["steps"],
-        "sampler": p.get("calibration_sampler", SAMPLER),
+        "sampler": p.get("calibration_sampler", CALIBRATION_SAMPLER),
         "guidance_scale": own["guidance_scale"],
         "negative_prompt": negative_prompt,
         "batch_size": min(n, own["batch_size"]),
@@ -215,7 +215,7 @@ class Builder:
         apply_recipe(
             made,
             replace(recipe, methods=()) if known else recipe,
-            lambda: sd.generate(prompts, progress=progress, **settings),
+            lambda: sd.generate(prompts, pad=False, progress=progress, **settings),
             checkpoint=self._checkpoint(variant),
             inputs=f"{prompts} {settings}",
             progress=progress,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdcomp.evaluation.timing import ENOUGH_TIMES
 from sdcomp.study.results import Row, select
 from sdcomp.study.variants import FP32, Variant
 
@@ -119,8 +120,8 @@ class Comparison:
 class Trend(Comparison):
     """The change of a time in percent at the amount of `variant`, from all amounts of its kind.
 
-    The line goes through the baseline's time at amount 0. It has the least squared errors, weighted by the
-    intervals; times without one do not count.
+    The line goes through the baseline's time at amount 0 and has the least squared errors. Its interval is
+    that of independent times. Times that were measured fewer than `ENOUGH_TIMES` times do not count.
     """
 
     metric: str = "time relative to fp32"
@@ -134,16 +135,16 @@ class Trend(Comparison):
             if row["variant"]
             and row["variant"].amount
             and row["variant"].describe(amount=False) == kind
-            and row["ci_high"] > row["ci_low"]
+            and row["n"] >= ENOUGH_TIMES
         ]
         if not found:
             return None
         amounts = np.array([row["variant"].amount for row in found])
         changes = np.array([100 * (row["value"] - 1) for row in found])
-        weights = np.array([100 * (row["ci_high"] - row["ci_low"]) / 2 for row in found]) ** -2.0
-        spread = (weights * amounts**2).sum()
-        value = self.variant.amount * (weights * amounts * changes).sum() / spread
-        half = self.variant.amount / np.sqrt(spread)
+        reach = np.array([100 * (row["ci_high"] - row["ci_low"]) / 2 for row in found])
+        slope = (amounts * changes).sum() / (amounts**2).sum()
+        error = np.sqrt((amounts**2 * reach**2).sum()) / (amounts**2).sum()
+        value, half = self.variant.amount * slope, self.variant.amount * error
         ends = {"value": float(value), "ci_low": float(value - half), "ci_high": float(value + half)}
         return {**found[0], "variant": self.variant, "unit": "%", "source": "trend", **ends}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sdcomp.evaluation.confidence_intervals import student
 from sdcomp.study.answers import ENOUGH
-from sdcomp.study.results import Row
+from sdcomp.study.results import Row, with_interval
 
 
 def sure(row: Row) -> bool:
@@ -65,8 +65,8 @@ def draws_against_images(draws: Mapping[str, Sequence[Row]]) -> str:
     alone = float(np.median([reach(row) for row in rows]))
     both = float(np.hypot(alone, student(_free(groups)) * spread))
     return (
-        f"{len(rows)} draws have a standard deviation of {spread:.1f} {points}. With them, intervals reach"
-        f" {both:.1f} {points} to each side instead of {alone:.1f}."
+        f"Draws of equally many prompts have a standard deviation of {spread:.1f} {points}. With them,"
+        f" intervals reach {both:.1f} {points} to each side instead of {alone:.1f}."
     )
 
 
@@ -95,7 +95,7 @@ def changes_answer(changes: Sequence[Row], own: str) -> str:
             f"No loss is shown to be another than under {own}. The intervals of {len(changes)} changes reach"
             f" up to {widest:.1f} {_points(changes[0])} to each side."
         )
-    found = "; ".join(f"{row['condition']}, {row['label']}: {shown(row)}" for row in other)
+    found = "; ".join(f"{row['condition']}, {row['label']}: {with_interval(row)}" for row in other)
     return (
         f"{len(changes)} losses were compared with those under {own}. For {len(other)} the interval of the"
         f" change leaves out 0; chance alone gives about {len(changes) / 20:.1f}. {found}."
@@ -132,11 +132,13 @@ def first_failure(rows: Sequence[Row]) -> str:
     """A sentence about `lost_first`."""
     if not rows:
         return "No reader judges these images, so no attribute can be told."
+    if (n := max(row["n"] for row in rows)) < ENOUGH:
+        return f"{n:g} images are too few to tell which attribute is lost first."
     lost = lost_first(rows)
     if not lost:
         gentle, harsh = rows[0]["label"], rows[-1]["label"]
         return f"From {gentle} to {harsh}, no attribute is lost for certain at this n."
-    said = ", ".join(f"{row['about']['attribute']} {shown(row)}" for row in lost)
+    said = ", ".join(f"{row['about']['attribute']} {with_interval(row)}" for row in lost)
     return f"{lost[0]['label']} is the first with clear losses ({_points(lost[0])}): {said}."
 
 
@@ -153,11 +155,6 @@ def failure_title(rows: Sequence[Row]) -> str:
     before = labels.index(lost[0]["label"]) - 1
     gentler = f"; {labels[before]} shows no clear loss" if before >= 0 else ""
     return f"{lost[0]['label']} loses {said}{gentler}"
-
-
-def shown(row: Row) -> str:
-    """A value with its interval, in brackets."""
-    return f"{row['value']:.1f} [{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
 
 
 def _few(row: Row) -> str:

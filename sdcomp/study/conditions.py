@@ -8,7 +8,7 @@ from typing import Any
 
 from sdcomp.model import SAMPLERS
 from sdcomp.quantization import PRESETS, Recipe
-from sdcomp.quantization.calibration import SAMPLER
+from sdcomp.quantization.calibration import CALIBRATION_SAMPLER
 from sdcomp.quantization.observer import UPDATE_POLICIES
 from sdcomp.quantization.quantizer import SCALE_METHODS
 
@@ -25,14 +25,14 @@ class Calibrated:
 
     prompts: int
     draw: int = 0
-    sampler: str = SAMPLER
+    sampler: str = CALIBRATION_SAMPLER
     policy: str = ""
     """A name in `POLICIES`; empty: the preset's own."""
 
     @property
     def label(self) -> str:
         """A text that no other calibration has: "16 prompts, draw 2, ddim, merged"."""
-        sampler = "" if self.sampler == SAMPLER else self.sampler
+        sampler = "" if self.sampler == CALIBRATION_SAMPLER else self.sampler
         plural = "s" if self.prompts > 1 else ""
         parts = (f"{self.prompts} prompt{plural}", f"draw {self.draw + 1}", sampler, self.policy)
         return ", ".join(part for part in parts if part)

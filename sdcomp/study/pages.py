@@ -109,7 +109,10 @@ def _write_page(path: Path) -> str:
         f'<figure><a href="{study}/{figure.name}"><img src="{study}/{figure.name}" alt="{figure.stem}">'
         f"</a><figcaption><small>{figure.stem}</small></figcaption></figure>"
         for figure in sorted(path.parent.glob("*.png"))
+        if figure.name in record.get("figures", [figure.name])  # the others are of an earlier run
     ]
+    commit, _, modified = record["commit"].partition("-")
+    commit = "-".join(part for part in (commit[:7], modified) if part)
     names = [path.name, "metrics.csv", "images.csv", "run.json"]
     files = [f'<a href="{study}/{name}">{name}</a>' for name in names if (path.parent / name).is_file()]
     return "\n".join(
@@ -118,7 +121,7 @@ def _write_page(path: Path) -> str:
             markdown2html(said[0]) if said else "",
             f"<p><strong>This run.</strong></p>\n<pre>{escape(own)}</pre>" if own else "",
             f"<p><small>{record['seconds']:.0f} s on {escape(record['device'])}, commit "
-            f"{escape(record['commit'][:7])}; {', '.join(files)}</small></p>",
+            f"{escape(commit)}; {', '.join(files)}</small></p>",
             *figures,
             "</section>",
         )

@@ -189,10 +189,9 @@ class PairedStudy:
             self._row(variant, f"{metric} difference", change, unit=_unit(metric), baseline=to)
 
     def losses(self, variant: Variant, metric: str) -> Tensor:
-        """A measured variant's scores minus the baseline's, image by image, `(N,)`; in points for shares."""
-        values, baseline = self._measured[variant][metric], self.scores[metric]
-        unit = 100 if values.dtype == torch.bool else 1
-        return unit * (values.double() - baseline.double())
+        """A measured variant's scores minus the baseline's, image by image, `(N,)`; int8 for bool scores."""
+        kind = torch.int8 if self.scores[metric].dtype == torch.bool else torch.double
+        return self._measured[variant][metric].to(kind) - self.scores[metric].to(kind)
 
     def noise_errors(self, unet: nn.Module) -> Tensor:
         """Squared error of a UNet's noise predictions along the baseline's path, `(S, noise_images)`.

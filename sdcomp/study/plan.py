@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
     from sdcomp.model import StableDiffusion
 
 
-def as_list(values: Any) -> list[Any]:
-    """A parameter that may be one value or a list of them, as a list."""
-    return values if isinstance(values, list) else [values]
-
-
 def pruned_variants(
     amounts: float | list[float], structured: bool, mode: str, recover_steps: int = 0
 ) -> list[Variant]:
     """One variant for each amount, from the published parameters of `02_pruning`."""
     kind = {"mask": "masked channels", "remove": "removed"}[mode] if structured else "unstructured"
-    return [pruned(kind, amount, recover_steps=recover_steps) for amount in as_list(amounts)]
+    amounts = amounts if isinstance(amounts, list) else [amounts]
+    return [pruned(kind, amount, recover_steps=recover_steps) for amount in amounts]
 
 
 def bit_pairs(weight_bits: int | list[int], act_bits: int | list[int]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdcomp.study.claims import FAILS, HOLDS, UNKNOWN, not_worse
+from sdcomp.study.results import Row
 
 
 def style() -> None:
@@ -59,7 +60,7 @@ def image_grid(
 def error_band(
     axis: Axes,
     x: Sequence[float],
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     label: str = "",
     color: Any = None,
     linestyle: str = "-",
@@ -88,7 +89,7 @@ def _size(marker: str) -> int:
     return 9 if marker == "*" else 4
 
 
-def label_ends(axis: Axes, size: float = 8) -> None:
+def label_ends(axis: Axes) -> None:
     """Write the name of each line beside its right end, in its colour. Names do not overlap.
 
     Call it when scales and limits are final.
@@ -100,6 +101,7 @@ def label_ends(axis: Axes, size: float = 8) -> None:
         points = axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()))
         ends[line] = points[points[:, 0].argmax()]
     height = axis.get_position().height * axis.figure.get_figheight() * 72
+    size = 8  # points
     gap, below = 1.25 * size / height, -1.0
     for line, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         below = max(y, below + gap)
@@ -111,15 +113,15 @@ def label_ends(axis: Axes, size: float = 8) -> None:
 
 def scatter(
     axis: Axes,
-    cost: Sequence[dict[str, Any]],
-    quality: Sequence[dict[str, Any]],
+    cost: Sequence[Row],
+    quality: Sequence[Row],
     label: str = "",
     color: Any = None,
     marker: str = "o",
 ) -> None:
     """Draw quality against cost, row by row (of `Run.results`), with both intervals where they are known."""
 
-    def bars(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    def bars(rows: Sequence[Row]) -> list[list[float]]:
         ends = [
             (row["ci_low"], row["ci_high"]) if row["ci_low"] != "" else 2 * (row["value"],) for row in rows
         ]
@@ -134,7 +136,7 @@ def scatter(
     axis.errorbar(x, y, xerr=bars(cost), yerr=bars(quality), **look)
 
 
-def heat_map(rows: Sequence[dict[str, Any]], x: str, y: str, label: str) -> Figure:
+def heat_map(rows: Sequence[Row], x: str, y: str, label: str) -> Figure:
     """Draw results (rows of `Run.results`) by two of their parameters, in order; colours have a log scale."""
     cells = [{**row["parameters"], "value": row["value"]} for row in rows]
     table = pd.DataFrame(cells).pivot_table("value", y, x, sort=False)
@@ -149,7 +151,7 @@ KEPT = {HOLDS: "#9ecae1", UNKNOWN: "0.9", FAILS: "#fdae6b"}
 """Colours of verdicts on a loss."""
 
 
-def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], tolerance: float) -> None:
+def bits_map(axis: Axes, rows: Sequence[Row], tolerance: float) -> None:
     """Draw paired differences (rows of `Run.results`) by bits of weights, down, and of activations, across.
 
     The values and their intervals stand in the cells. Colours are the verdicts on "loses at most
@@ -178,7 +180,7 @@ def bits_map(axis: Axes, rows: Sequence[dict[str, Any]], tolerance: float) -> No
     axis.tick_params(axis="y", rotation=0)
 
 
-def difference_bars(axis: Axes, rows: Sequence[dict[str, Any]], names: Sequence[str], color: Any) -> None:
+def difference_bars(axis: Axes, rows: Sequence[Row], names: Sequence[str], color: Any) -> None:
     """Draw paired differences (rows of `Run.results`) with their intervals, from top to bottom."""
     axis.axvline(0, color="0.6", linewidth=1)
     interval_bars(axis, rows, range(len(rows), 0, -1), color)
@@ -187,16 +189,14 @@ def difference_bars(axis: Axes, rows: Sequence[dict[str, Any]], names: Sequence[
 
 
 def interval_bars(
-    axis: Axes, rows: Sequence[dict[str, Any]], places: Sequence[float], color: Any, label: str = ""
+    axis: Axes, rows: Sequence[Row], places: Sequence[float], color: Any, label: str = ""
 ) -> None:
     """Draw results (rows of `Run.results`) as dots with their intervals across, at heights of the axis."""
     axis.hlines(places, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color)
     axis.plot([row["value"] for row in rows], places, "o", color=color, label=label)
 
 
-def error_dots(
-    axis: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]], label: str, color: Any
-) -> None:
+def error_dots(axis: Axes, x: Sequence[float], rows: Sequence[Row], label: str, color: Any) -> None:
     """Draw results (rows of `Run.results`) over `x` as dots with their intervals, without a line."""
     axis.vlines(x, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=color, alpha=0.5)
     axis.plot(x, [row["value"] for row in rows], "o", markersize=4, color=color, label=label)

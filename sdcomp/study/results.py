@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ def columns(subject: Variant | str, about: dict[str, Any]) -> dict[str, str]:
         "method": subject.method,
         "parameters": json.dumps(subject.parameters | about, sort_keys=True),
     }
+
+
+def with_interval(row: Row) -> str:
+    """The value with its interval in brackets, where it has one."""
+    ends = f" [{row['ci_low']:.1f}, {row['ci_high']:.1f}]" if isfinite(row["ci_low"]) else ""
+    return f"{row['value']:.1f}{ends}"
 
 
 def typed(row: Row) -> Row:

@@ -20,7 +20,7 @@ import torch
 
 from sdcomp.errors import UserError
 from sdcomp.evaluation.float_precision import fix_precision, precision_facts
-from sdcomp.files import ROOT, replacing, resolve_output, sha256
+from sdcomp.files import ROOT, replacing, resolve_output, sha256, write_text
 from sdcomp.model import local_model
 from sdcomp.study.parameters import read_parameters
 from sdcomp.study.results import COLUMNS, Row, columns, name_of, table, typed
@@ -70,6 +70,7 @@ class Run:
         fix_precision()
         self.facts: dict[str, Any] = {}
         self.images = ImageScores()
+        self._figures: list[str] = []
         self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
         self._commit = _commit()
         self._start = time.time()
@@ -159,9 +160,11 @@ class Run:
     def figure(self, figure: Figure, name: str) -> Path:
         """Write a figure as PNG into the run's folder."""
         path = self.folder / f"{name}.png"
+        self._figures.append(path.name)
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
-            self._write(path, buffer.getvalue())
+            with replacing(path) as partial:
+                partial.write_bytes(buffer.getvalue())
         return path
 
     def save(self) -> Path:
@@ -178,10 +181,12 @@ class Run:
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
                 for row in self._rows.values()
             )
-            self._write(self.folder / "metrics.csv", buffer.getvalue().encode())
+            write_text(self.folder / "metrics.csv", buffer.getvalue())
         if self.images:
             with replacing(self.folder / "images.csv") as partial:
                 self.images.write(partial)
+        else:
+            (self.folder / "images.csv").unlink(missing_ok=True)  # of an earlier run in this folder
         record = {
             "run_id": self.id,
             "study": self.study,
@@ -192,9 +197,10 @@ class Run:
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "seconds": round(time.time() - self._start, 1),
+            "figures": self._figures,
             **self.facts,
         }
-        self._write(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_text(self.folder / "run.json", json.dumps(record, indent=2) + "\n")
         return self.folder
 
     def weights(self) -> dict[str, str]:
@@ -207,10 +213,6 @@ class Run:
             return {path.name: path}
         files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS and file.is_file())
         return {file.relative_to(path).as_posix(): file for file in files}
-
-    def _write(self, path: Path, content: bytes) -> None:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
 
 
 def _version(package: str) -> str:

@@ -146,9 +146,9 @@ def _compared(row: Row, about: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _difference(values: list[Tensor], scenes: list[int]) -> Estimate:
-    """The paired difference of two scores, or of two differences; the latter are in points for shares."""
+    """The paired difference of two scores, or of two differences of scores."""
     if len(values) == 2:
         return paired_difference(*values, scenes)
-    unit = 100 if values[0].dtype == torch.bool else 1
-    a, b, c, d = (unit * column.double() for column in values)
+    kind = torch.int8 if values[0].dtype == torch.bool else torch.double
+    a, b, c, d = (column.to(kind) for column in values)
     return paired_difference(a - b, c - d, scenes)

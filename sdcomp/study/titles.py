@@ -1,4 +1,4 @@
-"""Titles of figures that say what the rows of a run bear."""
+"""Titles of figures. They claim no more than the rows of a run show."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from math import isnan
 
+from sdcomp.evaluation.timing import ENOUGH_TIMES
 from sdcomp.study.answers import tolerance_of, too_few
 from sdcomp.study.claims import HOLDS, not_worse
-from sdcomp.study.results import Row
+from sdcomp.study.results import Row, with_interval
 from sdcomp.study.variants import Variant
 
 
@@ -28,9 +29,11 @@ def plain(variant: Variant, amount: bool = True) -> str:
 def saves_less(times: Sequence[Row], arithmetic: Mapping[Variant, float]) -> str:
     """A title about removals whose time relative to fp32 is shown to be above the share of arithmetic left.
 
+    Times that were measured fewer than `ENOUGH_TIMES` times show nothing.
     Then the time of the last amount of every way to prune, where it runs in fp32. Lines break between these.
     """
-    less = [row["ci_low"] > left for row in times if (left := arithmetic.get(row["variant"])) is not None]
+    told = [row for row in times if row["variant"] in arithmetic and row["n"] >= ENOUGH_TIMES]
+    less = [row["ci_low"] > arithmetic[row["variant"]] for row in told]
     last = {plain(row["variant"], amount=False): row for row in times if row["variant"].pruning}
     said = [
         f"{plain(row['variant'])} {row['value']:.2f}" for row in last.values() if not row["variant"].recipe
@@ -50,13 +53,14 @@ def bits_kept(differences: Sequence[Row], tolerance: float | None = None) -> str
     """
     if few := too_few(differences, "bits are enough"):
         return few
-    tolerance = tolerance_of(differences, tolerance)
+    score = differences[0]["metric"].removesuffix(" difference")
+    tolerance = tolerance_of(score, tolerance)
     holds = {}
     for row in differences:
         verdict = not_worse(row["ci_low"], row["ci_high"], tolerance)
         holds[row["variant"].weight_bits, row["variant"].act_bits] = verdict == HOLDS
     kept = [(w, a) for w, a in holds if all(held for (v, b), held in holds.items() if v >= w and b >= a)]
-    method, score = differences[0]["variant"].recipe, differences[0]["metric"].removesuffix(" difference")
+    method = differences[0]["variant"].recipe
     if not kept:
         return f"{method}: no bits are shown to keep {score}"
     w, a = min(kept, key=lambda pair: pair[0] * pair[1])
@@ -64,22 +68,25 @@ def bits_kept(differences: Sequence[Row], tolerance: float | None = None) -> str
     return f"{method}: {score} holds down to {w} bits of weights and {inputs}"
 
 
-def about_equal(correlations: Mapping[str, float], margin: float = 0.05) -> str:
-    """A title about measures by their rank correlations; those within `margin` of the best are equal.
+def rankings(correlations: Mapping[str, float], variants: int) -> str:
+    """A title about measures by their rank correlations; those without one (NaN) are left out."""
+    known = sorted(value for _, value in correlations.items() if not isnan(value))  # of pandas too
+    if not known:
+        return "No error ranks the variants"
+    ends = " to ".join(dict.fromkeys(f"{value:.2f}" for value in (known[0], known[-1])))
+    return f"{len(known)} errors rank {variants} variants; rank correlations with PSNR: {ends}"
 
-    Measures without a rank correlation (NaN) are left out.
-    """
-    known = ((name, value) for name, value in correlations.items() if not isnan(value))
-    ranked = sorted(known, key=lambda item: -item[1])
-    if not ranked:
-        return "No error is shown to rank the variants"
-    near = [(name, value) for name, value in ranked if value >= ranked[0][1] - margin]
-    rest = ", ".join(f"{name} {value:.2f}" for name, value in ranked[len(near) :])
-    said = f"{near[0][0]} ranks the variants best ({near[0][1]:.2f})"
-    if len(near) > 1:
-        ends = f"{near[-1][1]:.2f} to {near[0][1]:.2f}"
-        said = f"{len(near)} of {len(ranked)} errors rank the variants about equally ({ends})"
-    return f"{said}; {rest}" if rest else said
+
+def most_added(differences: Sequence[Row], bits: str) -> str:
+    """A title about the step that adds most to the one before; rows of direct comparisons, step by step."""
+    if few := too_few(differences, "step adds anything"):
+        return few
+    points = "points" if differences[0]["unit"] == "%" else differences[0]["unit"]
+    shown = [row for row in differences if row["ci_low"] > 0]
+    if not shown:
+        return f"No step is shown to add anything at {bits}"
+    top = max(shown, key=lambda row: row["value"])
+    return f"{top['variant'].recipe} adds most at {bits}: {with_interval(top)} {points}"
 
 
 def late_errors(paths: Mapping[str, Sequence[Row]]) -> str:
@@ -109,6 +116,8 @@ def attributes_lost(differences: Mapping[str, Sequence[Row]]) -> str:
 
 def stays_below(curve: Sequence[tuple[float, float]], limit: float) -> str:
     """From which amount on the scores of a curve (amount, score) are below `limit`: "from 25 % on"."""
+    if not curve:
+        return "not measured"
     above = [amount for amount, score in curve if not score < limit]
     below = [amount for amount, _ in curve if not above or amount > max(above)]
-    return f"from {min(below):g} % on" if below else "nowhere"
+    return f"from {min(below):g} % on" if below else f"not up to {max(above):g} %"

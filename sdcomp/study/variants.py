@@ -124,11 +124,6 @@ def _bits(letter: str, bits: int) -> str:
 FP32 = Variant()
 """The baseline of every study: the UNet as it is."""
 
-PUBLISHED = Variant(
-    "unstructured", 0.2, recipe="timestep_mse", weight_bits=8, act_bits=8, execution="simulated"
-)
-"""The best combination of published work, apart from its number of intervals."""
-
 
 def pruned(pruning: str, amount: float, **fields: Any) -> Variant:
     """A pruned variant; the baseline where `amount` is 0, since nothing is pruned then."""

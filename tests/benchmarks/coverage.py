@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from sdcomp.evaluation import Estimate, bootstrap, kid_values, median
-from sdcomp.evaluation.share_intervals import effective_number, tango, wilson
+from sdcomp.evaluation.share_intervals import difference_of_changes, effective_number, tango, wilson
 
 NUMBERS = (16, 64, 256)
 SHARES = (0.02, 0.5, 0.9)
@@ -92,6 +92,25 @@ def paired_shares(draws: int) -> Iterator[dict[str, Any]]:
             for drawn in rng.multinomial(n, all_rates, draws):
                 again = rng.multinomial(n, drawn / n, 2000)
                 held.append(holds(np.percentile((again[:, 0] - again[:, 1]) / n, [2.5, 97.5]), truth))
+            yield row(about, "bootstrap", n, rates, np.mean(held), draws)
+
+
+def interactions(draws: int) -> Iterator[dict[str, Any]]:
+    """Differences of two independent paired differences; the second has half of the rates."""
+    rng = np.random.default_rng(5)
+    for n in NUMBERS:
+        for rates in CHANGES:
+            truth, found = (rates[0] - rates[1]) / 2, []
+            for part in (np.array(rates), np.array(rates) / 2):
+                found.append(rng.choice([1, -1, 0], (10 * draws, n), p=[*part, 1 - part.sum()]))
+            values = found[0] - found[1]
+            ends = difference_of_changes(values.mean(1), np.square(values).mean(1), n)
+            about = "paired difference of shares, less another"
+            yield row(about, "Agresti-Min", n, rates, holds(ends, truth).mean(), 10 * draws)
+            held = []
+            for drawn in values[:draws]:
+                again = rng.choice(drawn, (2000, n)).mean(1)
+                held.append(holds(np.percentile(again, [2.5, 97.5]), truth))
             yield row(about, "bootstrap", n, rates, np.mean(held), draws)
 
 
@@ -173,7 +192,7 @@ def distances(draws: int) -> Iterator[dict[str, Any]]:
         yield row("KID of equal sets", "bootstrap", n, 0, simulated(draws // 5, kid, 0), draws // 5)
 
 
-PARTS = (independent_shares, paired_shares, clustered_shares, means, medians, distances)
+PARTS = (independent_shares, paired_shares, interactions, clustered_shares, means, medians, distances)
 
 if __name__ == "__main__":
     main()

@@ -75,3 +75,16 @@ def test_a_pipe_is_no_prompt_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(UserError, match="is a pipe, a socket or a device, not a file"):
         load_prompts(PHOTOS, str(tmp_path / "pipe.txt"), 1)
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.jsonl"])
+def test_a_mark_of_the_byte_order_and_spaces_at_the_ends_change_no_prompt(tmp_path, name):
+    lines = ["a red star", "a blue ring "] if name.endswith("txt") else ['{"prompt": "a red star"}', ""]
+    path = tmp_path / name
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert load_prompts(PHOTOS, str(path), 1).texts == ["a red star"]
+    if name.endswith("txt"):
+        assert load_prompts(PHOTOS, str(path), 2).texts[1] == "a blue ring"
+    else:
+        with pytest.raises(UserError, match=r"mine.jsonl has 1 prompt: ask for 1 to 1, not for 2"):
+            load_prompts(PHOTOS, str(path), 2)

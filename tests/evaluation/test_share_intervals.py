@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from sdcomp.evaluation import paired_difference, share_estimate
-from sdcomp.evaluation.share_intervals import effective_number, few_images, student, tango, wilson
+from sdcomp.evaluation.share_intervals import (
+    difference_of_changes,
+    effective_number,
+    few_images,
+    student,
+    tango,
+    wilson,
+)
 
 COVERAGE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "coverage.py"))
 
@@ -119,3 +126,24 @@ def test_what_few_images_can_show():
         # Four worse images are the fewest that a score test sees (McNemar: 4 / sqrt(4) > 1.96).
         assert smallest == pytest.approx(400 / n)
     assert math.isnan(few_images(3)[1])
+
+
+@pytest.mark.parametrize(("n", "rates"), [(16, (0.02, 0.01)), (64, (0.05, 0.02)), (256, (0.1, 0.2))])
+def test_intervals_of_differences_of_changes_contain_the_truth(n, rates):
+    rng = np.random.default_rng(0)
+    chance = [*rates, 1 - sum(rates)]
+    one, other = (rng.choice([1, -1, 0], (4000, n), p=chance) for _ in range(2))
+    values = one - other
+    low, high = difference_of_changes(values.mean(1), np.square(values).mean(1), n)
+    assert np.mean((low <= 0) & (high >= 0)) > 0.94
+    # By the formula: a value of 1 and one of -1 are added.
+    more = np.append(values[0], [1, -1])
+    half = 1.959964 * more.std() / np.sqrt(n + 2)
+    assert (low[0], high[0]) == pytest.approx((more.mean() - half, more.mean() + half))
+
+
+def test_a_share_lies_in_its_interval_in_spite_of_rounding():
+    for n in range(1, 400):
+        for share in (0.0, 1.0):
+            low, high = wilson(np.float64(share), n)
+            assert low <= share <= high

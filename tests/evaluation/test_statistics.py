@@ -124,3 +124,11 @@ def test_without_a_changed_answer_the_interval_is_not_zero():
     assert (one.value, one.low, one.high) == pytest.approx((-0.39, -2.18, 1.09), abs=0.01)
     values = torch.rand(32)
     assert paired_difference(values + 1, values).value == pytest.approx(1)
+
+
+def test_differences_of_paired_shares_have_a_width_though_all_are_equal():
+    none = torch.zeros(64, dtype=torch.int8)
+    found = paired_difference(none, none)
+    assert found.value == 0 and found.low == -found.high and 3 < found.high < 6
+    with pytest.raises(ValueError, match="convert one side"):
+        paired_difference(none, none.double())

@@ -5,7 +5,15 @@ import torch
 
 from sdcomp.evaluation import paired_difference
 from sdcomp.study import FP32, Variant, pruned, quantized
-from sdcomp.study.answers import added_losses, answer, fastest, fewest_bits, repeated, smallest_file
+from sdcomp.study.answers import (
+    added_losses,
+    answer,
+    fastest,
+    fewest_bits,
+    repeated,
+    smallest_file,
+    tolerance_of,
+)
 from sdcomp.study.variants import patterned
 
 
@@ -38,7 +46,7 @@ def test_one_image_has_no_interval():
 def test_many_images_of_one_scene_give_no_verdict():
     found = paired([True] * 64, [True] * 64, ["a red star"] * 64)
     assert "'Loses at most 5' cannot be told at this n:\n- 2:4: 0.0" in answer([found])
-    assert smallest_file([found], {found["variant"]: 1.0}, 18.7).startswith("No file below")
+    assert smallest_file([found], {found["variant"]: 1.0}, 18.7).startswith("Of 1 files, none below")
 
 
 def test_each_score_has_its_own_tolerance():
@@ -47,9 +55,9 @@ def test_each_score_has_its_own_tolerance():
     assert "'Loses at most 5' holds" in answer([accuracy])
     assert "'Loses at most 1' does not hold" in answer([clip])
     little = [{**change(W4, loss, -0.9), "metric": "CLIP score difference"} for loss in (-0.4, -0.5)]
-    limits = "at most 0.4 points of CLIP score lost (1 at the worse end of its interval)"
-    assert f"The smallest of 3 files with {limits}: 4.90 MB" in smallest_file(little[:1], FILES, 18.7)
-    assert f"is shown to have {limits}" in smallest_file(little[1:], FILES, 18.7)
+    limits = "loses at most 0.4 points of CLIP score (interval not below -1)"
+    assert f"Of 3 files, the smallest that {limits} has 4.90 MB" in smallest_file(little[:1], FILES, 18.7)
+    assert f"none below the 18.7 MB of fp16 {limits}." in smallest_file(little[1:], FILES, 18.7)
 
 
 def test_enough_images_give_verdicts_by_their_intervals():
@@ -97,23 +105,23 @@ def change(variant: Variant, value: float, low: float, n: int = 256) -> dict:
 def test_the_smallest_file_has_a_small_loss_by_its_mean_and_by_its_interval(w3, sparse, said):
     rows = [change(W4, -0.4, -2.0), change(W3, *w3), change(SPARSE, *sparse)]
     found = smallest_file(rows, FILES, 18.7)
-    limits = "at most 2 points of prompt accuracy lost (5 at the worse end of its interval)"
-    assert found.startswith(f"The smallest of 3 files with {limits}: {said}")
+    limits = "at most 2 points of prompt accuracy (interval not below -5)"
+    assert found.startswith(f"Of 3 files, the smallest that loses {limits} has {said}")
 
 
 def test_no_file_is_called_the_smallest_without_the_images_to_tell():
     found = smallest_file([change(W4, 0.0, -1.0, n=63)], FILES, 18.7)
     assert found == "63 images do not tell which file is the smallest: it takes 64."
-    assert "smallest of 3 files" in smallest_file([change(W4, 0.0, -1.0, n=64)], FILES, 18.7)
+    assert "Of 3 files, the smallest" in smallest_file([change(W4, 0.0, -1.0, n=64)], FILES, 18.7)
     assert smallest_file([], FILES, 18.7) == "No variant gave images, so this run has no answer."
 
 
 def test_a_file_that_is_no_smaller_than_fp16_or_loses_much_is_not_named():
-    none = "No file below the 18.7 MB of fp16 is shown to have at most 2 points of prompt accuracy lost"
-    assert smallest_file([change(W4, -3.0, -4.0)], FILES, 18.7).startswith(none)
-    assert smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7).startswith(none)
+    none = "none below the 18.7 MB of fp16 loses at most 2 points of prompt accuracy"
+    assert none in smallest_file([change(W4, -3.0, -4.0)], FILES, 18.7)
+    assert none in smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7)
     # A simulation has no file that runs.
-    assert smallest_file([change(W4.simulation, 0.0, -1.0)], FILES, 18.7).startswith(none)
+    assert none in smallest_file([change(W4.simulation, 0.0, -1.0)], FILES, 18.7)
 
 
 def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
@@ -123,8 +131,8 @@ def test_the_fewest_bits_of_a_method_are_those_that_lose_little():
         "bad": [change(W4, -2.1, -3.0)],
         "lucky": [change(W4, -6.0, -9.0), change(W3, 0.0, -3.0)],  # fewer bits than ones that lose
     }
-    limits = "at most 2 points of prompt accuracy lost (5 at the worse end of its interval)"
-    said = f"The fewest bits with {limits}, 256 images: good 3, wide 4, bad none, lucky none."
+    limits = "at most 2 points of prompt accuracy (interval not below -5)"
+    said = f"The fewest bits that lose {limits}, 256 images: good 3, wide 4, bad none, lucky none."
     assert fewest_bits(methods).replace("\N{NO-BREAK SPACE}", " ") == said
     few = {"good": [change(W4, 0.0, -1.0, n=63)]}
     assert fewest_bits(few) == "63 images do not tell which bits are enough: it takes 64."
@@ -138,14 +146,14 @@ TIMES = {FP32: 0.4, FEW: 0.12, INT8: 0.3, INT8_FEW: 0.1}
 def test_the_fastest_stands_beside_fewer_steps_alone():
     rows = [change(FEW, -0.5, -2.0), change(INT8, 0.0, -1.0), change(INT8_FEW, -1.0, -3.0)]
     first, second = fastest(rows, TIMES).splitlines()
-    assert first.startswith("The fastest execution, with at most 2 points of prompt accuracy lost")
+    assert first.startswith("Of all executions, the fastest that loses at most 2 points of prompt accuracy")
     assert first.endswith(
-        "0.100 s of UNet time an image, 4.0 times as fast as the UNet in fp32"
+        "0.100 s of UNet time an image: 4.0 times as fast as the UNet in fp32"
         f" ({INT8_FEW.label}: -1.0 [-3.0, 3.0])."
     )
-    assert second.startswith("Fewer steps of fp32 alone, with at most 2 points of prompt accuracy lost")
+    assert second.startswith("Of fewer steps of fp32 alone, the fastest that loses at most 2 points")
     assert second.endswith(
-        "0.120 s of UNet time an image, 3.3 times as fast as the UNet in fp32"
+        "0.120 s of UNet time an image: 3.3 times as fast as the UNet in fp32"
         " (fp32, 6 steps: -0.5 [-2.0, 2.0])."
     )
 
@@ -153,8 +161,8 @@ def test_the_fastest_stands_beside_fewer_steps_alone():
 def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
     rows = [change(FEW, -0.5, -5.5), change(INT8, 0.0, -1.0), change(INT8_FEW, -2.5, -3.0)]
     first, second = fastest(rows, TIMES).splitlines()
-    assert "0.300 s of UNet time an image, 1.3 times" in first
-    assert second.startswith("Fewer steps of fp32 alone: none that is faster than fp32 is shown to have")
+    assert "0.300 s of UNet time an image: 1.3 times" in first
+    assert second.startswith("Of fewer steps of fp32 alone, none that is faster than fp32 loses")
     assert "none that is faster" in fastest([change(INT8, 0.0, -1.0)], {FP32: 0.4, INT8: 0.5})
     assert fastest([change(INT8, 0.0, -1.0, n=32)], TIMES).startswith("32 images do not tell which execution")
 
@@ -183,3 +191,13 @@ def test_what_was_chosen_is_judged_again():
     assert repeated([change(W4, -2.1, -3.0) | {"about": {"prompts": "final"}}]).endswith(
         "outside these limits."
     )
+
+
+def test_few_images_of_other_prompts_tell_nothing():
+    few = [change(W4, 0.0, -1.0, n=2) | {"about": {"prompts": "final"}}]
+    assert repeated(few) == "2 images do not tell which losses are the same on other prompts: it takes 64."
+
+
+def test_each_score_has_its_own_tolerance_unless_one_is_given():
+    assert tolerance_of("prompt accuracy", "") == 5 and tolerance_of("CLIP score") == 1
+    assert tolerance_of("CLIP score", 2.5) == 2.5

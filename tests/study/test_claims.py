@@ -245,7 +245,7 @@ def test_a_verdict_is_told_with_where_it_was_decided():
     assert claims.told(statement, finding, rows + other) == "mse regains: holds (at 6, metrics disagree)"
 
 
-def test_a_trend_is_the_weighted_line_through_all_amounts():
+def test_a_trend_is_the_line_through_all_amounts():
     amounts, ratios = np.array([0.1, 0.25, 0.45]), np.array([1.0, 0.98, 0.97])
     halves = np.array([0.01, 0.005, 0.02])
     rows = measured(
@@ -258,17 +258,17 @@ def test_a_trend_is_the_weighted_line_through_all_amounts():
     )
     rows = [{**row, "metric": "time relative to fp32"} for row in rows]
     row = Trend("at 40%", "01_quantization", pruned("unstructured", 0.4)).find(rows, "")
-    line, *_ = np.linalg.lstsq((amounts / halves)[:, None], 100 * (ratios - 1) / halves)
+    line, *_ = np.linalg.lstsq(amounts[:, None], 100 * (ratios - 1))
     assert row["value"] == pytest.approx(0.4 * line[0])
     # New draws of the three times move the line by as much as its interval says.
     drawn = 100 * (ratios - 1) + 100 * halves / 1.96 * np.random.default_rng(0).standard_normal((4000, 3))
-    lines = 0.4 * np.linalg.lstsq((amounts / halves)[:, None], (drawn / halves).T)[0][0]
+    lines = 0.4 * np.linalg.lstsq(amounts[:, None], drawn.T)[0][0]
     assert np.percentile(lines, [2.5, 97.5]) == pytest.approx([row["ci_low"], row["ci_high"]], abs=0.05)
     assert Trend("", "01_quantization", pruned("masked channels", 0.4)).find(rows, "") is None
-    # A time without an interval, or with one of width 0, has no weight.
-    for end in (NAN, 0.5):
-        single = {"variant": pruned("unstructured", 0.5), "value": 0.5, "ci_low": end, "ci_high": end}
-        more = [*rows, {**rows[-1], **single}]
+    # A range of few times is no interval.
+    for n in (1, 5):
+        few = {"variant": pruned("unstructured", 0.5), "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": n}
+        more = [*rows, {**rows[-1], **few}]
         assert Trend("at 40%", "01_quantization", pruned("unstructured", 0.4)).find(more, "") == row
         assert Trend("", "01_quantization", pruned("unstructured", 0.4)).find(more[-1:], "") is None
 

@@ -44,7 +44,7 @@ def test_draws_widen_an_interval():
     )
     assert lines[2].startswith("16 prompts, 1 draw: -1.0 points;")
     wide = math.hypot(3.92, 3.182 * math.sqrt(4 / 3))  # Student's t with 3 degrees of freedom
-    assert lines[3].startswith("6 draws have a standard deviation of 1.2 points.")
+    assert lines[3].startswith("Draws of equally many prompts have a standard deviation of 1.2 points.")
     assert f"intervals reach {wide:.1f} points to each side instead of 3.9." in lines[3]
     assert calibration_answer({"4 prompts": draws["8 prompts"]}).endswith("how much draws differ.")
     assert calibration_answer({"4 prompts": [row("a", 0, 1)]}).endswith("how much draws differ.")

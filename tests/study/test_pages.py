@@ -64,10 +64,18 @@ def runs(tmp_path) -> Path:
     ]  # fmt: skip
     nbformat.write(new_notebook(cells=cells), folder / "02_pruning.ipynb")
     (folder / "run.json").write_text(
-        json.dumps({"seconds": 47.2, "device": "CPU <1>", "commit": "0123456789"})
+        json.dumps(
+            {
+                "seconds": 47.2,
+                "device": "CPU <1>",
+                "commit": "0123456789-modified",
+                "figures": ["quality.png"],
+            }
+        )
     )
     (folder / "metrics.csv").touch()
     (folder / "quality.png").touch()
+    (folder / "earlier.png").touch()  # of another run in this folder
     return tmp_path
 
 
@@ -80,7 +88,8 @@ def test_index_says_what_a_run_asks_and_answers_and_links_to_all_of_it(runs):
     assert "<li>zeroed: 45 % [40, 50]</li>" in text
     assert "<pre>30 % &lt; 35 %: no loss is shown.</pre>" in text and "9347284" not in text
     assert "A minute" not in text and "papermill" not in text
-    assert "47 s on CPU &lt;1&gt;, commit 0123456;" in text
+    assert "47 s on CPU &lt;1&gt;, commit 0123456-modified;" in text
+    assert "earlier.png" not in text
     names = ("02_pruning.html", "02_pruning.ipynb", "metrics.csv", "run.json", "quality.png")
     assert Links(index).found == {f"02_pruning/{name}" for name in names}
     assert all((runs / link).exists() for link in Links(index).found)

@@ -119,6 +119,9 @@ BAD = [
     (COMBINED, {"k": 30}, "k must be at most calibration_steps, 10, not 30"),
     (COMBINED, {"k": 30, "method": "mse"}, "k must be at most calibration_steps"),  # int8 needs it
     (COMBINED, {"packed_bits": [9]}, "packed_bits must be between 2 and 8"),
+    (COMBINED, {"confirm_prompts": "test"}, "confirm_prompts='test' is used already"),
+    (COMBINED, {"confirm_prompts": "calibration"}, "confirm_prompts='calibration' is used already"),
+    (COMBINED, {"tolerance": "much"}, "tolerance must be between 0 and 100, or empty"),
     (COMBINED, {"packed_bits": [4, 4]}, "packed_bits must name each of its values once"),
     (COMBINED, {"method": "weights_only"}, "int8 quantizes activations, and method='weights_only' does not"),
     (COMBINED, {"method": "weights_only", "backends": ["openvino"]}, "remove openvino from backends"),

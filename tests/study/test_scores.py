@@ -117,11 +117,11 @@ def test_differences_of_differences_follow_from_four_scores(tmp_path, capsys):
     for about, values in (({}, right), ({"sampler": "ddpm"}, other)):
         for subject, shares in values.items():
             run.images.keep(subject, "prompt accuracy", shares, SCENES, **about)
-    points = {subject: 100.0 * shares for subject, shares in right.items()}
-    interaction = paired_difference(points[both] - points[pruned], points[MSE] - points[FP32], SCENES)
+    ones = {subject: shares.to(torch.int8) for subject, shares in right.items()}
+    interaction = paired_difference(ones[both] - ones[pruned], ones[MSE] - ones[FP32], SCENES)
     run.record(both, "interaction of the prompt accuracy difference", interaction, unit="%", baseline=MSE)
-    lost = 100.0 * other[MSE] - 100.0 * other[FP32]
-    change = paired_difference(lost, points[MSE] - points[FP32], SCENES)
+    lost = other[MSE].to(torch.int8) - other[FP32].to(torch.int8)
+    change = paired_difference(lost, ones[MSE] - ones[FP32], SCENES)
     own = "ddim, 20 steps"
     run.record(MSE, "change of the prompt accuracy difference", change, baseline=own, sampler="ddpm")
     run.save()

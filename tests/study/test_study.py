@@ -330,3 +330,16 @@ def test_a_write_that_is_killed_leaves_the_file_that_was_there(tmp_path, monkeyp
     assert path.read_bytes() == b"old"
     write(path, b"newer")
     assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_used_again_keeps_no_images_of_the_earlier_run(tmp_path):
+    for kept in (True, False):
+        run = Run(STUDY, notebook({"out": str(tmp_path / "results")}))
+        if kept:
+            run.images.keep(FP32, "prompt accuracy", torch.tensor([True]), ["a"])
+        figure = Figure()
+        run.figure(figure, "with" if kept else "without")
+        run.save()
+        assert (run.folder / "images.csv").exists() == kept
+    record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    assert record["figures"] == ["without.png"]

@@ -6,11 +6,12 @@ import pytest
 
 from sdcomp.study import FP32, Variant, quantized, requested
 from sdcomp.study.titles import (
-    about_equal,
     attributes_lost,
     bits_kept,
     late_errors,
+    most_added,
     plain,
+    rankings,
     saves_less,
     stays_below,
 )
@@ -59,12 +60,18 @@ def test_a_removal_saves_less_time_than_arithmetic_where_its_interval_is_above()
     int8 = quantized("timestep_mse", 8, 8, 5, execution="int8", of=removed[0])
     variants = [FP32, *removed, int8]
     rows = [
-        {"variant": v, "value": low + 0.01, "ci_low": low}
+        {"variant": v, "value": low + 0.01, "ci_low": low, "n": 7}
         for v, low in zip(variants, (1, 0.95, 0.79, 0.7), strict=True)
     ]
     first, second = saves_less(rows, dict.fromkeys(removed, 0.8)).split("\n")
     assert first == "1 of 2 removals are shown to save less time than arithmetic (dashed)"
-    assert second == saves_less(rows, {}) == "Calls take: removed\u00a025\u00a0%\u00a00.80"
+    few = [{**row, "n": 3} for row in rows]
+    assert (
+        second
+        == saves_less(few, dict.fromkeys(removed, 0.8))
+        == saves_less(rows, {})
+        == "Calls take: removed\u00a025\u00a0%\u00a00.80"
+    )
 
 
 def test_bits_are_kept_where_all_higher_ones_are_too():
@@ -78,15 +85,23 @@ def test_bits_are_kept_where_all_higher_ones_are_too():
     assert bits_kept(few) == "16 images do not tell which bits are enough: it takes 64."
 
 
-def test_measures_near_the_best_are_about_equal():
-    found = {"gain": 0.84, "final": 0.65, "layers": 0.88, "step": 0.86}
-    assert about_equal(found) == "3 of 4 errors rank the variants about equally (0.84 to 0.88); final 0.65"
+def test_a_ranking_names_the_range_of_the_correlations():
+    found = {"gain": 0.84, "final": 0.65, "layers": 0.88, "same": math.nan}
+    assert rankings(found, 15) == "3 errors rank 15 variants; rank correlations with PSNR: 0.65 to 0.88"
+    assert rankings({"gain": 0.5}, 3).endswith("PSNR: 0.50")
+    assert rankings({}, 0) == rankings({"same": math.nan}, 2) == "No error ranks the variants"
+
+
+def test_a_step_adds_most_only_where_it_is_shown_to_add():
+    small, large = (change(quantized(name, 4, 4), 3, 1) | {"ci_high": 6} for name in ("affine", "low_bits"))
+    large |= {"value": 9, "ci_low": 5, "ci_high": 12}
+    assert most_added([small, large], "W4A4") == "low_bits adds most at W4A4: 9.0 [5.0, 12.0] points"
+    unclear = large | {"ci_low": -1}
+    assert most_added([unclear], "W4A4") == "No step is shown to add anything at W4A4"
     assert (
-        about_equal(found, 0.01) == "layers ranks the variants best (0.88); step 0.86, gain 0.84, final 0.65"
+        most_added([large | {"n": 16}], "W4A4")
+        == "16 images do not tell which step adds anything: it takes 64."
     )
-    assert about_equal(found, 1.0) == "4 of 4 errors rank the variants about equally (0.65 to 0.88)"
-    assert about_equal({"same": math.nan, "gain": 0.5}) == "gain ranks the variants best (0.50)"
-    assert about_equal({}) == about_equal({"same": math.nan}) == "No error is shown to rank the variants"
 
 
 def test_errors_are_late_where_every_path_ends_with_its_largest():
@@ -112,5 +127,5 @@ def test_from_where_on_a_curve_stays_below_a_limit():
     curve = [(60, 50), (0, 100), (30, 94), (50, 60), (40, 96)]
     assert stays_below(curve, 95) == "from 50 % on"
     assert stays_below(curve, 55) == "from 60 % on"
-    assert stays_below(curve, 50) == "nowhere"
-    assert stays_below([], 95) == "nowhere"
+    assert stays_below(curve, 50) == "not up to 60 %"
+    assert stays_below([], 95) == "not measured"

@@ -10,7 +10,7 @@ from sdcomp.study.parameter_rules import (
     pruning,
     quantization,
 )
-from sdcomp.study.parameter_rules.common import Rule, Study
+from sdcomp.study.parameter_rules.common import Study
 
 STUDIES: dict[str, Study] = {
     "00_base_model": base_model.STUDY,
@@ -23,5 +23,3 @@ STUDIES: dict[str, Study] = {
     "07_conditions": conditions.STUDY,
 }
 """The rules of each study, by the name of its notebook."""
-
-__all__ = ["STUDIES", "Rule", "Study"]

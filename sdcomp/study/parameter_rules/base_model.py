@@ -1,5 +1,7 @@
 """The parameters of 00_base_model."""
 
+from dataclasses import replace
+
 from sdcomp.study.parameter_rules.common import (
     COMMON,
     FOLDER,
@@ -25,6 +27,6 @@ STUDY = Study(
         "unet_steps": TRAINING_STEPS,
         "reader_steps": TRAINING_STEPS,
         "n_images": between(1, 256),
-        "guidance_sweep": between(0, 100),
+        "guidance_sweep": replace(between(0, 100), unique=True),
     }
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdcomp.study.parameter_rules.common import COMMON, COUNT, Rule, Study, between, one_of, there
+from sdcomp.study.parameter_rules.common import COMMON, COUNT, TOLERANCE, Rule, Study, one_of, there
 
 
 def _is_folder(path: str) -> bool:
@@ -14,7 +14,7 @@ STUDY = Study(
         **COMMON,
         "reports": Rule(_is_folder, "an existing folder, such as reports"),
         "score": one_of("prompt accuracy", "CLIP score"),
-        "tolerance": between(0, 100),
+        "tolerance": TOLERANCE,
         "n_images": COUNT,
     }
 )

@@ -18,6 +18,7 @@ from sdcomp.study.parameter_rules.common import (
     JUDGING,
     PRESET,
     PROMPT_SET,
+    TOLERANCE,
     VARIANTS,
     Rule,
     Study,
@@ -36,7 +37,14 @@ INTEGER = ("int8", "openvino")
 
 
 def _checks(p: Mapping[str, Any]) -> str | None:
-    return first(check_recovery(p), check_pairs(p), _check_activations(p), _check_k(p), check_openvino(p))
+    checks = (check_recovery, check_pairs, _check_activations, _check_k, check_openvino, _check_others)
+    return first(*(check(p) for check in checks))
+
+
+def _check_others(p: Mapping[str, Any]) -> str | None:
+    if p["confirm_prompts"] in (p["prompts"], p["calibration_prompts"]):
+        return f"confirm_prompts={p['confirm_prompts']!r} is used already: name prompts that choose nothing"
+    return None
 
 
 def _integer(p: Mapping[str, Any]) -> list[str]:
@@ -79,7 +87,7 @@ STUDY = Study(
         "packed_bits": replace(BITS, may_be_empty=True, unique=True),
         "fewer_steps": replace(GENERATION["steps"], may_be_empty=True, unique=True),
         "budgets": Rule(lambda value: 0 < value <= 1, "shares of the fp16 bytes, above 0 and at most 1"),
-        "tolerance": between(0, 100),
+        "tolerance": TOLERANCE,
         "timing_repeats": between(1, 10_000),
         "save_to": FOLDER,
     },

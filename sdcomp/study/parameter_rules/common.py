@@ -115,17 +115,18 @@ def _has_images(path: str) -> bool:
 
 
 def _is_clip(name: str) -> bool:
-    parts = name.split("/")
-    hub = len(parts) == 2 and all(
-        part and part.replace("-", "a").replace(".", "a").isalnum() for part in parts
-    )
-    return not name or hub or ((found := there(name)) is not None and found.is_dir())
+    return not name or is_hub_name(name) or ((found := there(name)) is not None and found.is_dir())
+
+
+def _is_tolerance(value: float | str) -> bool:
+    return value == "" if isinstance(value, str) else 0 <= value <= 100
 
 
 def _is_guidance(value: float | str) -> bool:
     return value == "" if isinstance(value, str) else 0 <= value <= 100
 
 
+TOLERANCE = Rule(_is_tolerance, "between 0 and 100, or empty")
 FREE = Rule(lambda value: True, "anything")
 """Every value of the declared type."""
 

@@ -52,7 +52,7 @@ def _check_activations(p: Mapping[str, Any]) -> str | None:
 
 def _check_k(p: Mapping[str, Any]) -> str | None:
     aware = any(PRESETS[method].timestep_aware for method in [*p["methods"], *p["sweep_methods"]])
-    return first(check_k(p, *[p["k"]] * aware), check_k(p, *p["sweep_k"], name="sweep_k"))
+    return first(check_k(p, p["k"]) if aware else None, check_k(p, *p["sweep_k"], name="sweep_k"))
 
 
 STUDY = Study(
