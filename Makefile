@@ -1,7 +1,8 @@
 # study      run every notebook at its default parameters into reports/runs/<notebook>/, with index.html
 #            PROFILE=full: the long runs instead, into reports/<notebook>/; hours, but resumable
 # sweep      one run for each point of a grid: GRID=notebooks/sweeps/pruning.yaml
-# test       lint, unit and parity tests, notebooks compared with their committed outputs
+# test       lint, unit and parity tests, notebooks compared with their committed outputs; in WORKERS=2
+#            processes of one thread each
 # test-slow  the tests that take minutes
 # lab        JupyterLab
 # goldens    execute the notebooks in place, after a change that is meant to change their outputs, and show
@@ -13,6 +14,7 @@
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PIP_ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -53,8 +55,8 @@ sweep: $(READY)
 test: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest
-	$(PY) -m pytest --nbval --nbval-current-env $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env $(NOTEBOOKS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow
