@@ -292,7 +292,7 @@ def tiny_model_table() -> str:
         add(f"{subject}, all attributes right", subject, "all attributes right", split="test")
     for images in ("noise", "plain backgrounds"):
         add(f"reader cannot tell anything, {images}", "reader", "cannot tell anything", images=images)
-    add("generation, 2 CPU cores, batch 16, guidance", "generation", "speed")
+    add("generation, 2 CPU cores, batch 16, guidance, one run", "generation", "speed")
     return _table(*rows)
 
 
