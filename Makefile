@@ -33,6 +33,9 @@ OUT := reports/runs
 PARAMETERS = -p out $(OUT)/$$study
 endif
 
+# Processes beside each other should not share the cores' threads; the committed outputs are of one thread.
+test goldens: export OMP_NUM_THREADS = 1
+
 .PHONY: study sweep test test-slow lab goldens
 
 study: $(READY)
@@ -55,8 +58,8 @@ sweep: $(READY)
 test: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env $(NOTEBOOKS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env $(NOTEBOOKS)
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow

@@ -169,12 +169,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, st
 
     Raises UserError if it cannot be written.
     """
-    held, places = {}, set()
+    held, spans = {}, []
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        held[name] = tensor = tensor.detach().cpu().contiguous()
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         # Tied weights share their memory, which safetensors refuses.
-        held[name] = tensor.clone() if tensor.data_ptr() in places else tensor
-        places.add(tensor.data_ptr())
+        if any(begin < other_end and other < end for other, other_end in spans):
+            held[name] = tensor.clone()
+        spans.append((begin, end))
     with replacing(path) as partial:
         save_file(held, partial, about)
 

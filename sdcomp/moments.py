@@ -92,7 +92,7 @@ class MomentObserver:
         """
         for name in self._layers:
             if name not in self._moments:
-                raise UserError(f"layer {name} did not run, so its inputs have no second moments")
+                raise UserError(f"layer {name} did not run since the last result: it has no second moments")
             if not self._moments[name].sum.diagonal().isfinite().all():
                 raise UserError(f"the input of layer {name} has NaN or infinite values")
         return {name: self._moments.pop(name).mean() for name in self._layers}

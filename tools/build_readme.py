@@ -154,7 +154,8 @@ def headline_answer() -> str:
     lines.append(benchmark_tables.smallest_peer(LITTLE, TOLERANCES["prompt accuracy difference"]))
     text = "\n".join(f"- {line}" for line in lines)
     for name, variant in HEADLINE:
-        text = text.replace(f"{variant.label}:", f"{name}:")
+        # Whole labels: one may be the end of another.
+        text = re.sub(rf"(\(|: |; ){re.escape(variant.label)}:", rf"\g<1>{name}:", text)
     return text
 
 

@@ -98,6 +98,18 @@ class Int8Model(QuantizedModel):
         self.settings["dtype"] = str(made.dtype).removeprefix("torch.")
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: object, **kwargs: object) -> object:
+        """As `nn.Module`'s; raises UserError for larger integers than the model has."""
+        weights = {name: {"weight": t} for name, t in state_dict.items() if t.dtype == torch.int8}
+        if largest_weight(weights) > self.weight_max:
+            raise UserError(
+                "these weights have more bits than the model's: load the folder that they are of, or convert"
+                " the simulation again"
+            )
+        found = super().load_state_dict(state_dict, *args, **kwargs)
+        _check_finite(self.module)
+        return found
+
     def extra_repr(self) -> str:
         s = self.settings
         how = "int8 kernels" if self.execution == "kernels" else "weights dequantized layer by layer"

@@ -114,6 +114,7 @@ def _is_plain(attention: nn.Module) -> bool:
         attention.added_kv_proj_dim is None
         and attention.norm_q is attention.norm_k is None
         and attention.inner_kv_dim == attention.inner_dim
-        and not attention.fused_projections
+        # Unfusing leaves the attribute `fused_projections` as it is.
+        and "Fused" not in type(attention.processor).__name__
         and not (isinstance(attention.processor, nn.Module) and [*attention.processor.parameters()])
     )

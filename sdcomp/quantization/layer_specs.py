@@ -54,17 +54,20 @@ def quantizer_of(params: Mapping[str, object] | None, *, weights: bool) -> Unifo
 def _with_granularity(params: Mapping[str, object], weights: bool) -> dict[str, object]:
     """The arguments of a quantizer, with the granularity in place of `channel_wise`.
 
-    Activations have no channels of their own, so that one dictionary serves weights and activations.
+    Activations have no scales by channel: there `channel_wise` says nothing, so that one dictionary serves
+    weights and activations.
     """
     params = dict(params)
     if "channel_wise" not in params:
         return params
-    if "granularity" in params:
-        raise ValueError("channel_wise and granularity say the same: give one of them")
     channel_wise = params.pop("channel_wise")
     if not isinstance(channel_wise, bool):
         raise TypeError(f"channel_wise must be True or False, not {channel_wise!r}")
-    return {**params, "granularity": "channel" if channel_wise and weights else "tensor"}
+    if not weights:
+        return params
+    if "granularity" in params:
+        raise ValueError("channel_wise and granularity say the same: give one of them; a preset may have one")
+    return {**params, "granularity": "channel" if channel_wise else "tensor"}
 
 
 def parameters_of(quantizer: UniformQuantizer | None) -> dict[str, object] | None:

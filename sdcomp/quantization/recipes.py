@@ -128,14 +128,14 @@ def build(
     """
     recipe = recipe_of(recipe)
     params = {
-        "weight_quant_params": recipe.weights,
-        "act_quant_params": recipe.inputs if recipe.activations else None,
+        "weight_quant_params": {**recipe.weights, "n_bits": weight_bits},
+        "act_quant_params": {**recipe.inputs, "n_bits": act_bits} if recipe.activations else None,
         **recipe.model,
-        **overrides,
     }
     for side, bits in (("weight_quant_params", weight_bits), ("act_quant_params", act_bits)):
-        if params[side] is not None:
-            params[side] = {"n_bits": bits, **params[side]}
+        if overrides.get(side) is not None:
+            overrides[side] = {"n_bits": bits, **overrides[side]}
+    params |= overrides
     if recipe.timestep_aware:
         return TimeStepCalibratedQuantModel(module, **params)
     return QuantModel(module, **{name: v for name, v in params.items() if name not in _TIMESTEP_ONLY})

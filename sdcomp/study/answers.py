@@ -61,10 +61,11 @@ def smallest_file(
     """
     if few := too_few(differences, "file is the smallest"):
         return few
-    of, little = f"Of {len(megabytes)} files", _limits(differences, tolerance)
+    of = "Of 1 file" if len(megabytes) == 1 else f"Of {len(megabytes)} files"
+    little = _limits(differences, tolerance)
     found = cheapest(differences, megabytes, tolerance)
     if found is None or megabytes[found["variant"]] >= half:
-        return f"{of}, none below the {half:.1f} MB of fp16 loses {little}."
+        return f"{of}, none below the {half:.1f} MB of fp16 is within the limits: {little}."
     size = megabytes[found["variant"]]
     return (
         f"{of}, the smallest that loses {little} has {size:.2f} MB, {100 * size / half:.0f} % of fp16"
@@ -107,7 +108,7 @@ def fastest(
     for of, rows in (("Of all executions", differences), ("Of fewer steps of fp32 alone", alone)):
         found = cheapest(rows, seconds, tolerance)
         if found is None or seconds[found["variant"]] >= seconds[FP32]:
-            lines.append(f"{of}, none that is faster than fp32 loses {little}.")
+            lines.append(f"{of}, none that is faster than fp32 is within the limits: {little}.")
             continue
         time = seconds[found["variant"]]
         lines.append(

@@ -173,7 +173,7 @@ class Builder:
                 )
             generation = dict(self.calibration)
             prompts = generation.pop("prompts")
-            run = partial(self.sd.generate, prompts, **generation)
+            run = partial(self.sd.generate, prompts, pad=False, **generation)
             self._seen = calibrate(self.sd.unet, run, gradients=gradients, seed=self.run.parameters["seed"])
         return self._seen
 

@@ -29,8 +29,8 @@ def plain(variant: Variant, amount: bool = True) -> str:
 def saves_less(times: Sequence[Row], arithmetic: Mapping[Variant, float]) -> str:
     """A title about removals whose time relative to fp32 is shown to be above the share of arithmetic left.
 
-    Times that were measured fewer than `ENOUGH_TIMES` times show nothing.
     Then the time of the last amount of every way to prune, where it runs in fp32. Lines break between these.
+    Times that were measured fewer than `ENOUGH_TIMES` times show nothing.
     """
     told = [row for row in times if row["variant"] in arithmetic and row["n"] >= ENOUGH_TIMES]
     less = [row["ci_low"] > arithmetic[row["variant"]] for row in told]
@@ -73,6 +73,8 @@ def rankings(correlations: Mapping[str, float], variants: int) -> str:
     known = sorted(value for _, value in correlations.items() if not isnan(value))  # of pandas too
     if not known:
         return "No error ranks the variants"
+    if variants < 10:
+        return f"{variants} variants are too few to tell which error ranks them best"
     ends = " to ".join(dict.fromkeys(f"{value:.2f}" for value in (known[0], known[-1])))
     return f"{len(known)} errors rank {variants} variants; rank correlations with PSNR: {ends}"
 

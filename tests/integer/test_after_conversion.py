@@ -3,9 +3,11 @@
 import pytest
 import torch
 from quantized_models import WEIGHT_BITS, calibrate, random
+from safetensors.torch import load_file
 from torch import nn
 
 from sdcomp.errors import UserError
+from sdcomp.files import write_tensors
 from sdcomp.integer import load_int8, load_packed, save_int8, save_packed, to_int8, to_packed
 from sdcomp.quantization import QuantModel, save_quant_model
 from sdcomp.quantization.rounding_gradients import rounded, trainable
@@ -57,3 +59,25 @@ def test_tied_weights_and_bits_from_numpy_are_saved(tmp_path):
     packed = to_packed(q)
     save_packed(packed, tmp_path)
     assert torch.equal(load_packed(tmp_path, module)(x), packed(x))
+
+
+def test_a_state_dict_of_more_bits_is_refused():
+    module = nn.Sequential(nn.Linear(16, 8))
+    few, more = (
+        to_int8(
+            calibrate(QuantModel(module, weight_quant_params={"n_bits": bits}), (x,)), execution=execution
+        )
+        for bits, execution in ((4, "auto"), (8, "dequantized"))
+    )
+    before = few(x)
+    with pytest.raises(UserError, match="these weights have more bits than the model's"):
+        few.load_state_dict(more.state_dict())
+    assert torch.equal(few(x), before)
+
+
+def test_tensors_that_overlap_are_written_apart(tmp_path):
+    whole = torch.arange(10.0)
+    write_tensors(tmp_path / "parts.safetensors", {"a": whole[:8], "b": whole[2:], "c": whole})
+    again = load_file(tmp_path / "parts.safetensors")
+    assert torch.equal(again["a"], whole[:8]) and torch.equal(again["b"], whole[2:])
+    assert torch.equal(again["c"], whole)

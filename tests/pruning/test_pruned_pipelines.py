@@ -105,6 +105,8 @@ def test_an_attention_whose_heads_own_more_than_its_projections_stays_whole(diff
     fused = copy.deepcopy(unet)
     fused.fuse_qkv_projections()
     assert kinds_of(fused) == whole[1:]
+    fused.unfuse_qkv_projections()
+    assert kinds_of(fused) == whole
     processors = {}
     for name, processor in unet.attn_processors.items():
         attention = unet.get_submodule(name.removesuffix(".processor"))

@@ -20,6 +20,7 @@ from sdcomp.quantization import (
     NotCalibratedError,
     QuantConv2d,
     QuantModel,
+    Recipe,
     TimeStepCalibratedQuantModel,
     build,
     describe,
@@ -655,6 +656,8 @@ def test_a_set_of_overrides_goes_with_filters_that_leave_out_its_layers(small):
 def test_bits_stay_those_of_build_where_other_arguments_take_a_presets_place():
     q = build("max", nn.Linear(32, 4), 4, 6, weight_quant_params={"granularity": "group", "group_size": 16})
     assert q.weight_quantizer.n_bits == 4 and q.act_quantizer.n_bits == 6
+    named = Recipe("bits of its own do not count", weights={"n_bits": 2})
+    assert build(named, nn.Linear(8, 8), 8, 8).weight_quantizer.n_bits == 8
 
 
 def test_weights_that_a_hook_computes_are_refused():

@@ -46,7 +46,7 @@ def test_one_image_has_no_interval():
 def test_many_images_of_one_scene_give_no_verdict():
     found = paired([True] * 64, [True] * 64, ["a red star"] * 64)
     assert "'Loses at most 5' cannot be told at this n:\n- 2:4: 0.0" in answer([found])
-    assert smallest_file([found], {found["variant"]: 1.0}, 18.7).startswith("Of 1 files, none below")
+    assert smallest_file([found], {found["variant"]: 1.0}, 18.7).startswith("Of 1 file, none below")
 
 
 def test_each_score_has_its_own_tolerance():
@@ -55,9 +55,13 @@ def test_each_score_has_its_own_tolerance():
     assert "'Loses at most 5' holds" in answer([accuracy])
     assert "'Loses at most 1' does not hold" in answer([clip])
     little = [{**change(W4, loss, -0.9), "metric": "CLIP score difference"} for loss in (-0.4, -0.5)]
-    limits = "loses at most 0.4 points of CLIP score (interval not below -1)"
-    assert f"Of 3 files, the smallest that {limits} has 4.90 MB" in smallest_file(little[:1], FILES, 18.7)
-    assert f"none below the 18.7 MB of fp16 {limits}." in smallest_file(little[1:], FILES, 18.7)
+    limits = "at most 0.4 points of CLIP score (interval not below -1)"
+    assert f"Of 3 files, the smallest that loses {limits} has 4.90 MB" in smallest_file(
+        little[:1], FILES, 18.7
+    )
+    assert f"none below the 18.7 MB of fp16 is within the limits: {limits}." in smallest_file(
+        little[1:], FILES, 18.7
+    )
 
 
 def test_enough_images_give_verdicts_by_their_intervals():
@@ -117,7 +121,7 @@ def test_no_file_is_called_the_smallest_without_the_images_to_tell():
 
 
 def test_a_file_that_is_no_smaller_than_fp16_or_loses_much_is_not_named():
-    none = "none below the 18.7 MB of fp16 loses at most 2 points of prompt accuracy"
+    none = "none below the 18.7 MB of fp16 is within the limits: at most 2 points of prompt accuracy"
     assert none in smallest_file([change(W4, -3.0, -4.0)], FILES, 18.7)
     assert none in smallest_file([change(W4, 0.0, -1.0)], {W4: 18.7}, 18.7)
     # A simulation has no file that runs.
@@ -162,7 +166,7 @@ def test_an_execution_that_loses_much_or_saves_nothing_is_not_the_fastest():
     rows = [change(FEW, -0.5, -5.5), change(INT8, 0.0, -1.0), change(INT8_FEW, -2.5, -3.0)]
     first, second = fastest(rows, TIMES).splitlines()
     assert "0.300 s of UNet time an image: 1.3 times" in first
-    assert second.startswith("Of fewer steps of fp32 alone, none that is faster than fp32 loses")
+    assert second.startswith("Of fewer steps of fp32 alone, none that is faster than fp32 is within")
     assert "none that is faster" in fastest([change(INT8, 0.0, -1.0)], {FP32: 0.4, INT8: 0.5})
     assert fastest([change(INT8, 0.0, -1.0, n=32)], TIMES).startswith("32 images do not tell which execution")
 

@@ -88,7 +88,8 @@ def test_bits_are_kept_where_all_higher_ones_are_too():
 def test_a_ranking_names_the_range_of_the_correlations():
     found = {"gain": 0.84, "final": 0.65, "layers": 0.88, "same": math.nan}
     assert rankings(found, 15) == "3 errors rank 15 variants; rank correlations with PSNR: 0.65 to 0.88"
-    assert rankings({"gain": 0.5}, 3).endswith("PSNR: 0.50")
+    assert rankings({"gain": 0.5}, 10).endswith("PSNR: 0.50")
+    assert rankings(found, 9) == "9 variants are too few to tell which error ranks them best"
     assert rankings({}, 0) == rankings({"same": math.nan}, 2) == "No error ranks the variants"
 
 

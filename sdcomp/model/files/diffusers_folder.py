@@ -110,7 +110,7 @@ def _weights_file(folder: Path, part: str, variant: str | None) -> Path:
     for name in names:
         if os.path.lexists(folder / part / name):
             return folder / part / name
-    if any((folder / part).glob("*.index.json")):
+    if any((folder / part).glob("*.index*.json")):
         raise ModelError(f"{folder / part} is in shards: save it with one file, by a larger max_shard_size")
     raise ModelError(f"{folder / part / names[0]} is missing; copy the whole model folder")
 

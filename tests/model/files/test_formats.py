@@ -234,10 +234,11 @@ def test_a_part_without_the_variant_has_its_plain_weights(plain, folder):
         load(folder, variant="none")
 
 
-def test_shards_are_refused_by_name(folder):
+@pytest.mark.parametrize("index", ["safetensors.index.json", "safetensors.index.fp16.json"])
+def test_shards_are_refused_by_name(folder, index):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
-    file.with_suffix(".safetensors.index.json").write_text("{}", encoding="utf-8")
+    file.with_suffix(f".{index}").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match=r"unet is in shards: save it with one file"):
         load(folder)
 
