@@ -22,7 +22,7 @@ PANELS = {
 """Kinds of statistics, by how their names begin; the first that fits counts."""
 NAMES = {
     "Wilson": ("Wilson", 7, "bottom"),
-    "Tango": ("Tango, Agresti-Min", -3, "top"),
+    "Tango": ("Tango, Agresti-Min", 6, "bottom"),
     "mean of exponential scores": ("exponential scores", 5, "bottom"),
     "mean of normal scores, clustered": ("normal scores", -4, "top"),
     "median": ("medians", -5, "top"),
